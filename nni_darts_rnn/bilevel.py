@@ -1,0 +1,258 @@
+"""The architecture gradient of the unrolled validation loss, for any loss(weights, α, batch).
+
+With one weight step w′ = w − ρ∘(J(g) + λw) + const, g = ∇w L_train(w, α), J the clip (or the identity), the derivative of L_val(w′, α) is
+
+    ∇α L_val(w′, α) − ∇α [ ∇w L_train(w, α) · q ],   q = J'ᵀ(ρ∘∇w′ L_val(w′, α))                      (DARTS, eq. 7)
+
+and the second term is a central difference along q (eq. 8), or double backprop. Nothing here knows of NNI, fastai or recurrent cells.
+All passes of one step draw the same random numbers, so that a difference of losses is a difference of weights and not of dropout masks.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MODES = ("finite_difference", "exact", "first_order")
+EPSILON = 1e-2
+"""Default r of the finite difference; `benchmarks/epsilon.py` measures the error against r."""
+
+Tensors = Sequence[Tensor]
+Loss = Callable[[Tensors, Tensors, object], Tensor]
+
+
+class RandomState:
+    """The state of every random generator a loss may draw from: torch (CPU and the given CUDA devices), numpy, random."""
+
+    def __init__(self, tensors: Tensors = ()):
+        self.devices = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
+        self.cpu = torch.get_rng_state()
+        self.cuda = [torch.cuda.get_rng_state(d) for d in self.devices]
+        self.numpy, self.python = np.random.get_state(), random.getstate()
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.cpu)
+        for device, state in zip(self.devices, self.cuda):
+            torch.cuda.set_rng_state(state, device)
+        np.random.set_state(self.numpy)
+        random.setstate(self.python)
+
+
+@dataclass(frozen=True)
+class WeightStep:
+    """A weight step that is linear in the (clipped) gradient: w′ = w − rate·(c·g) − decay·w − offset, for each weight.
+
+    `rates[i]` and `decays[i]` are numbers, `offsets[i]` a tensor like the weight or None (what momentum carries over).
+    `clip` is the largest norm of all gradients together, or None: c = min(1, clip/(‖g‖ + 1e-6)) as in `torch.nn.utils.clip_grad_norm_`.
+    """
+
+    rates: tuple[float, ...]
+    decays: tuple[float, ...]
+    offsets: tuple[Tensor | None, ...]
+    clip: float | None = None
+
+    @classmethod
+    def sgd(cls, n_weights: int, lr: float, weight_decay: float = 0.0, clip: float | None = None) -> WeightStep:
+        """Plain SGD on `n_weights` tensors."""
+        return cls((lr,) * n_weights, (lr * weight_decay,) * n_weights, (None,) * n_weights, clip)
+
+    @classmethod
+    def of(cls, optimizer: torch.optim.Optimizer, weights: Tensors, clip: float | None = None, lr: float | None = None) -> WeightStep:
+        """The step that `optimizer` is about to take on `weights`, with `lr` in place of every group's own if given.
+
+        `torch.optim.SGD` with weight decay, momentum, dampening and Nesterov momentum. Others are refused with `ValueError`, as are
+        weights that are in no group (of those, `rates` would be a guess).
+        """
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper holds the real one
+        if type(optimizer) is not torch.optim.SGD:
+            raise ValueError(f"the second-order step unrolls torch.optim.SGD; {type(optimizer).__name__}'s step is not linear in the "
+                             "gradient: use SGD for the weights, or hvp='first_order'")
+        group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        rates, decays, offsets = [], [], []
+        for w in weights:
+            if id(w) not in group_of:
+                raise ValueError(f"a weight of shape {tuple(w.shape)} takes part in the loss but is in no group of the optimizer")
+            group = group_of[id(w)]
+            if group.get("maximize"):
+                raise ValueError("SGD with maximize=True cannot be unrolled: the search minimises the training loss")
+            step, momentum = group["lr"] if lr is None else lr, group["momentum"]
+            buffer = optimizer.state.get(w, {}).get("momentum_buffer") if momentum else None
+            # torch.optim.SGD: d = c·g + λw;  b = d at first, then μb + (1−τ)d;  the step goes along b, or along d + μb (Nesterov)
+            share = 1.0 if buffer is None else 1.0 - group["dampening"]
+            carried = 0.0 if buffer is None else momentum
+            if group["nesterov"]:
+                share, carried = 1.0 + momentum * share, momentum * carried
+            rates.append(float(step * share))
+            decays.append(float(step * share * group["weight_decay"]))
+            offsets.append(None if buffer is None or not step else step * carried * buffer)
+        return cls(tuple(rates), tuple(decays), tuple(offsets), clip)
+
+    def coefficient(self, grads: Sequence[Tensor | None]) -> Tensor | float:
+        """c, differentiable in the gradients."""
+        if self.clip is None:
+            return 1.0
+        return (self.clip / (norm(grads) + 1e-6)).clamp(max=1.0)
+
+    def apply(self, weights: Tensors, grads: Sequence[Tensor | None], c: Tensor | float) -> list[Tensor]:
+        """w′. A weight without a gradient stays where it is, as the optimizer leaves it."""
+        return [w if g is None else w - rate * (c * g) - decay * w - (0 if offset is None else offset)
+                for w, g, rate, decay, offset in zip(weights, grads, self.rates, self.decays, self.offsets)]
+
+    def pull_back(self, vector: Sequence[Tensor | None], grads: Sequence[Tensor | None], c: Tensor | float) -> list[Tensor | None]:
+        """q = J'ᵀ(ρ∘v). Where the clip is active J(g) = clip·g/(‖g‖ + δ), so J'ᵀu = c·(u − g (gᵀu)/(‖g‖(‖g‖ + δ)))."""
+        u = [None if v is None or g is None else rate * v for v, g, rate in zip(vector, grads, self.rates)]
+        if self.clip is None or float(c) >= 1:
+            return u
+        length = norm(grads)
+        along = sum((g * x).sum() for g, x in zip(grads, u) if x is not None) / (length * (length + 1e-6))
+        return [None if x is None else c * (x - along * g) for x, g in zip(u, grads)]
+
+
+class AlphaGradient(NamedTuple):
+    """`grads` = `direct` − `implicit`, each like α; the two losses (detached); ‖∇w L_train‖ and c of the weight step."""
+
+    grads: list[Tensor]
+    direct: list[Tensor]
+    implicit: list[Tensor] | None
+    train_loss: Tensor | None
+    valid_loss: Tensor
+    grad_norm: float | None = None
+    coefficient: float = 1.0
+
+
+def norm(tensors: Sequence[Tensor | None]) -> Tensor:
+    """The Euclidean norm of all tensors taken together."""
+    return torch.stack([t.pow(2).sum() for t in tensors if t is not None]).sum().sqrt()
+
+
+def architecture_gradient(loss: Loss, weights: Tensors, alphas: Tensors, train_batch, valid_batch, step: WeightStep | None,
+                          mode: str = "finite_difference", epsilon: float = EPSILON, neumann_terms: int = 0,
+                          valid_loss: Loss | None = None, same_masks: bool = True) -> AlphaGradient:
+    """∇α of valid_loss(w′(α), α) with w′ the weight step from (w, α) on the train batch.
+
+    `loss(weights, alphas, batch)` returns a scalar and must leave nothing behind but draws from random generators; these are put back at
+    the end to where they stood, so that the weight step that follows draws the masks of the step that was unrolled.
+    `valid_loss` defaults to `loss`. `mode`: "finite_difference" (`epsilon` is r: the weights move by r in all, eq. 8), "exact" (double
+    backprop; `loss` must allow it) or "first_order" (w′ = w; `step` and the train batch are not used).
+    `neumann_terms` K adds Σ_{k=1..K} (I − ∇w² L_train∘ρ)ᵏ to the identity before the mixed derivative (iDARTS, arXiv 2106.10784, eq. 9).
+    `same_masks=False` draws anew in every pass, as published code does. Weights and α are only read.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}")
+    if not epsilon > 0:
+        raise ValueError(f"epsilon: {epsilon!r} must be above 0")
+    valid_loss = valid_loss or loss
+    start = RandomState([*weights, *alphas])
+    weights = [w.detach() for w in weights]
+    alphas = [a.detach().requires_grad_() for a in alphas]
+    if mode == "first_order" or not any(step.rates):
+        value = valid_loss(weights, alphas, valid_batch)
+        direct = _grad(value, alphas)
+        start.restore()
+        return AlphaGradient(direct, direct, None, None, value.detach())
+
+    def train(at: Tensors) -> Tensor:
+        if same_masks:
+            start.restore()
+        return loss(at, alphas, train_batch)
+
+    # w′, with the graph behind it only where it is differentiated again
+    again = mode == "exact"
+    leaves = [w.requires_grad_() for w in weights]
+    train_value = train(leaves)
+    g = torch.autograd.grad(train_value, leaves, create_graph=again, allow_unused=True)
+    # the generators now stand where the training pass left them, so the validation pass has masks of its own
+    gd = [None if x is None else x.detach() for x in g]
+    c = step.coefficient(gd)
+    unrolled = [w.detach().requires_grad_() for w in step.apply(leaves, gd, c)]
+    valid_value = valid_loss(unrolled, alphas, valid_batch)
+    *direct, v = _grad(valid_value, [*alphas, *unrolled], split=len(alphas))
+    q = step.pull_back(v, gd, c)
+
+    if neumann_terms:
+        q = _neumann(train, leaves, q, step, neumann_terms, epsilon, g if again else None)
+    if again:
+        dot = sum((x * y).sum() for x, y in zip(g, q) if x is not None and y is not None)
+        implicit = _grad(dot, alphas)
+    else:
+        plus, minus, scale = _ends(leaves, q, epsilon)
+        if scale == 0:
+            implicit = [torch.zeros_like(a) for a in alphas]
+        else:
+            up, down = _grad(train(plus), alphas), _grad(train(minus), alphas)
+            implicit = [(a - b) / scale for a, b in zip(up, down)]
+    start.restore()
+    grads = [d - i for d, i in zip(direct, implicit)]
+    return AlphaGradient(grads, direct, implicit, train_value.detach(), valid_value.detach(), float(norm(gd)), float(c))
+
+
+def _grad(value: Tensor, inputs: Tensors, split: int | None = None) -> list:
+    """Gradients; zeros for an α that takes no part. With `split`, the inputs from there on come back as one list that keeps None."""
+    grads = torch.autograd.grad(value, inputs, allow_unused=True)
+    head = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs[:split], grads)]
+    return head if split is None else [*head, list(grads[split:])]
+
+
+def _ends(weights: Tensors, direction: Sequence[Tensor | None], epsilon: float) -> tuple[list[Tensor], list[Tensor], float]:
+    """w ± r·q/‖q‖ without a graph, and 2r/‖q‖, by which a difference of two gradients is divided; 0 where q is 0."""
+    length = float(norm(direction)) if any(q is not None for q in direction) else 0.0
+    if length == 0:
+        return [], [], 0.0
+    scale = epsilon / length
+    plus = [w.detach() if q is None else torch.add(w.detach(), q, alpha=scale) for w, q in zip(weights, direction)]
+    minus = [w.detach() if q is None else torch.add(w.detach(), q, alpha=-scale) for w, q in zip(weights, direction)]
+    return plus, minus, 2 * scale
+
+
+def _neumann(train, weights, q, step, terms, epsilon, g) -> list[Tensor | None]:
+    """Σ_{k=0..K} (I − ρ∘∇w² L_train)ᵏ q; each product by a central difference of ∇w L_train, or exactly where the graph of g is there."""
+    total, term = list(q), list(q)
+    for _ in range(terms):
+        if g is not None:
+            dot = sum((x * y).sum() for x, y in zip(g, term) if x is not None and y is not None)
+            product = torch.autograd.grad(dot, weights, retain_graph=True, allow_unused=True)
+        else:
+            plus, minus, scale = _ends(weights, term, epsilon)
+            if scale == 0:
+                break
+            ends = [[w.requires_grad_() for w in end] for end in (plus, minus)]
+            up, down = (torch.autograd.grad(train(end), end, allow_unused=True) for end in ends)
+            product = [None if a is None else (a - b) / scale for a, b in zip(up, down)]
+        term = [None if t is None else t if h is None else t - rate * h for t, h, rate in zip(term, product, step.rates)]
+        total = [None if s is None else s + t for s, t in zip(total, term)]
+    return total
+
+
+def original_gradient(loss: Loss, weights: Tensors, alphas: Tensors, train_batch, valid_batch, lr: float, weight_decay: float, clip: float,
+                      epsilon: float = 1e-2, valid_loss: Loss | None = None, tied: Sequence[int] = ()) -> AlphaGradient:
+    """The estimate that quark0/darts `rnn/architect.py` computes, kept for reproduction and for comparison.
+
+    It draws new masks in each pass, clips ∇w′ L_val before it becomes a direction, and multiplies by clip/‖g‖ even where that is above 1.
+    `tied` are the indices of weights that have two names, the embedding that is the decoder's matrix too: its w′ leaves them at w, because
+    `_construct_model_from_theta` writes the new one into a state dict in which the old one, under its second name, is loaded last.
+    """
+    start = RandomState([*weights, *alphas])
+    alphas = [a.detach().requires_grad_() for a in alphas]
+    leaves = [w.detach().requires_grad_() for w in weights]
+    train_value = loss(leaves, alphas, train_batch)
+    g = torch.autograd.grad(train_value, leaves, allow_unused=True)
+    factor = float(clip / (norm(g) + 1e-6))
+    unrolled = [w.detach() if x is None or i in tied else (w - lr * (min(factor, 1.0) * x + weight_decay * w)).detach()
+                for i, (w, x) in enumerate(zip(leaves, g))]
+    unrolled = [w.requires_grad_() for w in unrolled]
+    valid_value = (valid_loss or loss)(unrolled, alphas, valid_batch)
+    *direct, v = _grad(valid_value, [*alphas, *unrolled], split=len(alphas))
+    shrink = min(float(clip / (norm(v) + 1e-6)), 1.0)
+    v = [None if x is None else shrink * x for x in v]
+    plus, minus, scale = _ends(leaves, v, epsilon)
+    up, down = _grad(loss(plus, alphas, train_batch), alphas), _grad(loss(minus, alphas, train_batch), alphas)
+    implicit = [lr * factor * (a - b) / scale for a, b in zip(up, down)]
+    start.restore()
+    return AlphaGradient([d - i for d, i in zip(direct, implicit)], direct, implicit, train_value.detach(), valid_value.detach(),
+                         float(norm(g)), factor)

@@ -1,0 +1,119 @@
+"""The discrete recurrent cell and `DartsRNN`, the layer made of it, called like `nn.GRU`.
+
+Cell (DARTS, section 3.2 and appendix A.1.2; quark0/darts `rnn/model.py`), for one time step with input x and previous output h:
+
+    c0, z0 = [x∘m_x, h∘m_h] W0                 s_0 = h   + σ(c0)∘(tanh(z0) − h)
+    c,  z  = (s_j∘m_h) W_i                     s_i = s_j + σ(c)∘(f(z) − s_j)          node i reads s_j through f
+    output = mean of s_i over the genotype's `concat`
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .genotype import Genotype, load_genotype, register_op
+
+ACTIVATIONS = {
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "sigmoid": torch.sigmoid,
+    "identity": lambda z: z,
+}
+"""How each primitive other than `none` is computed, element by element."""
+
+INIT_RANGE = 0.04
+"""Weights start uniform in ±0.04 (quark0/darts `rnn/model.py`)."""
+
+
+def register_primitive(name: str, function) -> None:
+    """Add a nonlinearity: genotypes may name it, and spaces, supernets and layers given it in `primitives` compute it.
+
+    `function` maps a tensor to one of the same shape, element by element, and must be differentiable.
+    """
+    if not isinstance(name, str) or not name.isidentifier() or name == "none":
+        raise ValueError(f"primitive name {name!r} must be an identifier other than 'none'")
+    ACTIVATIONS[name] = function
+    register_op(name)
+
+
+def discrete_cell(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, genotype: Genotype, mask: Tensor | None = None) -> Tensor:
+    """Run the cell over a sequence; the readable form, for any device, dtype and order of derivative.
+
+    x_proj (T, B, 2H): the input's share of [x∘m_x, h∘m_h] W0, for all time steps. h0 (B, H). W0_h (H, 2H): the rows of W0
+    for h. Ws (N, H, 2H). mask (B, H): m_h, or None. Returns the outputs (T, B, H); the last is the next hidden state.
+    """
+    masked = (lambda s: s) if mask is None else (lambda s: s * mask)
+    h, outputs = h0, []
+    for x in x_proj.unbind(0):
+        c, z = (x + masked(h) @ W0_h).chunk(2, -1)  # (B, H) each
+        states = [h + torch.sigmoid(c) * (torch.tanh(z) - h)]
+        for W, (op, j) in zip(Ws.unbind(0), genotype.recurrent):
+            s = states[j]
+            c, z = (masked(s) @ W).chunk(2, -1)  # (B, H) each
+            states.append(s + torch.sigmoid(c) * (ACTIVATIONS[op](z) - s))
+        h = torch.stack([states[i] for i in genotype.concat]).mean(0)  # (len(concat), B, H) -> (B, H)
+        outputs.append(h)
+    return torch.stack(outputs)  # (T, B, H)
+
+
+def variational_mask(like: Tensor, p: float, training: bool) -> Tensor | None:
+    """A dropout mask (B, H) shaped like `like`, drawn once per sequence and scaled by 1/(1−p) (Gal & Ghahramani 2016); None if inactive."""
+    if not training or p == 0:
+        return None
+    return torch.empty_like(like).bernoulli_(1 - p).div_(1 - p)
+
+
+class RecurrentWeights(nn.Module):
+    """What one recurrent layer of N nodes owns: W0 (I+H, 2H), Ws (N, H, 2H), and its two variational dropout rates."""
+
+    def __init__(self, input_size: int, hidden_size: int, n_nodes: int, dropout_x: float = 0.0, dropout_h: float = 0.0):
+        super().__init__()
+        for name, value in (("input_size", input_size), ("hidden_size", hidden_size), ("n_nodes", n_nodes)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: {value!r} must be a whole number of at least 1")
+        for name, value in (("dropout_x", dropout_x), ("dropout_h", dropout_h)):
+            if not 0 <= value < 1:
+                raise ValueError(f"{name}: {value!r} must be at least 0 and below 1")
+        self.input_size, self.hidden_size, self.n_nodes = input_size, hidden_size, n_nodes
+        self.dropout_x, self.dropout_h = dropout_x, dropout_h
+        self.W0 = nn.Parameter(torch.empty(input_size + hidden_size, 2 * hidden_size))
+        self.Ws = nn.Parameter(torch.empty(n_nodes, hidden_size, 2 * hidden_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.uniform_(self.W0, -INIT_RANGE, INIT_RANGE)
+        nn.init.uniform_(self.Ws, -INIT_RANGE, INIT_RANGE)
+
+    def project(self, x: Tensor, h0: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What every kind of cell starts from: x (T, B, I) -> x_proj (T, B, 2H), h0 (B, H), mask m_h (B, H) or None."""
+        if x.dim() != 3 or x.shape[-1] != self.input_size:
+            raise ValueError(f"input has shape {tuple(x.shape)}; expected (T, B, {self.input_size})")
+        h0 = x.new_zeros(x.shape[1], self.hidden_size) if h0 is None else h0
+        if h0.shape != (x.shape[1], self.hidden_size):
+            raise ValueError(f"hidden state has shape {tuple(h0.shape)}; expected (B, H) = ({x.shape[1]}, {self.hidden_size})")
+        mask_x = variational_mask(x[0], self.dropout_x, self.training)
+        mask_h = variational_mask(h0, self.dropout_h, self.training)
+        if mask_x is not None:
+            x = x * mask_x
+        return x @ self.W0[:self.input_size], h0, mask_h  # one GEMM for all T·B rows
+
+    def run_cell(self, x: Tensor, h0: Tensor | None, genotype: Genotype) -> Tensor:
+        """The genotype's cell with these weights: x (T, B, I), h0 (B, H) or None -> outputs (T, B, H)."""
+        x_proj, h0, mask = self.project(x, h0)
+        return discrete_cell(x_proj, h0, self.W0[self.input_size:], self.Ws, genotype, mask)
+
+    def extra_repr(self) -> str:
+        return f"{self.input_size}, {self.hidden_size}, n_nodes={self.n_nodes}, dropout_x={self.dropout_x}, dropout_h={self.dropout_h}"
+
+
+class DiscreteRNN(RecurrentWeights):
+    """One layer, one direction of a genotype's cell: x (T, B, I), h0 (B, H) or None -> outputs (T, B, H); the last is h_n."""
+
+    def __init__(self, input_size: int, hidden_size: int, genotype: Genotype, dropout_x: float = 0.0, dropout_h: float = 0.0):
+        genotype = load_genotype(genotype)
+        super().__init__(input_size, hidden_size, genotype.n_nodes, dropout_x, dropout_h)
+        self.genotype = genotype
+
+    def forward(self, x: Tensor, h0: Tensor | None = None) -> Tensor:
+        return self.run_cell(x, h0, self.genotype)

@@ -1,0 +1,156 @@
+"""The Lightning evaluator that NNI's one-shot strategies train the language model's supernet with."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import nni
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from nni.nas.evaluator.pytorch import Lightning, LightningModule, Trainer
+
+from .corpus import BpttBatches, Corpus, search_lengths, streams
+from .files import write_csv, write_json, write_text
+from .model import activation_regularisation, perplexity
+from .recipes import SearchRecipe
+
+TRAIN, VALID = 0, 1  # which stream a batch comes from; its own hidden state goes with it
+
+
+class TaggedBatches:
+    """Batches that say which stream they come from: (tokens (T, B), targets (T, B), stream).
+
+    `epoch()` says which epoch's lengths to draw; asked anew for every length and iteration, so a resumed trainer gets the right ones.
+    `no_longer_than`: batches that these are read beside; an epoch has no more than they have.
+    """
+
+    def __init__(self, batches: BpttBatches, stream: int, epoch=lambda: 0, no_longer_than: TaggedBatches | None = None):
+        self.batches, self.stream, self.epoch, self.no_longer_than = batches, stream, epoch, no_longer_than
+
+    def __len__(self) -> int:
+        self.batches.set_epoch(self.epoch())
+        length = len(self.batches)
+        return length if self.no_longer_than is None else min(length, len(self.no_longer_than))
+
+    def __iter__(self):
+        for _, batch in zip(range(len(self)), self.batches):
+            yield batch.tokens, batch.targets, self.stream
+
+
+@nni.trace
+class LanguageModelModule(LightningModule):
+    """Trains a `DartsRnnSpace` or its supernet: SGD, learning rate × length/bptt, AR/TAR, hidden states carried from batch to batch.
+
+    A batch is (tokens (T, B), targets (T, B), stream): `TRAIN` or `VALID`. The hidden states of both streams are buffers, so they are in
+    Lightning's checkpoints. `training_step` returns "loss" (nats per token, plus AR/TAR for the training stream) and "data_loss" (without).
+    """
+
+    validation_buffers = ("hidden_valid",)
+
+    def __init__(self, batch_size: int, hidden_size: int, bptt: int = 35, lr: float = 20.0, weight_decay: float = 5e-7, ar: float = 0.0,
+                 tar: float = 1e-3):
+        super().__init__()
+        self.bptt, self.lr, self.weight_decay, self.ar, self.tar = bptt, lr, weight_decay, ar, tar
+        self.register_buffer("hidden_train", torch.zeros(batch_size, hidden_size))
+        self.register_buffer("hidden_valid", torch.zeros(batch_size, hidden_size))
+
+    def training_step(self, batch, batch_idx: int) -> dict:
+        tokens, targets, stream = batch
+        hidden = self.hidden_train if stream == TRAIN else self.hidden_valid
+        nll, raw, dropped, after = self.model.loss(tokens, targets, hidden.clone())
+        hidden.copy_(after.detach())
+        if stream == VALID:
+            return {"loss": nll, "data_loss": nll}
+        return {"loss": nll + activation_regularisation(raw, dropped, self.ar, self.tar), "data_loss": nll}
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+
+    def on_train_epoch_start(self) -> None:
+        self.hidden_train.zero_()  # the training text begins again
+        self.hidden_valid.zero_()
+
+    def on_train_batch_start(self, batch, batch_idx: int) -> None:
+        # before the architecture step too, which unrolls the step of this very length
+        tokens = (batch["train"] if isinstance(batch, dict) else batch)[0]
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = self.lr * len(tokens) / self.bptt
+
+
+class SupernetReport(pl.Callback):
+    """After every epoch: validation perplexity of the supernet, α's entropy, speed; handed to `report` as a dictionary.
+
+    `rows` keeps the dictionaries, `alphas` α (E, K) as lists of numbers, one for each epoch; epoch 0 is the untrained supernet.
+    With `folder`, search.csv, alpha.json and genotype.json there are brought up to date after each epoch.
+    Raises `FloatingPointError` when a loss, a weight or α is no longer finite.
+    """
+
+    def __init__(self, corpus: Corpus, recipe: SearchRecipe, report=None, folder: Path | None = None):
+        self.corpus, self.recipe, self.report, self.folder = corpus, recipe, report or (lambda row: None), folder
+        self.rows, self.alphas = [], []
+
+    def on_train_start(self, trainer, pl_module):
+        self._finish(trainer, pl_module, epoch=trainer.current_epoch, train_loss=None, seconds=None)
+        self._start()
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self._start()
+
+    def _start(self):
+        self.began, self.tokens, self.nats = time.perf_counter(), 0, 0.0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        tokens = batch["train"][0]
+        self.tokens += tokens.numel()
+        self.nats = self.nats + outputs["data_loss"].detach() * tokens.numel()  # stays on the device: no synchronisation each step
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        seconds = time.perf_counter() - self.began
+        train_loss = float(self.nats) / max(1, self.tokens)
+        if not np.isfinite(train_loss):
+            raise FloatingPointError(f"search: the training loss became {train_loss} in epoch {trainer.current_epoch + 1}; "
+                                     "lower search.lr or search.clip")
+        self._finish(trainer, pl_module, trainer.current_epoch + 1, train_loss, seconds)
+
+    def _finish(self, trainer, pl_module, epoch, train_loss, seconds):
+        model = pl_module.training_module.model
+        value = perplexity(model, self.corpus.valid, self.recipe.eval_batch_size, self.recipe.bptt)
+        row = {"default": value, "phase": "search", "epoch": epoch, "perplexity": value}
+        mixed = [m for m in model.modules() if hasattr(m, "probabilities")]
+        if mixed:
+            p = mixed[0].probabilities().double()
+            self.alphas.append(mixed[0].alpha.detach().cpu().tolist())
+            row["alpha_entropy"] = float(-(p * p.clamp_min(1e-30).log()).sum(1).mean())
+            for name in ("none", "identity"):
+                if name in mixed[0].primitives:
+                    row[f"{name}_share"] = float(p[:, mixed[0].primitives.index(name)].mean())
+        if seconds is not None:
+            row |= {"train_perplexity": float(np.exp(min(train_loss, 700))), "tokens_per_second": self.tokens / seconds, "seconds": seconds}
+        self.rows.append(row)
+        if self.folder is not None and mixed:
+            write_csv(self.folder / "search.csv", [{k: v for k, v in row.items() if k != "default"} for row in self.rows])
+            write_json(self.folder / "alpha.json", {"primitives": list(mixed[0].primitives), "epochs": [r["epoch"] for r in self.rows],
+                                                    "alpha": self.alphas})
+            write_text(self.folder / "genotype.json", mixed[0].genotype().to_json() + "\n")
+        self.report(row)
+
+
+def search_evaluator(corpus: Corpus, recipe: SearchRecipe, seed: int = 0, report=None, folder: Path | None = None, callbacks=(),
+                     **trainer_options) -> Lightning:
+    """The evaluator of a search: `NasExperiment(DartsRnnSpace(…), search_evaluator(corpus, recipe), SecondOrderDARTS(…))`.
+
+    α learns from `corpus.alpha`, or from the validation text where the corpus keeps no text apart for it. `report` gets a dictionary after
+    every epoch and `folder` the files (see `SupernetReport`); `trainer_options` go to Lightning's `Trainer`.
+    """
+    module = LanguageModelModule(recipe.batch_size, recipe.hidden_size, recipe.bptt, recipe.lr, recipe.weight_decay, recipe.ar, recipe.tar)
+    # the number of batches differs from epoch to epoch, so Lightning has to count them again before each
+    options = dict(max_epochs=recipe.epochs, logger=False, enable_checkpointing=False, enable_model_summary=False, num_sanity_val_steps=0,
+                   limit_val_batches=0, reload_dataloaders_every_n_epochs=1) | trainer_options
+    trainer = Trainer(callbacks=[SupernetReport(corpus, recipe, report, folder), *callbacks], **options)
+    lengths = search_lengths(recipe.bptt, recipe.short_bptt_probability)
+    held_out = corpus.valid if corpus.alpha is None else corpus.alpha
+    train = TaggedBatches(BpttBatches(streams(corpus.train, recipe.batch_size), lengths, seed), TRAIN, lambda: trainer.current_epoch)
+    valid = TaggedBatches(BpttBatches(streams(held_out, recipe.batch_size), lengths, seed + 1), VALID, lambda: trainer.current_epoch, train)
+    return Lightning(module, trainer, train_dataloaders=train, val_dataloaders=valid)

@@ -1,0 +1,180 @@
+"""A recurrent cell as data: its genotype, the published cells, and the derivation from architecture probabilities."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+PRIMITIVES = ("none", "tanh", "relu", "sigmoid", "identity")
+"""Primitives of one edge of the supernet, in the order of α's columns (DARTS, section 3.2). `none` is never derived."""
+
+_known_ops = set(PRIMITIVES) - {"none"}
+
+
+def register_op(name: str) -> None:
+    """Allow `name` as the nonlinearity of a node. Use `cell.register_primitive`, which also says how to compute it."""
+    _known_ops.add(name)
+
+
+def edges(n_nodes: int) -> list[tuple[int, int]]:
+    """The E = N(N+1)/2 edges `(node, predecessor)` in the order of α's rows: node by node, predecessor by predecessor."""
+    return [(node, j) for node in range(1, n_nodes + 1) for j in range(node)]
+
+
+def number_of_nodes(n_edges: int) -> int:
+    """N for E edges; `ValueError` if no N has that many."""
+    n = (int(np.sqrt(8 * n_edges + 1)) - 1) // 2
+    if n < 1 or n * (n + 1) // 2 != n_edges:
+        raise ValueError(f"{n_edges} rows of α fit no number of nodes; N nodes have N(N+1)/2 edges: 1, 3, 6, 10, …")
+    return n
+
+
+def did_you_mean(word: object, allowed) -> str:
+    """`"; did you mean 'x'?"` for the nearest of `allowed`, or nothing."""
+    near = difflib.get_close_matches(str(word), [str(a) for a in allowed], n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+@dataclass(frozen=True)
+class Genotype:
+    """A discrete recurrent cell.
+
+    `recurrent[i-1] = (op, j)` says of node i ≥ 1 that it reads state j < i through the nonlinearity `op`
+    (state 0 is made from the input and the previous hidden state). The output is the mean of the states named in `concat`
+    (default: all nodes). Raises `ValueError` with one line when the cell cannot be built.
+    """
+
+    recurrent: tuple[tuple[str, int], ...]
+    concat: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        try:
+            recurrent = tuple((str(op), _integer(j)) for op, j in self.recurrent)
+            concat = tuple(_integer(c) for c in self.concat) or tuple(range(1, len(recurrent) + 1))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"genotype: expected recurrent = ((op, predecessor), …) and concat = (node, …): {error}") from None
+        if not recurrent:
+            raise ValueError("genotype: recurrent is empty; at least one node is needed")
+        for node, (op, j) in enumerate(recurrent, start=1):
+            if op not in _known_ops:
+                raise ValueError(f"genotype: op {op!r} of node {node} is none of {', '.join(sorted(_known_ops))}"
+                                 + did_you_mean(op, _known_ops))
+            if not 0 <= j < node:
+                raise ValueError(f"genotype: node {node} reads state {j}; only states 0 to {node - 1} come before it")
+        bad = [c for c in concat if not 1 <= c <= len(recurrent)]
+        if bad or len(set(concat)) != len(concat):
+            raise ValueError(f"genotype: concat {concat} must name each of the nodes 1 to {len(recurrent)} at most once")
+        object.__setattr__(self, "recurrent", recurrent)
+        object.__setattr__(self, "concat", concat)
+
+    @property
+    def n_nodes(self) -> int:
+        return len(self.recurrent)
+
+    def __str__(self) -> str:
+        body = ", ".join(f"{op}←{j}" for op, j in self.recurrent)
+        all_nodes = self.concat == tuple(range(1, self.n_nodes + 1))
+        return f"[{body}]" + ("" if all_nodes else f" mean of {list(self.concat)}")
+
+    def to_json(self) -> str:
+        """One line of JSON: `{"recurrent": [[op, predecessor], …], "concat": [node, …]}`."""
+        return json.dumps({"recurrent": [list(pair) for pair in self.recurrent], "concat": list(self.concat)})
+
+    @classmethod
+    def from_json(cls, text: str) -> Genotype:
+        """The inverse of `to_json`; `ValueError` for text that is no genotype."""
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"genotype: not JSON ({error})") from None
+        if not isinstance(data, dict) or "recurrent" not in data or set(data) - {"recurrent", "concat"}:
+            raise ValueError('genotype: expected {"recurrent": [[op, predecessor], …], "concat": [node, …]}')
+        return cls(data["recurrent"], data.get("concat", ()))
+
+    def to_sample(self) -> dict[str, str]:
+        """The NNI sample of `DartsRnnSpace` that is this cell. `ValueError` where `concat` is not all nodes, as the space has no such choice."""
+        if self.concat != tuple(range(1, self.n_nodes + 1)):
+            raise ValueError(f"genotype: a sample of the space averages all nodes; concat here is {self.concat}")
+        sample = {}
+        for node, (op, j) in enumerate(self.recurrent, start=1):
+            sample[f"cell/node_{node}/input"] = str(j)
+            sample[f"cell/node_{node}/op"] = op
+        return sample
+
+    @classmethod
+    def from_sample(cls, sample: dict) -> Genotype:
+        """The cell that an NNI sample stands for (labels `cell/node_<i>/input` and `cell/node_<i>/op`; others are left alone)."""
+        n_nodes = sum(str(key).startswith("cell/node_") and str(key).endswith("/op") for key in sample)
+        try:
+            recurrent = [(sample[f"cell/node_{i}/op"], sample[f"cell/node_{i}/input"]) for i in range(1, n_nodes + 1)]
+        except KeyError as error:
+            raise ValueError(f"sample: label {error} is missing") from None
+        if not recurrent:
+            raise ValueError("sample: no label cell/node_<i>/op; is this a sample of DartsRnnSpace?")
+        return cls(recurrent)
+
+
+def _integer(value) -> int:
+    if isinstance(value, bool) or int(value) != float(value):
+        raise ValueError(f"{value!r} is no whole number")
+    return int(value)
+
+
+def derive(probabilities, primitives=PRIMITIVES) -> Genotype:
+    """The genotype of probabilities (E, K), by the paper's rule (section 2.4; quark0/darts `rnn/model_search.py: genotype`).
+
+    Per node: the edge whose strongest primitive other than `none` is strongest, then that primitive.
+    Ties go to the smaller predecessor, then to the earlier primitive. Monotone in each row only through softmax: give
+    probabilities, not α, when rows of α have different offsets. Raises `ValueError` for NaN or a wrong shape.
+    """
+    p = np.asarray(probabilities, dtype=np.float64)
+    if p.ndim != 2 or p.shape[1] != len(primitives):
+        raise ValueError(f"probabilities have shape {p.shape}; expected (E, {len(primitives)}) for {', '.join(primitives)}")
+    if not np.isfinite(p).all():
+        raise ValueError("probabilities hold NaN or infinite values; the search has diverged")
+    ops = [k for k, name in enumerate(primitives) if name != "none"]
+    strength = p[:, ops]  # (E, K or K-1)
+    recurrent, row = [], 0
+    for node in range(1, number_of_nodes(len(p)) + 1):
+        block = strength[row:row + node]  # (predecessors, ops)
+        j = int(block.max(axis=1).argmax())
+        recurrent.append((primitives[ops[int(block[j].argmax())]], j))
+        row += node
+    return Genotype(tuple(recurrent))
+
+
+DARTS_V1 = Genotype((("relu", 0), ("relu", 1), ("tanh", 2), ("relu", 3), ("relu", 4), ("identity", 1), ("relu", 5), ("relu", 1)))
+"""First-order DARTS, Penn Treebank (quark0/darts `rnn/genotypes.py`); published test perplexity 57.6."""
+
+DARTS_V2 = Genotype((("sigmoid", 0), ("relu", 1), ("relu", 1), ("identity", 1), ("tanh", 2), ("sigmoid", 5), ("tanh", 3), ("relu", 5)))
+"""Second-order DARTS, Penn Treebank (quark0/darts `rnn/genotypes.py`); published test perplexity 55.7."""
+
+ENAS = Genotype((("tanh", 0), ("tanh", 1), ("relu", 1), ("tanh", 3), ("tanh", 3), ("relu", 3), ("relu", 4), ("relu", 7), ("relu", 8),
+                 ("relu", 8), ("relu", 8)), (2, 5, 6, 9, 10, 11))
+"""ENAS, Penn Treebank (Pham et al. 2018, listed in quark0/darts `rnn/genotypes.py`); published test perplexity 56.3 (as run by the DARTS authors)."""
+
+NAMED = {"DARTS_V1": DARTS_V1, "DARTS_V2": DARTS_V2, "ENAS": ENAS}
+
+
+def load_genotype(source: Genotype | str | Path) -> Genotype:
+    """A genotype from itself, a name in `NAMED`, a JSON text or a file of it. `ValueError` otherwise, naming the nearest name."""
+    if isinstance(source, Genotype):
+        return source
+    text = str(source)
+    if text in NAMED:
+        return NAMED[text]
+    if text.lstrip().startswith("{"):
+        return Genotype.from_json(text)
+    path = Path(text)
+    if path.is_dir():
+        path = path / "genotype.json"
+    if not path.is_file():
+        raise ValueError(f"genotype {text!r} is neither a file nor one of {', '.join(NAMED)}" + did_you_mean(text, NAMED))
+    try:
+        return Genotype.from_json(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None

@@ -1,0 +1,94 @@
+"""`DartsRNN`: a genotype's cell as a layer that is called, and answers, like `nn.GRU`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from .cell import DiscreteRNN
+from .genotype import Genotype, load_genotype
+
+
+class DartsRNN(nn.Module):
+    """Drop-in for `nn.GRU` built on a genotype's cell: `(output, h_n) = rnn(x, h_0)`.
+
+    Arguments as in `nn.GRU`, after `genotype` (a `Genotype`, a name such as "DARTS_V2", or a file). The cell has no bias: `bias=True` is
+    refused. `dropout` acts between layers; `dropout_x` and `dropout_h` are the cell's variational rates (one mask a sequence).
+    With D = 2 if bidirectional else 1 and L layers:
+
+    x (T, B, I), or (B, T, I) with `batch_first`, or (T, I), or a `PackedSequence`; h_0 (L·D, B, H), or (L·D, H) for unbatched x, or None for zeros.
+    output (T, B, D·H) in the form of x; h_n (L·D, B, H), for packed sequences at each sequence's own end.
+
+    Raises `ValueError` with one line for arguments or shapes that do not fit.
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, genotype: Genotype | str = "DARTS_V2", num_layers: int = 1, bias: bool = False,
+                 batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False, dropout_x: float = 0.0, dropout_h: float = 0.0,
+                 device=None, dtype=None):
+        super().__init__()
+        if bias:
+            raise ValueError("bias: True is not possible, the DARTS cell has no bias terms; leave it False")
+        if isinstance(num_layers, bool) or not isinstance(num_layers, int) or num_layers < 1:
+            raise ValueError(f"num_layers: {num_layers!r} must be a whole number of at least 1")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout: {dropout!r} must be at least 0 and below 1")
+        self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
+        self.genotype, self.batch_first, self.dropout, self.bidirectional = load_genotype(genotype), batch_first, dropout, bidirectional
+        self.directions = 2 if bidirectional else 1
+        self.layers = nn.ModuleList(
+            DiscreteRNN(input_size if layer == 0 else self.directions * hidden_size, hidden_size, self.genotype, dropout_x, dropout_h)
+            for layer in range(num_layers) for _ in range(self.directions))
+        self.to(device=device, dtype=dtype)
+
+    def extra_repr(self) -> str:
+        return (f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, batch_first={self.batch_first}, "
+                f"bidirectional={self.bidirectional}, genotype={self.genotype}")
+
+    def forward(self, x: Tensor | PackedSequence, h_0: Tensor | None = None) -> tuple[Tensor | PackedSequence, Tensor]:
+        if isinstance(x, PackedSequence):
+            padded, lengths = pad_packed_sequence(x)  # (T, B, I), (B,)
+            output, h_n = self._run(padded, h_0, lengths.to(padded.device))
+            packed = pack_padded_sequence(output, lengths, enforce_sorted=False)
+            if x.unsorted_indices is None:  # the caller sorted: give the sequences back in that very order
+                packed = pack_padded_sequence(output, lengths, enforce_sorted=True)
+            return packed, h_n
+        if x.dim() == 2:  # unbatched (T, I)
+            output, h_n = self._run(x.unsqueeze(1), None if h_0 is None else h_0.unsqueeze(1), None)
+            return output.squeeze(1), h_n.squeeze(1)
+        if x.dim() != 3:
+            raise ValueError(f"input has shape {tuple(x.shape)}; expected 2 (unbatched) or 3 axes")
+        output, h_n = self._run(x.transpose(0, 1) if self.batch_first else x, h_0, None)  # (B, T, I) -> (T, B, I)
+        return (output.transpose(0, 1) if self.batch_first else output), h_n
+
+    def _run(self, x: Tensor, h_0: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x (T, B, I), lengths (B,) or None -> output (T, B, D·H), h_n (L·D, B, H)."""
+        if x.shape[-1] != self.input_size:
+            raise ValueError(f"input has {x.shape[-1]} features; this layer was built for input_size {self.input_size}")
+        expected = (self.num_layers * self.directions, x.shape[1], self.hidden_size)
+        if h_0 is not None and h_0.shape != expected:
+            raise ValueError(f"h_0 has shape {tuple(h_0.shape)}; expected (layers·directions, B, H) = {expected}")
+        finals = []
+        for layer in range(self.num_layers):
+            outputs = []
+            for direction in range(self.directions):
+                index = layer * self.directions + direction
+                backwards = direction == 1
+                inputs = _reversed(x, lengths) if backwards else x
+                output = self.layers[index](inputs, None if h_0 is None else h_0[index])  # (T, B, H)
+                finals.append(output[-1] if lengths is None else output[lengths - 1, torch.arange(x.shape[1], device=x.device)])
+                outputs.append(_reversed(output, lengths) if backwards else output)
+            x = torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]  # (T, B, D·H)
+            if self.dropout and layer + 1 < self.num_layers:
+                x = F.dropout(x, self.dropout, self.training)
+        return x, torch.stack(finals)  # (L·D, B, H)
+
+
+def _reversed(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """x (T, B, …) backwards in time, each sequence within its own length."""
+    if lengths is None:
+        return x.flip(0)
+    t = torch.arange(len(x), device=x.device).unsqueeze(1)  # (T, 1)
+    index = torch.where(t < lengths, lengths - 1 - t, t)  # (T, B)
+    return x.gather(0, index.unsqueeze(-1).expand_as(x))

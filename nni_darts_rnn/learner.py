@@ -1,0 +1,248 @@
+"""fastai `Learner`s: one that trains a genotype as a language model, one whose `fit` is a search.
+
+Batches are batch-first as fastai's are: tokens and targets (B, T); logits (B, T, V); activations (B, T, H). Losses are nats per token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from fastai.callback.progress import ProgressCallback  # noqa: F401 (importing it puts the bar among fastai's default callbacks)
+from fastai.callback.rnn import ModelResetter, RNNCallback
+from fastai.callback.tracker import TerminateOnNaNCallback
+from fastai.callback.training import GradientClip
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from fastai.learner import AvgLoss, Learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.metrics import Perplexity
+from fastai.optimizer import OptimWrapper
+from torch import Tensor, nn
+
+from .callbacks import (NTASGD, ActivationRegularizer, ArchParamUpdate, BestModel, EpochReport, MetricsCSV, ScaleLRByLength, weight_parameters)
+from .corpus import BpttBatches, Corpus, fixed_length, retrain_lengths, search_lengths, streams
+from .genotype import Genotype, load_genotype
+from .model import LanguageModel, number_of_parameters, perplexity
+from .recipes import Recipe, RetrainRecipe, SearchRecipe, get_recipe
+from .supernet import MixedRNN
+
+__all__ = ["StatefulLM", "StreamLoader", "language_dls", "lm_learner", "search_learner", "retrain", "perplexity"]
+
+
+class StatefulLM(nn.Module):
+    """A `LanguageModel` (`lm`) as fastai wants it: tokens (B, T) -> decoded (B, T, V), raw and dropped (B, T, H), all views of time-major memory.
+
+    The hidden state (B, H) is a buffer outside the state dict, carried from batch to batch without its history; `reset()` makes it
+    zero, and a batch of another B starts from zeros. `carried` names the buffers that belong to a stream of text and not to the model.
+    """
+
+    carried = ("hidden",)
+
+    def __init__(self, lm: LanguageModel):
+        super().__init__()
+        self.lm = lm
+        self.register_buffer("hidden", lm.init_hidden(1), persistent=False)
+
+    def reset(self) -> None:
+        self.hidden = torch.zeros_like(self.hidden)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        hidden = self.hidden if len(self.hidden) == len(tokens) else self.lm.init_hidden(len(tokens))
+        raw, dropped = self.lm.encode(tokens.t(), hidden)  # (T, B, H) each
+        self.hidden = raw[-1].detach().clone()  # a new tensor: the old one may be in a graph, and a view would keep all of `raw`
+        return self.lm.decoder(dropped).transpose(0, 1), raw.transpose(0, 1), dropped.transpose(0, 1)
+
+    def genotype(self) -> Genotype:
+        """The cell: the genotype itself, or the one that a supernet's α stands for."""
+        cell = self.lm.rnn.genotype
+        return cell() if callable(cell) else cell
+
+
+class SequenceLoss(CrossEntropyLossFlat):
+    """fastai's cross-entropy, flattened time first: `StatefulLM`'s logits are then not copied, and sums run as in `LanguageModel.loss`."""
+
+    def __call__(self, decoded: Tensor, targets: Tensor, **kwargs) -> Tensor:
+        if self.reduction != "mean":
+            return super().__call__(decoded, targets, **kwargs)  # somebody wants the losses one by one, batch first
+        return F.cross_entropy(decoded.transpose(0, 1).flatten(0, 1), targets.t().flatten())
+
+
+class TokenLoss(AvgLoss):
+    """Mean loss over tokens. fastai's `AvgLoss` takes the mean over batches, however short the last one is. Sums are kept in float64."""
+
+    def accumulate(self, learn):
+        n = learn.yb[0].numel()
+        self.total += float(learn.loss.mean()) * n
+        self.count += n
+
+
+class TokenPerplexity(Perplexity):
+    """fastai's `Perplexity` over tokens: exp(nats per predicted token)."""
+
+    def accumulate(self, learn):
+        TokenLoss.accumulate(self, learn)
+
+    @property
+    def value(self):
+        return float(torch.exp(torch.tensor(self.total / self.count, dtype=torch.float64))) if self.count else None
+
+
+class StreamLoader(DataLoader):
+    """`BpttBatches` as a fastai DataLoader: (tokens (B, T), targets (B, T)), views on the stream, no collation and no workers.
+
+    With `advance`, every pass is the next epoch, with its own batch lengths.
+    """
+
+    def __init__(self, batches: BpttBatches, vocab=(), advance: bool = False, device=None):
+        super().__init__(batches, bs=None, device=device)
+        self.vocab, self.advance = list(vocab), advance
+
+    def __iter__(self):
+        try:
+            for tokens, targets in self.dataset:
+                yield tokens.t(), targets.t()
+        finally:
+            if self.advance:
+                self.dataset.set_epoch(self.dataset.epoch + 1)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.dataset.set_epoch(epoch)
+
+    def to(self, device) -> None:
+        self.device = device
+        self.dataset.to(device)  # the whole text once, rather than each batch
+
+    def new(self, dataset=None, cls=None, **kwargs) -> StreamLoader:
+        """The same text again, for one more reader; order and batches are the text's, so other arguments change nothing."""
+        source = self.dataset
+        return StreamLoader(BpttBatches(source.stream, source.rule, source.seed), self.vocab, device=self.device)
+
+
+def torch_device(name: str | torch.device | None = "auto") -> torch.device:
+    """"auto" or None: CUDA where torch finds it, else the CPU; "gpu" is "cuda"."""
+    if name in ("auto", None):
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if name == "gpu" else name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: {name} was asked for, but torch finds no CUDA device; use auto or cpu")
+    return device
+
+
+def language_dls(corpus: Corpus, recipe: SearchRecipe | RetrainRecipe, seed: int = 0, device="auto", path: str | Path = ".") -> DataLoaders:
+    """Training text with the recipe's batch lengths, drawn from `seed` anew in each epoch, and validation text with its fixed length.
+
+    For a SearchRecipe, `dls.arch` reads the text that α learns from. `dls.vocab` is the list of words.
+    """
+    device = torch_device(device)
+    words = corpus.vocab.words
+
+    def loader(tokens: Tensor, batch_size: int, lengths, seed: int = 0, advance: bool = False) -> StreamLoader:
+        return StreamLoader(BpttBatches(streams(tokens, batch_size), lengths, seed, device), words, advance, device)
+
+    if isinstance(recipe, SearchRecipe):
+        lengths = search_lengths(recipe.bptt, recipe.short_bptt_probability)
+    else:
+        lengths = retrain_lengths(recipe.bptt, recipe.short_bptt_probability, recipe.bptt_std, recipe.min_bptt, recipe.bptt + recipe.max_bptt_above)
+    dls = DataLoaders(loader(corpus.train, recipe.batch_size, lengths, seed, advance=True),
+                      loader(corpus.valid, recipe.eval_batch_size, fixed_length(recipe.bptt)), path=path, device=device)
+    if isinstance(recipe, SearchRecipe):
+        held_out = corpus.valid if corpus.alpha is None else corpus.alpha
+        dls.arch = loader(held_out, recipe.batch_size, lengths, seed + 1)
+    return dls
+
+
+def _learner(dls, lm: LanguageModel, recipe, path, cbs, metrics_file: str | None, **kwargs) -> Learner:
+    """What both learners share: SGD, hidden state, AR/TAR, clipping, learning rate × length, perplexity, CSV."""
+    steps = getattr(dls.train, "seq_len", recipe.bptt)  # fastai's own loaders have a fixed length, which then is the usual one
+    own = [ModelResetter(), RNNCallback(), ActivationRegularizer(alpha=recipe.ar, beta=recipe.tar), ScaleLRByLength(steps)]
+    if recipe.clip is not None:
+        own.append(GradientClip(recipe.clip))
+    if metrics_file is not None:
+        own.append(MetricsCSV(metrics_file))
+    learn = Learner(dls, StatefulLM(lm), loss_func=SequenceLoss(), opt_func=partial(OptimWrapper, opt=torch.optim.SGD), lr=recipe.lr,
+                    wd=recipe.weight_decay, metrics=TokenPerplexity(), path=path, cbs=[*own, *cbs], **kwargs)
+    learn.recorder.loss = TokenLoss()
+    return learn
+
+
+def _dropouts(recipe) -> dict[str, float]:
+    return {name: getattr(recipe, name) for name in ("dropout", "dropout_i", "dropout_e")}
+
+
+def _vocab_size(dls, vocab_size: int | None) -> int:
+    if vocab_size is None:
+        vocab = getattr(dls, "vocab", None)
+        if vocab is None:
+            raise ValueError("the DataLoaders have no vocab: give vocab_size")
+        return len(vocab)
+    return vocab_size
+
+
+def lm_learner(dls, genotype: Genotype | str, recipe: RetrainRecipe | Recipe | str = "penn", *, seed: int = 0, path: str | Path | None = None,
+               cbs=(), vocab_size: int | None = None, metrics_file: str | None = "history.csv") -> Learner:
+    """A Learner that trains the genotype's cell as a tied AWD language model by the recipe, up to `learn.fit(recipe.epochs)`.
+
+    `dls`: from `language_dls`, or any fastai language-model DataLoaders. `genotype` and `recipe` may be names. After `fit` the model is the
+    best one on validation (averaged weights, once NT-ASGD averages); it is also in `path/models/best.pth`, metrics in `path/history.csv`.
+    torch's random state is set to `seed` before the model is made.
+    """
+    recipe = recipe if isinstance(recipe, RetrainRecipe) else get_recipe(recipe).retrain
+    genotype, V = load_genotype(genotype), _vocab_size(dls, vocab_size)
+    torch.manual_seed(seed)
+    lm = LanguageModel.from_genotype(V, recipe.hidden_size, genotype, dropout_h=recipe.dropout_h, dropout_x=recipe.dropout_x, **_dropouts(recipe))
+    return _learner(dls, lm, recipe, path, [BestModel(fname="best"), NTASGD(recipe.nonmono), *cbs], metrics_file)
+
+
+def search_learner(dls, recipe: SearchRecipe | Recipe | str = "penn", *, seed: int = 0, valid_batches=None, path: str | Path | None = None, cbs=(),
+                   vocab_size: int | None = None, metrics_file: str | None = "search.csv") -> Learner:
+    """A Learner whose `fit(recipe.epochs)` is the search: the supernet's weights learn the training text, α the validation text.
+
+    `valid_batches` are what α learns from: by default `dls.arch`, or the validation text in batches of the training batch size.
+    `learn.genotype()` is the cell that α stands for. torch's random state is set to `seed` before the model is made.
+    """
+    recipe = recipe if isinstance(recipe, SearchRecipe) else get_recipe(recipe).search
+    if valid_batches is None:
+        valid_batches = dls.arch if "arch" in vars(dls) else dls.valid.new(bs=dls.train.bs)
+    V = _vocab_size(dls, vocab_size)
+    torch.manual_seed(seed)
+    rnn = MixedRNN(recipe.hidden_size, recipe.hidden_size, recipe.n_nodes, dropout_x=recipe.dropout_x, dropout_h=recipe.dropout_h)
+    lm = LanguageModel(V, rnn, **_dropouts(recipe))
+    return _learner(dls, lm, recipe, path, [ArchParamUpdate.of(recipe, valid_batches), *cbs], metrics_file, splitter=weight_parameters)
+
+
+def retrain(corpus: Corpus, genotype: Genotype | str, recipe: RetrainRecipe, seed: int = 0, folder: str | Path = ".", report=None,
+            progress: bool = False, device="auto") -> dict:
+    """Trains the genotype from scratch for `recipe.epochs` and measures the best model.
+
+    `report` gets a dictionary after every epoch (see `EpochReport`). Returns valid_perplexity, test_perplexity, parameters, seconds, epochs (trained),
+    model (the best `LanguageModel`) and learner. `FloatingPointError` with one line if no epoch ended with a finite loss.
+    """
+    began = time.perf_counter()
+    reporter = EpochReport(report, "retrain")
+    dls = language_dls(corpus, recipe, seed, device, path=folder)
+    learn = lm_learner(dls, genotype, recipe, seed=seed, cbs=[reporter])
+    stop = [TerminateOnNaNCallback()]
+    if progress:
+        learn.fit(recipe.epochs, cbs=stop)
+    else:
+        with learn.no_bar(), learn.no_logging():
+            learn.fit(recipe.epochs, cbs=stop)
+    if learn.best_model.last_saved_path is None:
+        raise FloatingPointError("retrain: no epoch ended with a finite validation loss; lower retrain.lr or retrain.clip")
+    best = learn.best_model.last_saved_path
+    best.unlink()  # it has been loaded; the caller keeps the model in a form of its own
+    with contextlib.suppress(OSError):  # something else of the caller's lies there
+        best.parent.rmdir()
+    model = learn.model.lm
+    return {"valid_perplexity": perplexity(model, corpus.valid, recipe.eval_batch_size, recipe.bptt),
+            "test_perplexity": perplexity(model, corpus.test, recipe.test_batch_size, recipe.bptt),
+            "parameters": number_of_parameters(model), "seconds": time.perf_counter() - began, "epochs": len(reporter.rows),
+            "model": model, "learner": learn}

@@ -1,0 +1,132 @@
+"""The AWD-LSTM backbone as a language model around any recurrent layer: hidden state in, hidden state out.
+
+Merity, Keskar, Socher, *Regularizing and Optimizing LSTM Language Models* (2017); the DARTS authors' use of it in quark0/darts `rnn/model.py`:
+tied embedding and decoder, word-level embedding dropout, variational dropout on the embedded words and on the outputs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .cell import INIT_RANGE, DiscreteRNN, variational_mask
+from .corpus import BpttBatches, fixed_length, streams
+from .genotype import Genotype
+
+
+class LMOutput(NamedTuple):
+    """What a language model answers: decoded (T, B, V) logits, raw (T, B, H) outputs, dropped (T, B, H) outputs after dropout, hidden (B, H)."""
+
+    decoded: Tensor
+    raw: Tensor
+    dropped: Tensor
+    hidden: Tensor
+
+
+class LanguageModel(nn.Module):
+    """Predicts the next word from tokens (T, B) and a hidden state (B, H).
+
+    `rnn` is any module with `input_size == hidden_size`, `rnn(x (T, B, H), h0 (B, H)) -> outputs (T, B, H)`, whose last output is the next hidden state:
+    `cell.DiscreteRNN` for retraining, `supernet.MixedRNN` for a search. Dropout rates: `dropout` on the outputs,
+    `dropout_i` on the embedded words, `dropout_e` on whole words of the embedding. Weights are tied, so H is the embedding size too.
+    """
+
+    def __init__(self, vocab_size: int, rnn: nn.Module, dropout: float = 0.0, dropout_i: float = 0.0, dropout_e: float = 0.0):
+        super().__init__()
+        if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 1:
+            raise ValueError(f"vocab_size: {vocab_size!r} must be a whole number of at least 1")
+        for name, value in (("dropout", dropout), ("dropout_i", dropout_i), ("dropout_e", dropout_e)):
+            if not 0 <= value < 1:
+                raise ValueError(f"{name}: {value!r} must be at least 0 and below 1")
+        self.vocab_size, self.hidden_size = vocab_size, rnn.hidden_size
+        self.dropout, self.dropout_i, self.dropout_e = dropout, dropout_i, dropout_e
+        self.encoder = nn.Embedding(vocab_size, rnn.hidden_size)
+        self.rnn = rnn
+        self.decoder = nn.Linear(rnn.hidden_size, vocab_size)
+        self.decoder.weight = self.encoder.weight
+        nn.init.uniform_(self.encoder.weight, -INIT_RANGE, INIT_RANGE)
+        nn.init.zeros_(self.decoder.bias)
+
+    @classmethod
+    def from_genotype(cls, vocab_size: int, hidden_size: int, genotype: Genotype, dropout: float = 0.0, dropout_h: float = 0.0,
+                      dropout_x: float = 0.0, dropout_i: float = 0.0, dropout_e: float = 0.0) -> LanguageModel:
+        """The language model whose recurrent layer is the genotype's cell."""
+        return cls(vocab_size, DiscreteRNN(hidden_size, hidden_size, genotype, dropout_x, dropout_h), dropout, dropout_i, dropout_e)
+
+    def init_hidden(self, batch_size: int) -> Tensor:
+        """The hidden state (B, H) before the first token: zeros, on the weights' device and in their dtype."""
+        return self.encoder.weight.new_zeros(batch_size, self.hidden_size)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens (T, B) -> (T, B, H), with words dropped whole (Merity et al. 2017, section 4.3) and then variational dropout."""
+        weight = self.encoder.weight
+        if self.training and self.dropout_e > 0:
+            keep = weight.new_empty(self.vocab_size, 1).bernoulli_(1 - self.dropout_e).div_(1 - self.dropout_e)
+            embedded = F.embedding(tokens, weight) * F.embedding(tokens, keep)
+        else:
+            embedded = F.embedding(tokens, weight)
+        mask = variational_mask(embedded[0], self.dropout_i, self.training)
+        return embedded if mask is None else embedded * mask
+
+    def encode(self, tokens: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """tokens (T, B), hidden (B, H) -> raw and dropped outputs (T, B, H)."""
+        raw = self.rnn(self.embed(tokens), hidden)
+        mask = variational_mask(raw[0], self.dropout, self.training)
+        return raw, raw if mask is None else raw * mask
+
+    def forward(self, tokens: Tensor, hidden: Tensor) -> LMOutput:
+        raw, dropped = self.encode(tokens, hidden)
+        return LMOutput(self.decoder(dropped), raw, dropped, raw[-1])
+
+    def loss(self, tokens: Tensor, targets: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Mean nats per predicted token, without keeping logits for the caller: (nll, raw, dropped, hidden)."""
+        raw, dropped = self.encode(tokens, hidden)
+        nll = F.cross_entropy(self.decoder(dropped.flatten(0, 1)), targets.flatten())  # (T·B, V)
+        return nll, raw, dropped, raw[-1]
+
+
+def activation_regularisation(raw: Tensor, dropped: Tensor, ar: float, tar: float) -> Tensor | float:
+    """AR and TAR of Merity et al. 2017, section 4.6: ar·mean(dropped²) + tar·mean((raw_t+1 − raw_t)²)."""
+    penalty = 0.0
+    if ar:
+        penalty = penalty + ar * dropped.pow(2).mean()
+    if tar and len(raw) > 1:
+        penalty = penalty + tar * (raw[1:] - raw[:-1]).pow(2).mean()
+    return penalty
+
+
+@torch.no_grad()
+def perplexity(model, tokens: Tensor, batch_size: int, bptt: int) -> float:
+    """exp(nats per predicted token) of a text (n,) read in `batch_size` streams, the hidden state carried along; `model` in evaluation mode.
+
+    `model` is a `LanguageModel` or anything with its `loss` and `init_hidden`. Sums are kept in float64. `ValueError` where the text is
+    shorter than two tokens a stream.
+    """
+    was_training = model.training
+    model.eval()
+    hidden = model.init_hidden(batch_size)
+    batches = BpttBatches(streams(tokens, batch_size).to(hidden.device), fixed_length(bptt))
+    nats, count = torch.zeros((), dtype=torch.float64, device=hidden.device), 0
+    for x, y in batches:
+        nll, _, _, hidden = model.loss(x, y, hidden)
+        nats += nll.double() * y.numel()
+        count += y.numel()
+    model.train(was_training)
+    return float(torch.exp(nats / count))
+
+
+def number_of_parameters(model: nn.Module) -> int:
+    """Trainable numbers, each shared (tied) tensor once."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def choose_device(device: str) -> torch.device:
+    """The torch device for "auto", "cpu" or "gpu"; `ValueError` where a GPU is asked for and there is none."""
+    if device not in ("auto", "cpu", "gpu"):
+        raise ValueError(f"device: {device!r} is none of auto, cpu, gpu")
+    if device == "gpu" and not torch.cuda.is_available():
+        raise ValueError("device: gpu was asked for, but torch finds no CUDA device; use auto or cpu")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")

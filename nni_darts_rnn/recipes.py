@@ -1,0 +1,185 @@
+"""Named hyper-parameter sets, and the one place where a hyper-parameter is checked.
+
+The figures of `penn` and `wikitext-2` are those of the DARTS paper (appendix A.1.2, A.2.2, A.3) and of quark0/darts `rnn/train_search.py`, `rnn/train.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+
+from .genotype import did_you_mean
+
+
+def _field(default, low=-math.inf, high=math.inf, *, below=False, choices=None, optional=False, help=""):
+    """A recipe's field: allowed from `low` to `high` (`below`: strictly below `high`), or one of `choices`; `optional` allows None."""
+    return field(default=default, metadata=dict(low=low, high=high, below=below, choices=choices, optional=optional, help=help))
+
+
+def _rate(default, help):
+    return _field(default, 0, 1, below=True, help=help)
+
+
+@dataclass(frozen=True)
+class SearchRecipe:
+    """How the supernet is trained and α is moved."""
+
+    hidden_size: int = _field(300, 1, help="units of the embedding and of each state, H")
+    n_nodes: int = _field(8, 1, 64, help="nodes of the cell, N")
+    batch_size: int = _field(256, 2, help="streams read side by side in the training and validation text, B")
+    eval_batch_size: int = _field(10, 2, help="streams read side by side when perplexity is measured")
+    bptt: int = _field(35, 1, help="usual length of a batch in time steps, T")
+    short_bptt_probability: float = _field(0.05, 0, 1, help="probability of a batch of half that length")
+    lr: float = _field(20.0, 0, help="SGD's learning rate for a batch of `bptt` steps; scaled by length/bptt")
+    weight_decay: float = _field(5e-7, 0, help="SGD's weight decay")
+    clip: float = _field(0.25, 0, optional=True, help="largest norm of the weights' gradient; none: no clipping")
+    dropout: float = _rate(0.75, "dropout of the outputs")
+    dropout_h: float = _rate(0.25, "dropout of the states before each node's matrix")
+    dropout_x: float = _rate(0.75, "dropout of the cell's input")
+    dropout_i: float = _rate(0.2, "dropout of the embedded words")
+    dropout_e: float = _rate(0.0, "dropout of whole words")
+    ar: float = _field(0.0, 0, help="activation regularisation")
+    tar: float = _field(1e-3, 0, help="temporal activation regularisation")
+    epochs: int = _field(50, 1, help="passes over the training text")
+    arch_lr: float = _field(3e-3, 0, help="Adam's learning rate for α")
+    arch_weight_decay: float = _field(1e-3, 0, help="Adam's weight decay for α")
+    arch_beta1: float = _rate(0.9, "Adam's first coefficient for α")
+    arch_beta2: float = _rate(0.999, "Adam's second coefficient for α")
+    hvp: str = _field("finite_difference", choices=("finite_difference", "exact", "first_order"), help="how the second-order term is computed")
+    epsilon: float = _field(1e-2, 1e-12, help="r: how far the finite difference moves the weights in all")
+    unrolled_lr: float = _field(None, 0, optional=True, help="ξ, the unrolled step's learning rate; none: the weights' own; 0: first order")
+    neumann_terms: int = _field(0, 0, help="terms of iDARTS's series")
+    warmup_epochs: int = _field(0, 0, help="epochs before α moves")
+    reproduce_original: bool = _field(False, help="the published code's numerics, for reproduction")
+
+
+@dataclass(frozen=True)
+class RetrainRecipe:
+    """How a genotype is trained from scratch."""
+
+    hidden_size: int = _field(850, 1, help="units of the embedding and of each state, H")
+    batch_size: int = _field(64, 1, help="streams read side by side in the training text, B")
+    eval_batch_size: int = _field(10, 1, help="streams read side by side in the validation text")
+    test_batch_size: int = _field(1, 1, help="streams read side by side in the test text")
+    bptt: int = _field(35, 1, help="mean length of a batch in time steps, T")
+    short_bptt_probability: float = _field(0.05, 0, 1, help="probability that the mean is half of that")
+    bptt_std: float = _field(5.0, 0, help="standard deviation of the length")
+    min_bptt: int = _field(5, 1, help="shortest length")
+    max_bptt_above: int = _field(20, 0, help="the longest length is `bptt` plus this")
+    lr: float = _field(20.0, 0, help="SGD's learning rate for a batch of `bptt` steps; scaled by length/bptt")
+    weight_decay: float = _field(8e-7, 0, help="SGD's weight decay")
+    clip: float = _field(0.25, 0, optional=True, help="largest norm of the gradient; none: no clipping")
+    dropout: float = _rate(0.75, "dropout of the outputs")
+    dropout_h: float = _rate(0.25, "dropout of the states before each node's matrix")
+    dropout_x: float = _rate(0.75, "dropout of the cell's input")
+    dropout_i: float = _rate(0.2, "dropout of the embedded words")
+    dropout_e: float = _rate(0.1, "dropout of whole words")
+    ar: float = _field(0.0, 0, help="activation regularisation")
+    tar: float = _field(1e-3, 0, help="temporal activation regularisation")
+    nonmono: int = _field(5, 1, help="epochs without improvement before averaging (ASGD) begins")
+    epochs: int = _field(3600, 1, help="passes over the training text")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run: one search and one retraining."""
+
+    name: str
+    search: SearchRecipe
+    retrain: RetrainRecipe
+
+    def to_dict(self) -> dict:
+        return {"name": self.name, "search": dataclasses.asdict(self.search), "retrain": dataclasses.asdict(self.retrain)}
+
+
+RECIPES = {
+    "penn": Recipe("penn", SearchRecipe(), RetrainRecipe()),
+    "wikitext-2": Recipe("wikitext-2", SearchRecipe(dropout_h=0.15),
+                         RetrainRecipe(hidden_size=700, dropout_h=0.15, weight_decay=5e-7)),
+    # For two cores and a text of a hundred thousand words: a whole search and retraining in about two minutes.
+    "small": Recipe("small",
+                    SearchRecipe(hidden_size=64, batch_size=16, bptt=20, lr=20.0, dropout=0.3, dropout_h=0.1, dropout_x=0.3, dropout_i=0.1,
+                                 epochs=2, eval_batch_size=16),
+                    RetrainRecipe(hidden_size=96, batch_size=16, bptt=20, bptt_std=2.0, max_bptt_above=10, dropout=0.3, dropout_h=0.1,
+                                  dropout_x=0.3, dropout_i=0.1, dropout_e=0.05, epochs=5, nonmono=2, test_batch_size=4)),
+    # The smallest run that touches every part; its perplexities mean nothing.
+    "tiny": Recipe("tiny",
+                   SearchRecipe(hidden_size=8, n_nodes=3, batch_size=32, bptt=8, lr=5.0, dropout=0.1, dropout_h=0.1, dropout_x=0.1, dropout_i=0.1,
+                                epochs=1, eval_batch_size=32),
+                   RetrainRecipe(hidden_size=8, batch_size=32, bptt=8, bptt_std=1.0, min_bptt=3, max_bptt_above=4, lr=5.0, dropout=0.1,
+                                 dropout_h=0.1, dropout_x=0.1, dropout_i=0.1, dropout_e=0.1, epochs=2, nonmono=1, eval_batch_size=32,
+                                 test_batch_size=32)),
+}
+
+
+def get_recipe(name: str | Recipe, overrides: dict | None = None) -> Recipe:
+    """The named recipe with some fields replaced.
+
+    `overrides` maps `"search.<field>"` and `"retrain.<field>"`, or `"search"` and `"retrain"` with a dictionary, to values; texts are read
+    as the field's type ("3e-3", "none"). Raises `ValueError` with one line for an unknown name or key (naming the nearest) or a bad value.
+    """
+    if isinstance(name, Recipe):
+        chosen = name
+    elif name in RECIPES:
+        chosen = RECIPES[name]
+    else:
+        raise ValueError(f"recipe {name!r} is none of {', '.join(RECIPES)}" + did_you_mean(name, RECIPES))
+    parts = {"search": {}, "retrain": {}}
+    for key, value in _flatten(overrides or {}).items():
+        part, _, field_name = str(key).partition(".")
+        if part not in parts or not field_name:
+            every = [f"{p}.{f.name}" for p in parts for f in dataclasses.fields(getattr(chosen, p))]
+            raise ValueError(f"setting {key!r} is no field of a recipe: use search.<field> or retrain.<field>" + did_you_mean(key, every))
+        parts[part][field_name] = value
+    return Recipe(chosen.name, *(override(getattr(chosen, part), values, part + ".") for part, values in parts.items()))
+
+
+def override(recipe, values: dict, prefix: str = ""):
+    """A copy of a SearchRecipe or RetrainRecipe with `values` in place, each checked; `prefix` goes before names in messages."""
+    fields = {f.name: f for f in dataclasses.fields(recipe)}
+    checked = {}
+    for name, value in values.items():
+        if name not in fields:
+            raise ValueError(f"setting {prefix + name!r} is no field of a recipe; {prefix}* are {', '.join(fields)}"
+                             + did_you_mean(prefix + name, [prefix + f for f in fields]))
+        checked[name] = _check(prefix + name, value, fields[name])
+    return dataclasses.replace(recipe, **checked)
+
+
+def _flatten(mapping: dict) -> dict:
+    flat = {}
+    for key, value in mapping.items():
+        flat.update({f"{key}.{inner}": v for inner, v in _flatten(value).items()} if isinstance(value, dict) else {key: value})
+    return flat
+
+
+def _check(name: str, value, spec: dataclasses.Field):
+    """`value` as the field's type, or `ValueError` saying what is allowed."""
+    kind, meta = spec.type, spec.metadata
+    if meta["choices"]:
+        if value not in meta["choices"]:
+            raise ValueError(f"{name}: {value!r} is none of {', '.join(meta['choices'])}" + did_you_mean(value, meta["choices"]))
+        return value
+    if meta["optional"] and (value is None or str(value).lower() in ("none", "null")):
+        return None
+    if kind == "bool":
+        text = str(value).lower()
+        if text not in ("true", "false"):
+            raise ValueError(f"{name}: {value!r} must be true or false")
+        return text == "true"
+    what = "a whole number" if kind == "int" else "a number"
+    low, high = meta["low"], meta["high"]
+    allowed = what + (f" of at least {low}" if low > -math.inf else "")
+    allowed += "" if high == math.inf else f" and {'below' if meta['below'] else 'at most'} {high}"
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        number = float(value)
+        if kind == "int" and number != int(number):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{name}: {value!r} must be {allowed}") from None
+    if not math.isfinite(number) or number < low or number > high or (meta["below"] and number >= high):
+        raise ValueError(f"{name}: {value!r} must be {allowed}")
+    return int(number) if kind == "int" else number

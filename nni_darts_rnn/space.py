@@ -1,0 +1,171 @@
+"""The recurrent cell and the language model around it as an NNI model space."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from nni.mutable.utils import label_scope
+from nni.nas.nn.pytorch import LayerChoice, ModelSpace, MutableModule
+from nni.nas.oneshot.pytorch.supermodule.base import BaseSuperNetModule
+from torch import Tensor, nn
+
+from .cell import ACTIVATIONS, RecurrentWeights
+from .genotype import PRIMITIVES, Genotype, edges, load_genotype
+from .model import LanguageModel, LMOutput
+from .supernet import MixedRNN
+
+
+class Read(nn.Module):
+    """Candidate of `cell/node_<i>/input`: picks one of the earlier states."""
+
+    def __init__(self, predecessor: int):
+        super().__init__()
+        self.predecessor = predecessor
+
+    def forward(self, states: list[Tensor]) -> Tensor:
+        return states[self.predecessor]
+
+    def extra_repr(self) -> str:
+        return str(self.predecessor)
+
+
+class Apply(nn.Module):
+    """Candidate of `cell/node_<i>/op`: one nonlinearity."""
+
+    def __init__(self, op: str):
+        super().__init__()
+        self.op = op
+
+    def forward(self, z: Tensor) -> Tensor:
+        return ACTIVATIONS[self.op](z)
+
+    def extra_repr(self) -> str:
+        return self.op
+
+
+def _chosen(choice: nn.Module):
+    """What a choice stands for now: frozen, or sampled by a one-shot strategy; None while it is open or mixed."""
+    if isinstance(choice, Read):
+        return choice.predecessor
+    if isinstance(choice, Apply):
+        return choice.op
+    sampled = getattr(choice, "_sampled", None)  # NNI's PathSamplingLayer
+    return sampled if isinstance(sampled, str) else None
+
+
+class CellSpace(RecurrentWeights, MutableModule):
+    """One recurrent layer of open choices: x (T, B, I), h0 (B, H) or None -> outputs (T, B, H).
+
+    Per node two `LayerChoice`s, `cell/node_<i>/input` (candidates "0" … "i-1") and `cell/node_<i>/op` (the primitives but `none`).
+    While every choice is decided (frozen, or one path sampled) the layer runs as the discrete cell that the choices spell.
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, n_nodes: int = 8, primitives=PRIMITIVES, dropout_x: float = 0.0, dropout_h: float = 0.0):
+        super().__init__(input_size, hidden_size, n_nodes, dropout_x, dropout_h)
+        self.primitives = tuple(primitives)
+        ops = [name for name in self.primitives if name != "none"]
+        self.inputs, self.ops = nn.ModuleList(), nn.ModuleList()
+        with label_scope("cell"):
+            for node in range(1, n_nodes + 1):
+                with label_scope(f"node_{node}"):
+                    self.inputs.append(LayerChoice({str(j): Read(j) for j in range(node)}, label="input"))
+                    self.ops.append(LayerChoice({op: Apply(op) for op in ops}, label="op"))
+
+    def genotype(self) -> Genotype | None:
+        """The cell that the decided choices spell, or None while one is open."""
+        pairs = [(_chosen(op), _chosen(read)) for op, read in zip(self.ops, self.inputs)]
+        return None if any(x is None for pair in pairs for x in pair) else Genotype(pairs)
+
+    def forward(self, x: Tensor, h0: Tensor | None = None) -> Tensor:
+        genotype = self.genotype()
+        if genotype is not None:
+            return self.run_cell(x, h0, genotype)
+        x_proj, h0, mask = self.project(x, h0)
+        W0_h, h, outputs = self.W0[self.input_size:], h0, []
+        masked = (lambda s: s) if mask is None else (lambda s: s * mask)
+        for x_t in x_proj.unbind(0):
+            c, z = (x_t + masked(h) @ W0_h).chunk(2, -1)  # (B, H) each
+            states = [h + torch.sigmoid(c) * (torch.tanh(z) - h)]
+            for W, read, op in zip(self.Ws.unbind(0), self.inputs, self.ops):
+                s = read(states)
+                c, z = (masked(s) @ W).chunk(2, -1)  # (B, H) each
+                states.append(s + torch.sigmoid(c) * (op(z) - s))
+            h = torch.stack(states[1:]).mean(0)  # (N, B, H) -> (B, H)
+            outputs.append(h)
+        return torch.stack(outputs)  # (T, B, H)
+
+
+class MixedCell(MixedRNN, BaseSuperNetModule):
+    """The mixed cell in the place of a `CellSpace`, for differentiable strategies; exports by the paper's rule."""
+
+    @classmethod
+    def mutate(cls, module: nn.Module, name: str, memo: dict, mutate_kwargs: dict):
+        """NNI's mutation hook: replaces a `CellSpace`, keeping its weights, with the strategy's own softmax over α."""
+        if type(module) is not CellSpace:
+            return None
+        mixed = cls(module.input_size, module.hidden_size, module.n_nodes, module.primitives, module.dropout_x, module.dropout_h,
+                    softmax=mutate_kwargs.get("softmax"))
+        mixed.W0, mixed.Ws = module.W0, module.Ws
+        for choice in [*module.inputs, *module.ops]:
+            mixed.add_mutable(choice.choice)  # the labels stay in the space's description
+        return mixed
+
+    def resample(self, memo: dict) -> dict:
+        return {}
+
+    def export(self, memo: dict) -> dict:
+        sample = self.genotype().to_sample()
+        return {label: value for label, value in sample.items() if label not in memo}
+
+    def export_probs(self, memo: dict) -> dict:
+        """softmax(α) by edge: {"cell/node_<i>/from_<j>": {primitive: probability}}."""
+        rows = self.probabilities().cpu().tolist()
+        return {f"cell/node_{i}/from_{j}": dict(zip(self.primitives, row)) for (i, j), row in zip(edges(self.n_nodes), rows)}
+
+    def arch_parameters(self):
+        yield self.alpha
+
+
+class DartsRnnSpace(ModelSpace):
+    """AWD-LSTM's language model with an open DARTS cell: every sample is one `Genotype`, every label a plain categorical.
+
+    vocab_size V, hidden_size H (the embedding's size too), n_nodes N; dropout rates as in `LanguageModel` and `RecurrentWeights`.
+    tokens (T, B), hidden (B, H) -> `LMOutput`.
+    """
+
+    def __init__(self, vocab_size: int, hidden_size: int = 300, n_nodes: int = 8, primitives=PRIMITIVES, dropout: float = 0.0,
+                 dropout_h: float = 0.0, dropout_x: float = 0.0, dropout_i: float = 0.0, dropout_e: float = 0.0):
+        super().__init__()
+        rnn = CellSpace(hidden_size, hidden_size, n_nodes, primitives, dropout_x, dropout_h)
+        self.lm = LanguageModel(vocab_size, rnn, dropout, dropout_i, dropout_e)
+
+    def extra_oneshot_hooks(self, strategy) -> list:
+        """Differentiable strategies get the mixed cell with α per edge; those that sample paths use the choices as they are."""
+        from nni.nas.strategy import DARTS, Proxyless
+
+        return [MixedCell.mutate] if isinstance(strategy, DARTS) and not isinstance(strategy, Proxyless) else []
+
+    def forward(self, tokens: Tensor, hidden: Tensor) -> LMOutput:
+        return self.lm(tokens, hidden)
+
+    def loss(self, tokens: Tensor, targets: Tensor, hidden: Tensor):
+        return self.lm.loss(tokens, targets, hidden)
+
+    def init_hidden(self, batch_size: int) -> Tensor:
+        return self.lm.init_hidden(batch_size)
+
+
+def load_searched_model(source: Genotype | str | Path, vocab_size: int | None = None, hidden_size: int = 850, **dropouts: float) -> LanguageModel:
+    """The discrete language model of a genotype, a name (`DARTS_V2`), a genotype file, or a folder with a trained model.
+
+    A folder that holds a trained model gives it with its weights and sizes; otherwise `vocab_size` is needed and the weights are new.
+    `ValueError` with one line where that is not possible.
+    """
+    if not isinstance(source, Genotype) and (Path(source) / "model.json").is_file():
+        from .trained import load_trained
+
+        return load_trained(source)[0]
+    if vocab_size is None:
+        raise ValueError("vocab_size: needed to build a new model; only a folder with a trained model knows its own")
+    return LanguageModel.from_genotype(vocab_size, hidden_size, load_genotype(source), **dropouts)

@@ -1,0 +1,199 @@
+"""`SecondOrderDARTS`: NNI's DARTS with the second-order architecture gradient, for any NNI space and any Lightning module."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from nni.nas.oneshot.pytorch.differentiable import DartsLightningModule
+from nni.nas.strategy import DARTS
+from torch import Tensor, nn
+
+from .bilevel import EPSILON, MODES, WeightStep, architecture_gradient, original_gradient
+from .genotype import did_you_mean
+
+
+class _TrainingStep(nn.Module):
+    """Makes a Lightning module's `training_step` the `forward` that `torch.func.functional_call` calls."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, batch, batch_idx: int):
+        return self.module.training_step(batch, batch_idx)
+
+
+def _loss_of(output, name: str = "loss") -> Tensor:
+    """The loss in what a `training_step` returned; `name` falls back to "loss"."""
+    return output.get(name, output["loss"]) if isinstance(output, dict) else output
+
+
+class SecondOrderDartsModule(DartsLightningModule):
+    """The search step of `SecondOrderDARTS`. See there.
+
+    The user's module takes part as it is. Two optional things of it are honoured: a "data_loss" beside "loss" in what `training_step`
+    returns (the loss without regularisation, which `reproduce_original` unrolls), and `validation_buffers`, names of buffers that the
+    validation batch moves on (a recurrent hidden state); no other buffer changes in an architecture step.
+    """
+
+    def __init__(self, training_module, *, arc_weight_decay: float, arc_betas: tuple[float, float], epsilon: float, hvp: str,
+                 unrolled_lr: float | None, neumann_terms: int, reproduce_original: bool, **kwargs):
+        super().__init__(training_module, **kwargs)
+        self.arc_weight_decay, self.arc_betas = arc_weight_decay, arc_betas
+        self.epsilon, self.hvp, self.unrolled_lr = epsilon, hvp, unrolled_lr
+        self.neumann_terms, self.reproduce_original = neumann_terms, reproduce_original
+        self._step_module = (_TrainingStep(training_module),)  # in a tuple: not a submodule, or every weight would have two names
+
+    def arch_parameters(self) -> list[nn.Parameter]:
+        """α in the order of the modules. NNI 3.0 returns `list(set(…))`, ordered by address, which a resumed Adam mismatches."""
+        found = [p for m in self.supernet_modules() if hasattr(m, "arch_parameters") for p in m.arch_parameters()]
+        return list(dict.fromkeys(found))
+
+    def configure_architecture_optimizers(self):
+        alphas = self.arch_parameters()
+        if not alphas:
+            raise ValueError("the space has no open choice: nothing to search")
+        return torch.optim.Adam(alphas, self.arc_learning_rate, betas=self.arc_betas, weight_decay=self.arc_weight_decay)
+
+    def training_step(self, batch, batch_idx: int):
+        if self.warmup_epochs == 0 or self.trainer.current_epoch >= self.warmup_epochs:
+            self.resample()
+            arc_optim = self.architecture_optimizers()
+            arc_optim.zero_grad()
+            for alpha, grad in zip(self.arch_parameters(), self.architecture_gradient(batch["train"], batch["val"], batch_idx)):
+                alpha.grad = grad
+            arc_optim.step()
+
+        # the weight step, as NNI's DARTS takes it
+        self.resample()
+        output = self.training_module.training_step(batch["train"], 2 * batch_idx + 1)
+        self.advance_optimization(_loss_of(output), batch_idx, self.gradient_clip_val)
+        self.advance_lr_schedulers(batch_idx)
+        if self.log_prob_every_n_step and batch_idx % self.log_prob_every_n_step == 0:
+            self.log_probs(self.export_probs())
+        return output
+
+    def architecture_gradient(self, train_batch, valid_batch, batch_idx: int) -> list[Tensor]:
+        """∇α of the validation loss after the weight step that is about to be taken; one tensor for each of `arch_parameters()`."""
+        optimizer = next(o for o in self._optimizers() if not getattr(o, "is_arch_optimizer", False))
+        moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        architecture = {id(p) for p in self.arch_parameters()}
+        step_module = self._step_module[0]
+        names = {id(p): name for name, p in step_module.named_parameters()}
+        alphas = self.arch_parameters()
+        weights = {name: p for name, p in step_module.named_parameters() if id(p) in moved and id(p) not in architecture}
+        alpha_names, weight_names = [names[id(p)] for p in alphas], list(weights)
+        carried: dict[str, Tensor] = {}
+
+        def run(at_weights, at_alphas, data, index, part):
+            # every pass works on copies of the buffers, so BatchNorm statistics and hidden states stay as they are
+            state = {name: b.clone() for name, b in step_module.named_buffers()}
+            state.update(zip(weight_names, at_weights))
+            state.update(zip(alpha_names, at_alphas))
+            with self._silent():
+                output = torch.func.functional_call(step_module, state, (data, index))
+            carried.update(state)
+            return _loss_of(output, part)
+
+        part = "data_loss" if self.reproduce_original else "loss"
+
+        def train_loss(at_weights, at_alphas, data):
+            return run(at_weights, at_alphas, data, 2 * batch_idx + 1, part)
+
+        def valid_loss(at_weights, at_alphas, data):
+            loss = run(at_weights, at_alphas, data, 2 * batch_idx, part)
+            if self.penalty is not None:
+                loss, details = self.penalty(loss, self.export_probs())
+                self.log_dict({f"penalty/{k}": v for k, v in details.items()})
+            moved_on.update((name, carried["module." + name]) for name in getattr(self.training_module, "validation_buffers", ()))
+            return loss
+
+        moved_on: dict[str, Tensor] = {}
+        tensors = list(weights.values())
+        if self.reproduce_original and self.hvp != "first_order":
+            group = optimizer.param_groups[0]
+            several_names = [name for name, p in step_module.named_parameters(remove_duplicate=False) if names[id(p)] != name]
+            tied = {names[id(step_module.get_parameter(name))] for name in several_names}
+            result = original_gradient(train_loss, tensors, alphas, train_batch, valid_batch, group["lr"], group["weight_decay"],
+                                       self.gradient_clip_val, self.epsilon, valid_loss,
+                                       tied=[i for i, name in enumerate(weight_names) if name in tied])
+        else:
+            step = None if self.hvp == "first_order" else WeightStep.of(optimizer, tensors, self.gradient_clip_val, self.unrolled_lr)
+            result = architecture_gradient(train_loss, tensors, alphas, train_batch, valid_batch, step, self.hvp, self.epsilon,
+                                           self.neumann_terms, valid_loss)
+        for name, value in moved_on.items():
+            self.training_module.get_buffer(name).copy_(value)
+        return result.grads
+
+    def _optimizers(self) -> list:
+        optimizers = self.optimizers()
+        return optimizers if isinstance(optimizers, list) else [optimizers]
+
+    @contextlib.contextmanager
+    def _silent(self):
+        """What the user's `training_step` logs in an auxiliary pass is not a metric of the training."""
+        module = self.training_module
+        kept = {name: module.__dict__[name] for name in ("log", "log_dict") if name in module.__dict__}
+        module.log = module.log_dict = lambda *args, **kwargs: None
+        try:
+            yield
+        finally:
+            for name in ("log", "log_dict"):
+                module.__dict__.pop(name)
+            module.__dict__.update(kept)
+
+
+class SecondOrderDARTS(DARTS):
+    """Second-order DARTS (Liu et al. 2019, eq. 7) as an NNI one-shot strategy; a drop-in for `nni.nas.strategy.DARTS`.
+
+    Parameters (NNI's own names where NNI has one)
+    ----------
+    arc_learning_rate, arc_weight_decay, arc_betas
+        Adam's settings for α.
+    epsilon
+        r of eq. 8: how far the finite difference moves the weights in all.
+    hvp
+        "finite_difference", "exact" (double backprop: more memory, no error) or "first_order".
+    unrolled_lr
+        ξ, the learning rate of the unrolled step. None: the weight optimizer's current one; 0: first order.
+    neumann_terms
+        Terms of iDARTS's series (arXiv 2106.10784); 0: eq. 7.
+    warmup_epochs
+        Epochs before α moves.
+    gradient_clip_val
+        Largest norm of the weights' gradient, in the weight step and in the unrolled one. Lightning's own `Trainer(gradient_clip_val=…)`
+        and `accumulate_grad_batches` do not work with NNI's one-shot strategies, and Lightning says so.
+    reproduce_original
+        The published code's numerics (new masks in every pass, clipped direction, uncapped factor, the tied embedding left behind).
+    log_prob_every_n_step, penalty, mutation_hooks
+        As in NNI's `DARTS`; 0 turns the log off.
+
+    Raises `ValueError` with one line for a value that is not allowed, and in the first step for a weight optimizer other than SGD.
+    """
+
+    def __init__(self, *, arc_learning_rate: float = 3e-3, arc_weight_decay: float = 1e-3, arc_betas: tuple[float, float] = (0.9, 0.999),
+                 epsilon: float = EPSILON, hvp: str = "finite_difference", unrolled_lr: float | None = None, neumann_terms: int = 0,
+                 warmup_epochs: int = 0, gradient_clip_val: float | None = None, reproduce_original: bool = False,
+                 log_prob_every_n_step: int = 10, **kwargs):
+        for name, value in (("arc_learning_rate", arc_learning_rate), ("arc_weight_decay", arc_weight_decay), ("warmup_epochs", warmup_epochs),
+                            ("neumann_terms", neumann_terms), ("log_prob_every_n_step", log_prob_every_n_step),
+                            ("unrolled_lr", 0 if unrolled_lr is None else unrolled_lr)):
+            if not value >= 0:
+                raise ValueError(f"{name}: {value!r} must be at least 0")
+        for name, value in (("epsilon", epsilon), ("gradient_clip_val", 1 if gradient_clip_val is None else gradient_clip_val)):
+            if not value > 0:
+                raise ValueError(f"{name}: {value!r} must be above 0")
+        if hvp not in MODES:
+            raise ValueError(f"hvp: {hvp!r} is none of {', '.join(MODES)}" + did_you_mean(hvp, MODES))
+        if reproduce_original and gradient_clip_val is None:
+            raise ValueError("reproduce_original: the published code always clips; give gradient_clip_val (the paper's is 0.25)")
+        super().__init__(arc_learning_rate=arc_learning_rate, gradient_clip_val=gradient_clip_val,
+                         log_prob_every_n_step=log_prob_every_n_step, warmup_epochs=warmup_epochs, **kwargs)
+        self.second_order = dict(arc_weight_decay=arc_weight_decay, arc_betas=tuple(arc_betas), epsilon=epsilon, hvp=hvp,
+                                 unrolled_lr=unrolled_lr, neumann_terms=neumann_terms, reproduce_original=reproduce_original)
+
+    def configure_oneshot_module(self, training_module) -> SecondOrderDartsModule:
+        return SecondOrderDartsModule(training_module, arc_learning_rate=self.arc_learning_rate, gradient_clip_val=self.gradient_clip_val,
+                                      log_prob_every_n_step=self.log_prob_every_n_step, warmup_epochs=self.warmup_epochs,
+                                      penalty=self.penalty, **self.second_order)

@@ -1,0 +1,85 @@
+"""The mixed cell: every edge a softmax-weighted sum of all primitives (DARTS, eq. 2), every state batch-normalised.
+
+With p = softmax(α[edge]) and the edge's c, z = (s_j∘m_h) W_i, primitive k contributes p_k (s_j + σ(c)∘(f_k(z) − s_j)) and
+`none` contributes zero. With P = 1 − p_none and m = Σ_k p_k f_k(z) the edge's sum is P s_j + σ(c)∘(m − P s_j).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .cell import ACTIVATIONS, RecurrentWeights
+from .genotype import PRIMITIVES, Genotype, derive
+
+BATCHNORM_EPS = 1e-5
+ALPHA_SCALE = 1e-3
+"""α starts at 1e-3·N(0, 1) (quark0/darts `rnn/model_search.py`)."""
+
+
+def mixed_cell(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, probabilities: Tensor, mask: Tensor | None = None,
+               primitives=PRIMITIVES) -> Tensor:
+    """Run the mixed cell over a sequence; the readable form, for any device, dtype and order of derivative.
+
+    x_proj (T, B, 2H), h0 (B, H), W0_h (H, 2H), Ws (N, H, 2H) and mask (B, H) as in `cell.discrete_cell`;
+    probabilities (E, K): rows node by node, predecessor by predecessor. Every state passes a BatchNorm without affine parameters,
+    with the batch's own mean and biased variance at each time step. Returns the outputs (T, B, H).
+    """
+    N = Ws.shape[0]
+    columns = [(k, ACTIVATIONS[name]) for k, name in enumerate(primitives) if name != "none"]
+    present = probabilities[:, [k for k, _ in columns]].sum(1)  # P = 1 − p_none, (E,)
+
+    def normalise(s: Tensor) -> Tensor:
+        centred = s - s.mean(0)  # (B, H)
+        return centred * torch.rsqrt(centred.pow(2).mean(0) + BATCHNORM_EPS)
+
+    h, outputs = h0, []
+    for x in x_proj.unbind(0):
+        c, z = (x + (h if mask is None else h * mask) @ W0_h).chunk(2, -1)  # (B, H) each
+        states = normalise(h + torch.sigmoid(c) * (torch.tanh(z) - h)).unsqueeze(0)  # (1, B, H)
+        row = 0
+        for i in range(1, N + 1):
+            c, z = ((states if mask is None else states * mask) @ Ws[i - 1]).chunk(2, -1)  # (i, B, H) each
+            p = probabilities[row:row + i]  # (i, K)
+            m = sum(p[:, k, None, None] * f(z) for k, f in columns)  # (i, B, H)
+            carried = present[row:row + i, None, None] * states
+            s = (carried + torch.sigmoid(c) * (m - carried)).sum(0)  # (i, B, H) -> (B, H)
+            states = torch.cat([states, normalise(s).unsqueeze(0)])  # (i+1, B, H)
+            row += i
+        h = states[1:].mean(0)  # (B, H)
+        outputs.append(h)
+    return torch.stack(outputs)  # (T, B, H)
+
+
+class MixedRNN(RecurrentWeights):
+    """The supernet's recurrent layer: x (T, B, I), h0 (B, H) or None -> outputs (T, B, H); the last is the next hidden state.
+
+    `alpha` (E, K) holds the architecture parameters; `softmax` turns it into probabilities once per sequence
+    (so a Gumbel softmax draws its noise once per sequence). States are normalised with their batch's own statistics in evaluation too:
+    with running averages the recurrence is no longer held in range, and perplexity was measured to explode (39,000 where the text's
+    training perplexity was 317). So B has to be at least 2.
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, n_nodes: int = 8, primitives=PRIMITIVES, dropout_x: float = 0.0,
+                 dropout_h: float = 0.0, softmax: nn.Module | None = None):
+        super().__init__(input_size, hidden_size, n_nodes, dropout_x, dropout_h)
+        unknown = [name for name in primitives if name != "none" and name not in ACTIVATIONS]
+        if unknown or len(set(primitives)) != len(primitives) or set(primitives) <= {"none"}:
+            raise ValueError(f"primitives {tuple(primitives)}: each must be 'none' or one of {', '.join(ACTIVATIONS)}, named once, one not 'none'")
+        self.primitives = tuple(primitives)
+        self.softmax = nn.Softmax(-1) if softmax is None else softmax
+        self.alpha = nn.Parameter(ALPHA_SCALE * torch.randn(n_nodes * (n_nodes + 1) // 2, len(self.primitives)))
+
+    def probabilities(self) -> Tensor:
+        """softmax(α), (E, K), without noise."""
+        return torch.softmax(self.alpha.detach().float(), -1)
+
+    def genotype(self) -> Genotype:
+        """The cell that the present α stands for."""
+        return derive(self.probabilities().cpu().numpy(), self.primitives)
+
+    def forward(self, x: Tensor, h0: Tensor | None = None) -> Tensor:
+        if x.shape[1] < 2:
+            raise ValueError("the supernet normalises over the batch: batch_size and eval_batch_size must be at least 2")
+        x_proj, h0, mask = self.project(x, h0)
+        return mixed_cell(x_proj, h0, self.W0[self.input_size:], self.Ws, self.softmax(self.alpha), mask, self.primitives)

@@ -1,0 +1,121 @@
+"""A trained language model on disk: `model.safetensors` (numbers only, no pickled code) and `model.json` (what is needed to build it)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+
+from .cell import DiscreteRNN
+from .files import whole, write_text
+from .genotype import Genotype
+from .model import LanguageModel
+
+FORMAT, FORMAT_VERSION = "nni_darts_rnn language model", 1
+WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
+TIED = "decoder.weight"  # the same numbers as encoder.weight, stored once
+DROPOUTS = ("dropout", "dropout_i", "dropout_e")
+RNN_DROPOUTS = ("dropout_x", "dropout_h")
+
+
+def save_trained(folder: str | Path, model: LanguageModel, vocab_words, extra: dict | None = None) -> Path:
+    """Writes the two files into `folder`, each whole or not at all; returns the folder.
+
+    `vocab_words` are the V words in the order of their ids. `extra` is anything JSON can hold (seed, recipe, results); it is kept under "extra".
+    The description holds the weights' SHA-256, so that files of two different saves are never loaded together.
+    """
+    words = [str(word) for word in vocab_words]
+    if len(words) != model.vocab_size:
+        raise ValueError(f"vocab_words: {len(words)} words for a model of {model.vocab_size}")
+    if not isinstance(model.rnn, DiscreteRNN):
+        raise ValueError(f"only a language model of one discrete cell can be saved; its recurrent layer is {type(model.rnn).__name__}")
+    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items() if name != TIED}
+    weights = safetensors.torch.save(tensors, metadata={"format": FORMAT})
+    description = {
+        "format": FORMAT, "version": FORMAT_VERSION, "sha256": hashlib.sha256(weights).hexdigest(),
+        "genotype": json.loads(model.rnn.genotype.to_json()), "vocab_size": model.vocab_size, "hidden_size": model.hidden_size,
+        "dropouts": {name: getattr(model, name) for name in DROPOUTS} | {name: getattr(model.rnn, name) for name in RNN_DROPOUTS},
+        "packages": _packages(), "extra": extra or {}, "words": words,
+    }
+    text = json.dumps(description) + "\n"  # before anything is written: `extra` may hold what JSON cannot
+    folder = Path(folder)
+    with whole(folder / WEIGHTS) as temporary:
+        temporary.write_bytes(weights)
+    write_text(folder / DESCRIPTION, text)
+    return folder
+
+
+def load_trained(folder: str | Path) -> tuple[LanguageModel, list[str]]:
+    """The model, in evaluation mode on the CPU, and its words.
+
+    `ValueError` with one line when a file is missing, cut short, changed, of another kind or of a later version. Nothing in the files is executed.
+    """
+    folder = Path(folder)
+    described = read_description(folder)
+    path = folder / WEIGHTS
+    weights = _read(path)
+    if hashlib.sha256(weights).hexdigest() != described["sha256"]:
+        raise ValueError(f"{path}: its SHA-256 is not the one in {DESCRIPTION}: the file is damaged or of another save")
+    try:
+        tensors = safetensors.torch.load(weights)
+        genotype = Genotype.from_json(json.dumps(described["genotype"]))
+        words, V, H = described["words"], described["vocab_size"], described["hidden_size"]
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words) or len(words) != V:
+            raise ValueError(f"expected {V} words")
+        N = genotype.n_nodes
+        shapes = {"encoder.weight": (V, H), "decoder.bias": (V,), "rnn.W0": (2 * H, 2 * H), "rnn.Ws": (N, H, 2 * H)}
+        found = {name: tuple(t.shape) for name, t in tensors.items()}
+        if found != shapes:  # before a model of that size is made
+            raise ValueError(f"expected weights of shapes {shapes}, found {found}")
+        model = LanguageModel.from_genotype(V, H, genotype, **{name: described["dropouts"][name] for name in DROPOUTS + RNN_DROPOUTS})
+    except KeyError as error:
+        raise ValueError(f"{folder / DESCRIPTION}: {error} is missing") from None
+    except (TypeError, ValueError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{folder}: {_one_line(error)}") from None
+    model.to(tensors["encoder.weight"].dtype)
+    model.load_state_dict(tensors | {TIED: tensors["encoder.weight"]})
+    return model.eval(), words
+
+
+def read_description(folder: str | Path) -> dict:
+    """What `model.json` says, checked for format and version. `ValueError` with one line otherwise."""
+    path = Path(folder) / DESCRIPTION
+    data = _read(path)
+    try:
+        described = json.loads(data.decode("utf-8"))
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a model's description ({_one_line(error)})") from None
+    if not isinstance(described, dict) or described.get("format") != FORMAT:
+        raise ValueError(f'{path}: not a model\'s description (expected "format": "{FORMAT}")')
+    if described.get("version") != FORMAT_VERSION:
+        raise ValueError(f"{path}: version {described.get('version')!r} of the format; this package reads version {FORMAT_VERSION}")
+    if not isinstance(described.get("sha256"), str):
+        raise ValueError(f"{path}: 'sha256' is missing")
+    return described
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error}); a folder written by save_trained is expected") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _packages() -> dict[str, str]:
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in ("nni-darts-rnn", "safetensors", "numpy", "fastai"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            pass  # a source tree, or a reader without fastai
+    return found

@@ -1,0 +1,106 @@
+"""What nnictl runs in a trial: `python3 -m nni_darts_rnn.trial`.
+
+The tuner's parameters are `seed` and any field of the recipe (`search.…`, `retrain.…`); anything else is refused before training begins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python3 -m nni_darts_rnn.trial", description="One trial of an NNI experiment: search, retrain, test.")
+    add_run_options(parser)
+    arguments = parser.parse_args(argv)
+
+    import nni
+
+    parameters = nni.get_next_parameter() or {}
+    try:
+        result = run(arguments, dict(parameters), nni.report_intermediate_result)
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    nni.report_final_result({"default": result["valid_perplexity"]}
+                            | {k: result[k] for k in ("test_perplexity", "parameters", "seconds", "supernet_valid_perplexity")})
+    return 0
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """The options that every command with a corpus and a recipe shares."""
+    parser.add_argument("--corpus", default="pydoc", help="pydoc (default), penn, wikitext-2, wikitext-103, or a folder with train/valid/test.txt")
+    parser.add_argument("--corpus-folder", help="where the files of a named corpus are")
+    parser.add_argument("--corpus-mirror", help="https URL that a named corpus is fetched from")
+    parser.add_argument("--alpha-fraction", type=float, default=0.0, metavar="F",
+                        help="part of the training text kept apart for α; 0 (default): α learns from the validation text, as in the paper")
+    parser.add_argument("--recipe", default="small", help="named hyper-parameters: small (default), tiny, penn, wikitext-2; see `nni-darts-rnn recipes`")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="replace a field, e.g. --set search.epochs=5; may be repeated")
+    parser.add_argument("--threads", type=int, help="CPU threads for torch; default: torch's own choice")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "gpu"), help="where to compute")
+
+
+def run(arguments: argparse.Namespace, parameters: dict, report) -> dict:
+    """Checks everything, then runs the trial in NNI's output folder. `ValueError` with one line for what is not allowed."""
+    seed = checked_seed(parameters.pop("seed", 0))
+    recipe = checked_recipe(arguments, parameters)
+    prepare_torch(arguments)
+    from .pipeline import whole_run
+
+    corpus = open_corpus(arguments)
+    folder = Path(os.environ.get("NNI_OUTPUT_DIR", "."))
+    print(f"corpus {corpus.describe()}; recipe {recipe.name}; seed {seed}", flush=True)
+    return whole_run(corpus, recipe, seed, folder, report, progress=False, device=arguments.device)
+
+
+def checked_seed(value) -> int:
+    try:
+        seed = int(value)
+        if isinstance(value, bool) or seed != float(value) or not 0 <= seed < 2**32:
+            raise ValueError
+    except (TypeError, ValueError):
+        raise ValueError(f"seed: {value!r} must be a whole number from 0 to {2**32 - 1}") from None
+    return seed
+
+
+def checked_recipe(arguments: argparse.Namespace, parameters: dict):
+    """The recipe with `--set` and the tuner's parameters in place; the tuner's win."""
+    from .recipes import get_recipe
+
+    settings = {}
+    for text in arguments.set:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--set {text!r} must be KEY=VALUE, for example search.epochs=5")
+        settings[key.strip()] = value.strip()
+    return get_recipe(get_recipe(arguments.recipe, settings), parameters)
+
+
+def open_corpus(arguments: argparse.Namespace):
+    from .corpus import load_corpus
+
+    return load_corpus(arguments.corpus, folder=arguments.corpus_folder, mirror=arguments.corpus_mirror, alpha_fraction=arguments.alpha_fraction)
+
+
+def prepare_torch(arguments: argparse.Namespace) -> None:
+    """Threads, device check, and the hosts' warnings that mean nothing here."""
+    import warnings
+
+    if arguments.threads is not None and arguments.threads < 1:
+        raise ValueError(f"--threads: {arguments.threads} must be at least 1")
+    # NNI 3.0 lists the layers of torch as it knew them and warns of each one that came later
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"nni\..*")
+    warnings.filterwarnings("ignore", message=".*pkg_resources is deprecated.*")
+    import torch
+
+    from .model import choose_device
+
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    choose_device(arguments.device)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
