@@ -25,6 +25,7 @@ EPSILON = 1e-2
 
 Tensors = Sequence[Tensor]
 Loss = Callable[[Tensors, Tensors, object], Tensor]
+Reduce = Callable[[Sequence["Tensor | None"]], "list[Tensor | None]"]
 
 
 class RandomState:
@@ -127,13 +128,14 @@ class AlphaGradient(NamedTuple):
 
 
 def norm(tensors: Sequence[Tensor | None]) -> Tensor:
-    """The Euclidean norm of all tensors taken together."""
-    return torch.stack([t.pow(2).sum() for t in tensors if t is not None]).sum().sqrt()
+    """The Euclidean norm of all tensors taken together; 0 where there is none."""
+    squares = [t.pow(2).sum() for t in tensors if t is not None]
+    return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
 
 
 def architecture_gradient(loss: Loss, weights: Tensors, alphas: Tensors, train_batch, valid_batch, step: WeightStep | None,
                           mode: str = "finite_difference", epsilon: float = EPSILON, neumann_terms: int = 0,
-                          valid_loss: Loss | None = None, same_masks: bool = True) -> AlphaGradient:
+                          valid_loss: Loss | None = None, same_masks: bool = True, reduce: Reduce = list) -> AlphaGradient:
     """∇α of valid_loss(w′(α), α) with w′ the weight step from (w, α) on the train batch.
 
     `loss(weights, alphas, batch)` returns a scalar and must leave nothing behind but draws from random generators; these are put back at
@@ -142,6 +144,8 @@ def architecture_gradient(loss: Loss, weights: Tensors, alphas: Tensors, train_b
     backprop; `loss` must allow it) or "first_order" (w′ = w; `step` and the train batch are not used).
     `neumann_terms` K adds Σ_{k=1..K} (I − ∇w² L_train∘ρ)ᵏ to the identity before the mixed derivative (iDARTS, arXiv 2106.10784, eq. 9).
     `same_masks=False` draws anew in every pass, as published code does. Weights and α are only read.
+    `reduce` is for processes that share a step, each with its own part of the batches and the same weights and α: it gives the mean over
+    the processes of each gradient (None stays None). All then get the gradient of the mean losses; the losses returned are their own.
     """
     if mode not in MODES:
         raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}")
@@ -153,7 +157,7 @@ def architecture_gradient(loss: Loss, weights: Tensors, alphas: Tensors, train_b
     alphas = [a.detach().requires_grad_() for a in alphas]
     if mode == "first_order" or not any(step.rates):
         value = valid_loss(weights, alphas, valid_batch)
-        direct = _grad(value, alphas)
+        direct = reduce(_grad(value, alphas))
         start.restore()
         return AlphaGradient(direct, direct, None, None, value.detach())
 
@@ -168,15 +172,15 @@ def architecture_gradient(loss: Loss, weights: Tensors, alphas: Tensors, train_b
     train_value = train(leaves)
     g = torch.autograd.grad(train_value, leaves, create_graph=again, allow_unused=True)
     # the generators now stand where the training pass left them, so the validation pass has masks of its own
-    gd = [None if x is None else x.detach() for x in g]
+    gd = reduce([None if x is None else x.detach() for x in g])
     c = step.coefficient(gd)
     unrolled = [w.detach().requires_grad_() for w in step.apply(leaves, gd, c)]
     valid_value = valid_loss(unrolled, alphas, valid_batch)
     *direct, v = _grad(valid_value, [*alphas, *unrolled], split=len(alphas))
-    q = step.pull_back(v, gd, c)
+    q = step.pull_back(reduce(v), gd, c)
 
     if neumann_terms:
-        q = _neumann(train, leaves, q, step, neumann_terms, epsilon, g if again else None)
+        q = _neumann(train, leaves, q, step, neumann_terms, epsilon, g if again else None, reduce)
     if again:
         dot = sum((x * y).sum() for x, y in zip(g, q) if x is not None and y is not None)
         implicit = _grad(dot, alphas)
@@ -188,6 +192,7 @@ def architecture_gradient(loss: Loss, weights: Tensors, alphas: Tensors, train_b
             up, down = _grad(train(plus), alphas), _grad(train(minus), alphas)
             implicit = [(a - b) / scale for a, b in zip(up, down)]
     start.restore()
+    direct, implicit = reduce(direct), reduce(implicit)
     grads = [d - i for d, i in zip(direct, implicit)]
     return AlphaGradient(grads, direct, implicit, train_value.detach(), valid_value.detach(), float(norm(gd)), float(c))
 
@@ -210,7 +215,7 @@ def _ends(weights: Tensors, direction: Sequence[Tensor | None], epsilon: float) 
     return plus, minus, 2 * scale
 
 
-def _neumann(train, weights, q, step, terms, epsilon, g) -> list[Tensor | None]:
+def _neumann(train, weights, q, step, terms, epsilon, g, reduce) -> list[Tensor | None]:
     """Σ_{k=0..K} (I − ρ∘∇w² L_train)ᵏ q; each product by a central difference of ∇w L_train, or exactly where the graph of g is there."""
     total, term = list(q), list(q)
     for _ in range(terms):
@@ -224,7 +229,7 @@ def _neumann(train, weights, q, step, terms, epsilon, g) -> list[Tensor | None]:
             ends = [[w.requires_grad_() for w in end] for end in (plus, minus)]
             up, down = (torch.autograd.grad(train(end), end, allow_unused=True) for end in ends)
             product = [None if a is None else (a - b) / scale for a, b in zip(up, down)]
-        term = [None if t is None else t if h is None else t - rate * h for t, h, rate in zip(term, product, step.rates)]
+        term = [None if t is None else t if h is None else t - rate * h for t, h, rate in zip(term, reduce(product), step.rates)]
         total = [None if s is None else s + t for s, t in zip(total, term)]
     return total
 

@@ -37,6 +37,14 @@ def register_primitive(name: str, function) -> None:
     register_op(name)
 
 
+def checked_primitives(primitives) -> tuple[str, ...]:
+    """The primitives of an edge as a tuple; `ValueError` unless each is known and named once and one is not `none`."""
+    names = tuple(primitives)
+    if any(name != "none" and name not in ACTIVATIONS for name in names) or len(set(names)) != len(names) or set(names) <= {"none"}:
+        raise ValueError(f"primitives {names}: each must be 'none' or one of {', '.join(ACTIVATIONS)}, named once, one not 'none'")
+    return names
+
+
 def discrete_cell(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, genotype: Genotype, mask: Tensor | None = None) -> Tensor:
     """Run the cell over a sequence; the readable form, for any device, dtype and order of derivative.
 
@@ -87,8 +95,8 @@ class RecurrentWeights(nn.Module):
 
     def project(self, x: Tensor, h0: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """What every kind of cell starts from: x (T, B, I) -> x_proj (T, B, 2H), h0 (B, H), mask m_h (B, H) or None."""
-        if x.dim() != 3 or x.shape[-1] != self.input_size:
-            raise ValueError(f"input has shape {tuple(x.shape)}; expected (T, B, {self.input_size})")
+        if x.dim() != 3 or x.shape[-1] != self.input_size or not x.shape[0]:
+            raise ValueError(f"input has shape {tuple(x.shape)}; expected (T, B, {self.input_size}) with T of at least 1")
         h0 = x.new_zeros(x.shape[1], self.hidden_size) if h0 is None else h0
         if h0.shape != (x.shape[1], self.hidden_size):
             raise ValueError(f"hidden state has shape {tuple(h0.shape)}; expected (B, H) = ({x.shape[1]}, {self.hidden_size})")
@@ -100,8 +108,10 @@ class RecurrentWeights(nn.Module):
 
     def run_cell(self, x: Tensor, h0: Tensor | None, genotype: Genotype) -> Tensor:
         """The genotype's cell with these weights: x (T, B, I), h0 (B, H) or None -> outputs (T, B, H)."""
+        from . import fused  # here, since it imports this module
+
         x_proj, h0, mask = self.project(x, h0)
-        return discrete_cell(x_proj, h0, self.W0[self.input_size:], self.Ws, genotype, mask)
+        return fused.discrete_cell(x_proj, h0, self.W0[self.input_size:], self.Ws, genotype, mask)
 
     def extra_repr(self) -> str:
         return f"{self.input_size}, {self.hidden_size}, n_nodes={self.n_nodes}, dropout_x={self.dropout_x}, dropout_h={self.dropout_h}"

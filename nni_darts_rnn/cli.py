@@ -1,41 +1,71 @@
-"""The command line: `nni-darts-rnn search | retrain | evaluate | recipes`."""
+"""The command line: `nni-darts-rnn search | retrain | evaluate | plot | best | report | init | recipes`."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import sys
 from pathlib import Path
 
-from . import __version__
-from .trial import add_run_options, checked_recipe, checked_seed, open_corpus, prepare_torch
+from . import __version__, afterwards, commands
+from .trial import Parser, add_run_options
+
+EXPERIMENT = "id of an NNI experiment on this machine (running, stopped or finished), or its folder"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="nni-darts-rnn", description="Finds recurrent cells by second-order DARTS, trains and tests them.")
+    parser = Parser(prog="nni-darts-rnn", description="Finds recurrent cells by second-order DARTS, trains and tests them.",
+                    epilog="`nni-darts-rnn COMMAND --help` says more about one command.")
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    search = commands.add_parser("search", help="search for a cell on a corpus", description="Searches for a cell and leaves genotype.json in --out.")
-    search.set_defaults(action=_search)
-    retrain = commands.add_parser("retrain", help="train a cell from scratch and test it",
-                                  description="Trains a genotype from scratch on a corpus, keeps the best on validation in --out, and tests it.")
-    retrain.set_defaults(action=_retrain)
-    retrain.add_argument("--genotype", required=True, help="DARTS_V1, DARTS_V2, ENAS, a genotype.json, or a folder with one")
-    evaluate = commands.add_parser("evaluate", help="perplexity of a trained cell", description="Prints validation and test perplexity of a trained model.")
-    evaluate.set_defaults(action=_evaluate)
+    def add(name: str, action, help: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
+        command = subparsers.add_parser(name, help=help, description=description, epilog=epilog)
+        command.set_defaults(action=action)
+        return command
+
+    search = add("search", commands.search, "search for a cell on a corpus",
+                 "Searches for a cell; leaves genotype.json, alpha.json, search.csv and pictures in --out.",
+                 "Example: nni-darts-rnn search --corpus pydoc --seed 1 --out found")
+    retrain = add("retrain", commands.retrain, "train a cell from scratch and test it",
+                  "Trains a cell from scratch on a corpus, keeps the best on validation in --out, and tests it. With --from it is the cell of an "
+                  "experiment's best trial; corpus and recipe are then that trial's where no other is given.",
+                  "Examples: nni-darts-rnn retrain --genotype DARTS_V2; nni-darts-rnn retrain --from k3v8x2ab --set retrain.epochs=40")
+    cell = retrain.add_mutually_exclusive_group()
+    cell.add_argument("--genotype", help="DARTS_V1, DARTS_V2, ENAS, a genotype.json, or a folder with one")
+    cell.add_argument("--from", dest="experiment", metavar="EXPERIMENT", help=EXPERIMENT + "; the cell of its best trial is trained")
+    evaluate = add("evaluate", commands.evaluate, "perplexity of a trained cell", "Prints validation and test perplexity of a trained model.",
+                   "Example: nni-darts-rnn evaluate trained --corpus pydoc")
     evaluate.add_argument("model", help="folder with model.safetensors and model.json")
-    recipes = commands.add_parser("recipes", help="the named recipes and every field", description="Prints every recipe's fields with what they mean.")
-    recipes.set_defaults(action=_recipes)
-    recipes.add_argument("--json", action="store_true", help="for machines: one JSON document")
-
     for command in (search, retrain, evaluate):
         add_run_options(command)
         command.add_argument("--seed", default=0, help="of everything random; default 0")
-        command.add_argument("--json", action="store_true", help="for machines: only the result, as JSON, on standard output")
         if command is not evaluate:
             command.add_argument("--out", type=Path, help=f"folder for the results; default runs/{command.prog.split()[-1]}-CORPUS-SEED")
+    retrain.set_defaults(corpus=None, recipe=None)  # those of the trial with --from, the usual ones otherwise
+
+    plot = add("plot", afterwards.plot, "pictures from a folder of results",
+               "Draws the cell, the heat map and animation of α, and the learning curves from the folder of a trial, a search or a retraining.",
+               "Example: nni-darts-rnn plot found")
+    plot.add_argument("folder", type=Path, help="where genotype.json, alpha.json, search.csv, retrain.csv are; those that are there are drawn")
+    plot.add_argument("--out", type=Path, help="folder for the pictures; default: the same")
+    best = add("best", afterwards.best, "the best trial of an NNI experiment",
+               "Names the trial whose retrained cell has the lowest validation perplexity: folder, cell, pictures.",
+               "Example: nni-darts-rnn best k3v8x2ab")
+    best.add_argument("experiment", metavar="EXPERIMENT", help=EXPERIMENT)
+    report = add("report", afterwards.report, "one HTML page about an NNI experiment",
+                 "Writes one self-contained HTML page: ranking of the trials, each trial's cell, curves, α, recipe, and the commands that do it again.",
+                 "Example: nni-darts-rnn report k3v8x2ab --out report.html")
+    report.add_argument("experiment", metavar="EXPERIMENT", help=EXPERIMENT)
+    report.add_argument("--out", type=Path, default=Path("report.html"), help="the page; default report.html; an older one is replaced")
+    init = add("init", afterwards.init, "write the example experiment into a folder",
+               "Writes the example's YAML and search spaces into a folder, for nnictl to run and for you to change.",
+               "Example: nni-darts-rnn init mine && nnictl create --config mine/examples/darts_rnn.yml")
+    init.add_argument("folder", type=Path, metavar="DIR", help="made where it does not exist")
+    init.add_argument("--force", action="store_true", help="replace files of the same name")
+    recipes = add("recipes", commands.recipes, "the named recipes and every field", "Prints every recipe's fields with what they mean.")
+
+    for command in (search, retrain, evaluate, plot, best, report, init, recipes):
+        command.add_argument("--json", action="store_true", help="for machines: only the result, as JSON, on standard output")
     return parser
 
 
@@ -50,107 +80,6 @@ def main(argv: list[str] | None = None) -> int:
         print("nni-darts-rnn: interrupted; what was finished is kept", file=sys.stderr)
         return 130
     return 0
-
-
-class _Talk:
-    """Words for people on standard error, so that standard output holds the result alone; nothing with --json."""
-
-    def __init__(self, arguments):
-        self.silent = arguments.json
-        self.progress = not arguments.json and sys.stderr.isatty()
-
-    def __call__(self, text: str) -> None:
-        if not self.silent:
-            print(text, file=sys.stderr, flush=True)
-
-    def epoch(self, row: dict) -> None:
-        rate = f", {row['tokens_per_second']:,.0f} tokens/s" if row.get("tokens_per_second") else ""
-        self(f"{row['phase']} epoch {row['epoch']}: validation perplexity {row['default']:.2f}{rate}")
-
-
-def _start(arguments):
-    """Checks every setting, then opens the corpus: (recipe, seed, corpus, talk)."""
-    seed, recipe = checked_seed(arguments.seed), checked_recipe(arguments, {})
-    if getattr(arguments, "genotype", None):
-        from .genotype import load_genotype
-
-        arguments.genotype = load_genotype(arguments.genotype)
-    prepare_torch(arguments)
-    talk, corpus = _Talk(arguments), open_corpus(arguments)
-    talk(f"corpus {corpus.describe()}")
-    return recipe, seed, corpus, talk
-
-
-def _out(arguments, corpus, seed: int) -> Path:
-    folder = arguments.out or Path("runs") / f"{arguments.command}-{Path(corpus.name).name}-{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _search(arguments) -> None:
-    from .pipeline import search_phase
-
-    recipe, seed, corpus, talk = _start(arguments)
-    folder = _out(arguments, corpus, seed)
-    s = recipe.search
-    talk(f"searching {s.n_nodes} nodes of {s.hidden_size} units for {s.epochs} epochs, recipe {recipe.name}, seed {seed}; results in {folder}")
-    found = search_phase(corpus, s, seed, folder, talk.epoch, talk.progress, arguments.device)
-    talk(f"found {found['genotype']} in {found['search_seconds']:.0f} s")
-    talk(f"next: nni-darts-rnn retrain --corpus {arguments.corpus} --recipe {arguments.recipe} --genotype {folder / 'genotype.json'}")
-    _answer(arguments, {"genotype": json.loads(found["genotype"].to_json()), "supernet_valid_perplexity": found["supernet_valid_perplexity"],
-                        "seconds": found["search_seconds"], "folder": str(folder)}, found["genotype"].to_json())
-
-
-def _retrain(arguments) -> None:
-    from .baselines import bigram_perplexity, unigram_perplexity
-    from .pipeline import retrain_phase
-
-    recipe, seed, corpus, talk = _start(arguments)
-    folder = _out(arguments, corpus, seed)
-    r = recipe.retrain
-    talk(f"training {arguments.genotype} with {r.hidden_size} units for up to {r.epochs} epochs, recipe {recipe.name}, seed {seed}; results in {folder}")
-    done = retrain_phase(corpus, arguments.genotype, r, seed, folder, talk.epoch, talk.progress, arguments.device)
-    done.pop("rows")
-    done |= {"unigram_perplexity": unigram_perplexity(corpus), "bigram_perplexity": bigram_perplexity(corpus), "folder": str(folder)}
-    talk(f"next: nni-darts-rnn evaluate {folder} --corpus {arguments.corpus}")
-    _answer(arguments, done, f"test perplexity {done['test_perplexity']:.2f} (validation {done['valid_perplexity']:.2f}), {done['parameters']:,} parameters; "
-            f"of the same test text: unigram {done['unigram_perplexity']:.2f}, interpolated bigram {done['bigram_perplexity']:.2f}")
-
-
-def _evaluate(arguments) -> None:
-    from .baselines import bigram_perplexity, unigram_perplexity
-    from .model import choose_device, perplexity
-    from .trained import load_trained
-
-    recipe, _, corpus, _ = _start(arguments)
-    model, words = load_trained(arguments.model)
-    if tuple(words) != tuple(corpus.vocab.words):
-        raise ValueError(f"{arguments.model} was trained on another vocabulary ({len(words)} words) than that of {corpus.name} ({len(corpus.vocab)})")
-    model.to(choose_device(arguments.device))
-    r = recipe.retrain
-    found = {"valid_perplexity": perplexity(model, corpus.valid, r.eval_batch_size, r.bptt),
-             "test_perplexity": perplexity(model, corpus.test, r.test_batch_size, r.bptt),
-             "unigram_perplexity": unigram_perplexity(corpus), "bigram_perplexity": bigram_perplexity(corpus)}
-    _answer(arguments, found, f"test perplexity {found['test_perplexity']:.2f}, validation {found['valid_perplexity']:.2f}; "
-            f"of the same test text: unigram {found['unigram_perplexity']:.2f}, interpolated bigram {found['bigram_perplexity']:.2f}")
-
-
-def _recipes(arguments) -> None:
-    from .recipes import RECIPES
-
-    if arguments.json:
-        print(json.dumps({name: recipe.to_dict() for name, recipe in RECIPES.items()}, indent=2))
-        return
-    for part in ("search", "retrain"):
-        print(f"{part + '.*':32}" + "".join(f"{name:>14}" for name in RECIPES))
-        for field in dataclasses.fields(getattr(RECIPES["penn"], part)):
-            values = "".join(f"{str(getattr(getattr(recipe, part), field.name)):>14.13}" for recipe in RECIPES.values())
-            print(f"{part + '.' + field.name:32}{values}   {field.metadata['help']}")
-        print()
-
-
-def _answer(arguments, data: dict, words: str) -> None:
-    print(json.dumps(data) if arguments.json else words)
 
 
 if __name__ == "__main__":

@@ -113,6 +113,10 @@ class StreamLoader(DataLoader):
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def get_idxs(self) -> list[int]:
+        """The order of `Learner.get_preds(concat_dim=1)`, whose first axis is B: streams keep theirs."""
+        return list(range(self.dataset.stream.shape[1]))
+
     def set_epoch(self, epoch: int) -> None:
         self.dataset.set_epoch(epoch)
 
@@ -198,7 +202,7 @@ def lm_learner(dls, genotype: Genotype | str, recipe: RetrainRecipe | Recipe | s
     genotype, V = load_genotype(genotype), _vocab_size(dls, vocab_size)
     torch.manual_seed(seed)
     lm = LanguageModel.from_genotype(V, recipe.hidden_size, genotype, dropout_h=recipe.dropout_h, dropout_x=recipe.dropout_x, **_dropouts(recipe))
-    return _learner(dls, lm, recipe, path, [BestModel(fname="best"), NTASGD(recipe.nonmono), *cbs], metrics_file)
+    return _learner(dls, lm, recipe, path, [BestModel(), NTASGD(recipe.nonmono), *cbs], metrics_file)
 
 
 def search_learner(dls, recipe: SearchRecipe | Recipe | str = "penn", *, seed: int = 0, valid_batches=None, path: str | Path | None = None, cbs=(),
@@ -222,8 +226,8 @@ def retrain(corpus: Corpus, genotype: Genotype | str, recipe: RetrainRecipe, see
             progress: bool = False, device="auto") -> dict:
     """Trains the genotype from scratch for `recipe.epochs` and measures the best model.
 
-    `report` gets a dictionary after every epoch (see `EpochReport`). Returns valid_perplexity, test_perplexity, parameters, seconds, epochs (trained),
-    model (the best `LanguageModel`) and learner. `FloatingPointError` with one line if no epoch ended with a finite loss.
+    `report` gets a dictionary after every epoch (see `EpochReport`). Returns valid_perplexity, test_perplexity, parameters, seconds, epochs
+    (trained), model (the best `LanguageModel`) and learner. `FloatingPointError` with one line if no epoch ended with a finite loss.
     """
     began = time.perf_counter()
     reporter = EpochReport(report, "retrain")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .cell import INIT_RANGE, DiscreteRNN, variational_mask
 from .corpus import BpttBatches, fixed_length, streams
+from .fused import linear_cross_entropy
 from .genotype import Genotype
 
 
@@ -41,6 +42,9 @@ class LanguageModel(nn.Module):
         for name, value in (("dropout", dropout), ("dropout_i", dropout_i), ("dropout_e", dropout_e)):
             if not 0 <= value < 1:
                 raise ValueError(f"{name}: {value!r} must be at least 0 and below 1")
+        if rnn.input_size != rnn.hidden_size:
+            raise ValueError(f"rnn: input_size {rnn.input_size} and hidden_size {rnn.hidden_size} must be equal: "
+                             "the decoder's weights are the embedding's")
         self.vocab_size, self.hidden_size = vocab_size, rnn.hidden_size
         self.dropout, self.dropout_i, self.dropout_e = dropout, dropout_i, dropout_e
         self.encoder = nn.Embedding(vocab_size, rnn.hidden_size)
@@ -84,7 +88,7 @@ class LanguageModel(nn.Module):
     def loss(self, tokens: Tensor, targets: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Mean nats per predicted token, without keeping logits for the caller: (nll, raw, dropped, hidden)."""
         raw, dropped = self.encode(tokens, hidden)
-        nll = F.cross_entropy(self.decoder(dropped.flatten(0, 1)), targets.flatten())  # (T·B, V)
+        nll = linear_cross_entropy(dropped.flatten(0, 1), self.decoder.weight, self.decoder.bias, targets.flatten())  # (T·B, H), (T·B)
         return nll, raw, dropped, raw[-1]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+import warnings
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,20 +26,52 @@ def package_versions() -> dict[str, str]:
     return found
 
 
+def check_fits(corpus: Corpus, *parts: SearchRecipe | RetrainRecipe) -> None:
+    """`ValueError`, before anything is trained or written, where a text is too short for the streams that a part of the recipe asks for."""
+    for part in parts:
+        if isinstance(part, SearchRecipe):
+            prefix, texts = "search", {"batch_size": [("training", corpus.train), ("α's", corpus.valid if corpus.alpha is None else corpus.alpha)],
+                                       "eval_batch_size": [("validation", corpus.valid)]}
+        else:
+            prefix, texts = "retrain", {"batch_size": [("training", corpus.train)], "eval_batch_size": [("validation", corpus.valid)],
+                                        "test_batch_size": [("test", corpus.test)]}
+        for field, read in texts.items():
+            for what, tokens in read:
+                B = getattr(part, field)
+                if len(tokens) < 2 * B:
+                    raise ValueError(f"{prefix}.{field}: {B} streams need a text of at least {2 * B} tokens, but {what} text has {len(tokens)}")
+
+
+def take_fast_path(corpus: Corpus, recipe: SearchRecipe | RetrainRecipe, n_nodes: int | None = None) -> str | None:
+    """Turns the compiled cells on where they save more than compiling them costs; a line that says what would make this run faster, if anything.
+
+    The decision depends on the sizes of the run alone, so a run and its repetition take the same path.
+    """
+    from . import fused
+
+    search = isinstance(recipe, SearchRecipe)
+    steps = recipe.epochs * len(corpus.train) / (recipe.batch_size * recipe.bptt)
+    # a search step is worth 13 forward passes (four gradients and one of the weights), a training step 3
+    work = fused.eager_seconds(recipe.bptt, recipe.batch_size, recipe.hidden_size, len(corpus.vocab), recipe.n_nodes if search else n_nodes,
+                               passes=steps * (13 if search else 3), edges=None if search else n_nodes)
+    fused.prepare(work)
+    return fused.why_not()
+
+
 def search_phase(corpus: Corpus, recipe: SearchRecipe, seed: int, folder: Path, report=None, progress: bool = False, device: str = "auto") -> dict:
-    """Searches, and leaves genotype.json, alpha.json, search.csv, cell.svg in `folder`. Returns genotype, perplexity, seconds, rows."""
-    from .plot import plot_cell
+    """Searches, and leaves genotype.json, alpha.json, search.csv and their pictures in `folder`. Returns genotype, perplexity, seconds, rows."""
     from .search import search
 
+    take_fast_path(corpus, recipe)
     result = search(corpus, recipe, seed, report, progress, device, folder)
-    plot_cell(result.genotype, folder / "cell.svg")
+    _draw(folder, "cell.svg", "cell.png", "alpha.svg", "alpha.png", "curves.svg")
     return {"genotype": result.genotype, "supernet_valid_perplexity": result.rows[-1]["perplexity"], "search_seconds": result.seconds,
             "rows": result.rows}
 
 
 def retrain_phase(corpus: Corpus, genotype: Genotype, recipe: RetrainRecipe, seed: int, folder: Path, report=None, progress: bool = False,
                   device: str = "auto") -> dict:
-    """Trains the genotype from scratch and tests it; leaves retrain.csv, model.safetensors and model.json in `folder`.
+    """Trains the genotype from scratch and tests it; leaves retrain.csv, model.safetensors, model.json and pictures in `folder`.
 
     Returns valid_perplexity, test_perplexity, parameters, retrain_seconds, epochs, rows.
     """
@@ -49,20 +82,36 @@ def retrain_phase(corpus: Corpus, genotype: Genotype, recipe: RetrainRecipe, see
 
     def keep(row: dict) -> None:
         rows.append(row)
+        # after every epoch, so that what a run that is stopped had reached can be seen
+        write_csv(folder / "retrain.csv", [{k: v for k, v in row.items() if k != "default"} for row in rows])
         if report is not None:
             report(row)
 
+    take_fast_path(corpus, recipe, genotype.n_nodes)
     outcome = retrain(corpus, genotype, recipe, seed, folder, keep, progress, device)
     model = outcome.pop("model")
     summary = {"valid_perplexity": outcome["valid_perplexity"], "test_perplexity": outcome["test_perplexity"],
                "parameters": outcome["parameters"], "retrain_seconds": outcome["seconds"], "epochs": outcome["epochs"]}
     save_trained(folder, model, corpus.vocab.words, {"corpus": corpus.name, "seed": seed, "recipe": asdict(recipe), "result": summary})
-    write_csv(folder / "retrain.csv", [{k: v for k, v in row.items() if k != "default"} for row in rows])
+    _draw(folder, "cell.svg", "cell.png", "curves.svg")
     return summary | {"rows": rows}
+
+
+def _draw(folder: Path, *names: str) -> None:
+    """Pictures of what is in the folder. A picture that cannot be made is no reason to lose the run that it shows."""
+    from .figures import draw
+
+    try:
+        missing = draw(folder, names)[1]
+    except OSError as error:
+        missing = {folder.name: error}
+    for name, why in missing.items():
+        warnings.warn(f"{name} was not drawn: {why}", stacklevel=2)
 
 
 def whole_run(corpus: Corpus, recipe: Recipe, seed: int, folder: Path, report=None, progress: bool = False, device: str = "auto") -> dict:
     """A trial: search, retraining, test. Leaves everything the two phases leave, and result.json, which it returns as a dictionary."""
+    check_fits(corpus, recipe.search, recipe.retrain)
     began = time.perf_counter()
     searched = search_phase(corpus, recipe.search, seed, folder, report, progress, device)
     retrained = retrain_phase(corpus, searched["genotype"], recipe.retrain, seed, folder, report, progress, device)

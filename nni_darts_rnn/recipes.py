@@ -33,7 +33,7 @@ class SearchRecipe:
     short_bptt_probability: float = _field(0.05, 0, 1, help="probability of a batch of half that length")
     lr: float = _field(20.0, 0, help="SGD's learning rate for a batch of `bptt` steps; scaled by length/bptt")
     weight_decay: float = _field(5e-7, 0, help="SGD's weight decay")
-    clip: float = _field(0.25, 0, optional=True, help="largest norm of the weights' gradient; none: no clipping")
+    clip: float = _field(0.25, 1e-12, optional=True, help="largest norm of the weights' gradient; none: no clipping")
     dropout: float = _rate(0.75, "dropout of the outputs")
     dropout_h: float = _rate(0.25, "dropout of the states before each node's matrix")
     dropout_x: float = _rate(0.75, "dropout of the cell's input")
@@ -53,6 +53,10 @@ class SearchRecipe:
     warmup_epochs: int = _field(0, 0, help="epochs before α moves")
     reproduce_original: bool = _field(False, help="the published code's numerics, for reproduction")
 
+    def __post_init__(self):
+        if self.reproduce_original and self.clip is None:
+            raise ValueError("search.reproduce_original: the published code always clips; give search.clip (the paper's is 0.25)")
+
 
 @dataclass(frozen=True)
 class RetrainRecipe:
@@ -69,7 +73,7 @@ class RetrainRecipe:
     max_bptt_above: int = _field(20, 0, help="the longest length is `bptt` plus this")
     lr: float = _field(20.0, 0, help="SGD's learning rate for a batch of `bptt` steps; scaled by length/bptt")
     weight_decay: float = _field(8e-7, 0, help="SGD's weight decay")
-    clip: float = _field(0.25, 0, optional=True, help="largest norm of the gradient; none: no clipping")
+    clip: float = _field(0.25, 1e-12, optional=True, help="largest norm of the gradient; none: no clipping")
     dropout: float = _rate(0.75, "dropout of the outputs")
     dropout_h: float = _rate(0.25, "dropout of the states before each node's matrix")
     dropout_x: float = _rate(0.75, "dropout of the cell's input")
@@ -79,6 +83,10 @@ class RetrainRecipe:
     tar: float = _field(1e-3, 0, help="temporal activation regularisation")
     nonmono: int = _field(5, 1, help="epochs without improvement before averaging (ASGD) begins")
     epochs: int = _field(3600, 1, help="passes over the training text")
+
+    def __post_init__(self):
+        if self.min_bptt > self.bptt + self.max_bptt_above:
+            raise ValueError(f"retrain.min_bptt: {self.min_bptt} must be at most bptt + max_bptt_above = {self.bptt + self.max_bptt_above}")
 
 
 @dataclass(frozen=True)
@@ -150,6 +158,8 @@ def override(recipe, values: dict, prefix: str = ""):
 def _flatten(mapping: dict) -> dict:
     flat = {}
     for key, value in mapping.items():
+        if key == "_name":
+            continue  # what NNI calls a branch of a nested choice
         flat.update({f"{key}.{inner}": v for inner, v in _flatten(value).items()} if isinstance(value, dict) else {key: value})
     return flat
 

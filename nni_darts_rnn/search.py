@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import signal
+import threading
 import time
 import warnings
 from dataclasses import dataclass
@@ -62,8 +65,23 @@ def search(corpus: Corpus, recipe: SearchRecipe, seed: int = 0, report=None, pro
         evaluator = search_evaluator(corpus, recipe, seed, report, folder, accelerator=device, devices=1, enable_progress_bar=progress)
         supernet = strategy.mutate_model(space)
         evaluator = strategy.mutate_evaluator(evaluator)
-        evaluator.evaluate(supernet)
+        with _interruptible():
+            evaluator.evaluate(supernet)
         evaluator.module.set_model(supernet)
         genotype = Genotype.from_sample(evaluator.module.export())
     reporter = next(c for c in evaluator.trainer.callbacks if isinstance(c, SupernetReport))
     return SearchResult(genotype, reporter.alphas, reporter.rows, time.perf_counter() - began)
+
+
+@contextlib.contextmanager
+def _interruptible():
+    """Lightning 2 turns Ctrl-C into `sys.exit(1)` and leaves the signal ignored; here it stays a `KeyboardInterrupt`."""
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, handler)

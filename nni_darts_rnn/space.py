@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from nni.nas.nn.pytorch import LayerChoice, ModelSpace, MutableModule
 from nni.nas.oneshot.pytorch.supermodule.base import BaseSuperNetModule
 from torch import Tensor, nn
 
-from .cell import ACTIVATIONS, RecurrentWeights
+from .cell import ACTIVATIONS, RecurrentWeights, checked_primitives
 from .genotype import PRIMITIVES, Genotype, edges, load_genotype
 from .model import LanguageModel, LMOutput
 from .supernet import MixedRNN
@@ -63,7 +64,7 @@ class CellSpace(RecurrentWeights, MutableModule):
 
     def __init__(self, input_size: int, hidden_size: int, n_nodes: int = 8, primitives=PRIMITIVES, dropout_x: float = 0.0, dropout_h: float = 0.0):
         super().__init__(input_size, hidden_size, n_nodes, dropout_x, dropout_h)
-        self.primitives = tuple(primitives)
+        self.primitives = checked_primitives(primitives)
         ops = [name for name in self.primitives if name != "none"]
         self.inputs, self.ops = nn.ModuleList(), nn.ModuleList()
         with label_scope("cell"):
@@ -162,7 +163,7 @@ def load_searched_model(source: Genotype | str | Path, vocab_size: int | None = 
     A folder that holds a trained model gives it with its weights and sizes; otherwise `vocab_size` is needed and the weights are new.
     `ValueError` with one line where that is not possible.
     """
-    if not isinstance(source, Genotype) and (Path(source) / "model.json").is_file():
+    if not isinstance(source, Genotype) and os.path.isfile(Path(source) / "model.json"):
         from .trained import load_trained
 
         return load_trained(source)[0]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 
 import torch
+import torch.distributed
 from nni.nas.oneshot.pytorch.differentiable import DartsLightningModule
 from nni.nas.strategy import DARTS
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .bilevel import EPSILON, MODES, WeightStep, architecture_gradient, original_gradient
 from .genotype import did_you_mean
@@ -27,6 +29,30 @@ class _TrainingStep(nn.Module):
 def _loss_of(output, name: str = "loss") -> Tensor:
     """The loss in what a `training_step` returned; `name` falls back to "loss"."""
     return output.get(name, output["loss"]) if isinstance(output, dict) else output
+
+
+@contextlib.contextmanager
+def _fixed(parameters: list[nn.Parameter]):
+    """No gradients for these in the meantime. Each then goes back to what it was: NNI's warm-up switches them too."""
+    required = [p.requires_grad for p in parameters]
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p, require in zip(parameters, required):
+            p.requires_grad_(require)
+
+
+def _mean_over_processes(tensors: list[Tensor | None]) -> list[Tensor | None]:
+    """The mean of each tensor over the processes, in one message."""
+    present = [t for t in tensors if t is not None]
+    if not present:
+        return list(tensors)
+    flat = torch.cat([t.reshape(-1) for t in present])
+    torch.distributed.all_reduce(flat)
+    parts = iter((flat / torch.distributed.get_world_size()).split([t.numel() for t in present]))
+    return [None if t is None else next(parts).view_as(t).to(t.dtype) for t in tensors]
 
 
 class SecondOrderDartsModule(DartsLightningModule):
@@ -56,6 +82,21 @@ class SecondOrderDartsModule(DartsLightningModule):
             raise ValueError("the space has no open choice: nothing to search")
         return torch.optim.Adam(alphas, self.arc_learning_rate, betas=self.arc_betas, weight_decay=self.arc_weight_decay)
 
+    def setup(self, stage: str | None = None):
+        if self.trainer.world_size > 1:
+            if self.reproduce_original:
+                raise ValueError("reproduce_original: the published code runs in one process; use devices=1")
+            # α has no gradient in the weight step, and hidden states are each process's own: DistributedDataParallel would wait for the
+            # one and overwrite the others with those of rank 0. Weights, and the model's buffers (BatchNorm statistics), are its affair.
+            alphas = self.arch_parameters()
+            for alpha in alphas:
+                torch.distributed.broadcast(alpha.data, 0)
+            architecture = {id(alpha) for alpha in alphas}
+            names = [name for name, p in self.named_parameters() if id(p) in architecture]
+            names += ["training_module." + name for name, _ in self.training_module.named_buffers(recurse=False)]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)
+        return super().setup(stage)
+
     def training_step(self, batch, batch_idx: int):
         if self.warmup_epochs == 0 or self.trainer.current_epoch >= self.warmup_epochs:
             self.resample()
@@ -67,22 +108,28 @@ class SecondOrderDartsModule(DartsLightningModule):
 
         # the weight step, as NNI's DARTS takes it
         self.resample()
-        output = self.training_module.training_step(batch["train"], 2 * batch_idx + 1)
-        self.advance_optimization(_loss_of(output), batch_idx, self.gradient_clip_val)
+        with _fixed(self.arch_parameters()):
+            output = self.training_module.training_step(batch["train"], 2 * batch_idx + 1)
+            self.advance_optimization(_loss_of(output), batch_idx, self.gradient_clip_val)
         self.advance_lr_schedulers(batch_idx)
         if self.log_prob_every_n_step and batch_idx % self.log_prob_every_n_step == 0:
             self.log_probs(self.export_probs())
         return output
 
     def architecture_gradient(self, train_batch, valid_batch, batch_idx: int) -> list[Tensor]:
-        """∇α of the validation loss after the weight step that is about to be taken; one tensor for each of `arch_parameters()`."""
+        """∇α of the validation loss after the weight step that is about to be taken; one tensor for each of `arch_parameters()`.
+
+        With several processes each has its own part of the batch, as in Lightning's DDP, and the gradient is that of the mean losses.
+        """
         optimizer = next(o for o in self._optimizers() if not getattr(o, "is_arch_optimizer", False))
         moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
         architecture = {id(p) for p in self.arch_parameters()}
         step_module = self._step_module[0]
         names = {id(p): name for name, p in step_module.named_parameters()}
         alphas = self.arch_parameters()
-        weights = {name: p for name, p in step_module.named_parameters() if id(p) in moved and id(p) not in architecture}
+        # a weight that is frozen takes no step, even where it is in a group of the optimizer
+        weights = {name: p for name, p in step_module.named_parameters()
+                   if id(p) in moved and id(p) not in architecture and p.requires_grad}
         alpha_names, weight_names = [names[id(p)] for p in alphas], list(weights)
         carried: dict[str, Tensor] = {}
 
@@ -91,7 +138,7 @@ class SecondOrderDartsModule(DartsLightningModule):
             state = {name: b.clone() for name, b in step_module.named_buffers()}
             state.update(zip(weight_names, at_weights))
             state.update(zip(alpha_names, at_alphas))
-            with self._silent():
+            with self._aside():
                 output = torch.func.functional_call(step_module, state, (data, index))
             carried.update(state)
             return _loss_of(output, part)
@@ -111,17 +158,19 @@ class SecondOrderDartsModule(DartsLightningModule):
 
         moved_on: dict[str, Tensor] = {}
         tensors = list(weights.values())
+        reduce = _mean_over_processes if self.trainer.world_size > 1 else list
         if self.reproduce_original and self.hvp != "first_order":
             group = optimizer.param_groups[0]
             several_names = [name for name, p in step_module.named_parameters(remove_duplicate=False) if names[id(p)] != name]
             tied = {names[id(step_module.get_parameter(name))] for name in several_names}
-            result = original_gradient(train_loss, tensors, alphas, train_batch, valid_batch, group["lr"], group["weight_decay"],
+            lr = group["lr"] if self.unrolled_lr is None else self.unrolled_lr
+            result = original_gradient(train_loss, tensors, alphas, train_batch, valid_batch, lr, group["weight_decay"],
                                        self.gradient_clip_val, self.epsilon, valid_loss,
                                        tied=[i for i, name in enumerate(weight_names) if name in tied])
         else:
             step = None if self.hvp == "first_order" else WeightStep.of(optimizer, tensors, self.gradient_clip_val, self.unrolled_lr)
             result = architecture_gradient(train_loss, tensors, alphas, train_batch, valid_batch, step, self.hvp, self.epsilon,
-                                           self.neumann_terms, valid_loss)
+                                           self.neumann_terms, valid_loss, reduce=reduce)
         for name, value in moved_on.items():
             self.training_module.get_buffer(name).copy_(value)
         return result.grads
@@ -131,17 +180,18 @@ class SecondOrderDartsModule(DartsLightningModule):
         return optimizers if isinstance(optimizers, list) else [optimizers]
 
     @contextlib.contextmanager
-    def _silent(self):
-        """What the user's `training_step` logs in an auxiliary pass is not a metric of the training."""
-        module = self.training_module
-        kept = {name: module.__dict__[name] for name in ("log", "log_dict") if name in module.__dict__}
-        module.log = module.log_dict = lambda *args, **kwargs: None
+    def _aside(self):
+        """An auxiliary pass is no part of the training: nothing is logged, and attributes that the user's modules assign in it (counters,
+        the states of torchmetrics) go back to what they were."""
+        kept = [(module, dict(vars(module))) for module in self.training_module.modules()]
+        self.training_module.log = self.training_module.log_dict = lambda *args, **kwargs: None
         try:
             yield
         finally:
-            for name in ("log", "log_dict"):
-                module.__dict__.pop(name)
-            module.__dict__.update(kept)
+            for module, attributes in kept:
+                for name in vars(module).keys() - attributes.keys():
+                    del vars(module)[name]
+                vars(module).update(attributes)
 
 
 class SecondOrderDARTS(DARTS):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .cell import ACTIVATIONS, RecurrentWeights
+from .cell import ACTIVATIONS, RecurrentWeights, checked_primitives
 from .genotype import PRIMITIVES, Genotype, derive
 
 BATCHNORM_EPS = 1e-5
@@ -63,10 +63,7 @@ class MixedRNN(RecurrentWeights):
     def __init__(self, input_size: int, hidden_size: int, n_nodes: int = 8, primitives=PRIMITIVES, dropout_x: float = 0.0,
                  dropout_h: float = 0.0, softmax: nn.Module | None = None):
         super().__init__(input_size, hidden_size, n_nodes, dropout_x, dropout_h)
-        unknown = [name for name in primitives if name != "none" and name not in ACTIVATIONS]
-        if unknown or len(set(primitives)) != len(primitives) or set(primitives) <= {"none"}:
-            raise ValueError(f"primitives {tuple(primitives)}: each must be 'none' or one of {', '.join(ACTIVATIONS)}, named once, one not 'none'")
-        self.primitives = tuple(primitives)
+        self.primitives = checked_primitives(primitives)
         self.softmax = nn.Softmax(-1) if softmax is None else softmax
         self.alpha = nn.Parameter(ALPHA_SCALE * torch.randn(n_nodes * (n_nodes + 1) // 2, len(self.primitives)))
 
@@ -81,5 +78,7 @@ class MixedRNN(RecurrentWeights):
     def forward(self, x: Tensor, h0: Tensor | None = None) -> Tensor:
         if x.shape[1] < 2:
             raise ValueError("the supernet normalises over the batch: batch_size and eval_batch_size must be at least 2")
+        from . import fused  # here, since it imports this module
+
         x_proj, h0, mask = self.project(x, h0)
-        return mixed_cell(x_proj, h0, self.W0[self.input_size:], self.Ws, self.softmax(self.alpha), mask, self.primitives)
+        return fused.mixed_cell(x_proj, h0, self.W0[self.input_size:], self.Ws, self.softmax(self.alpha), mask, self.primitives)

@@ -11,11 +11,19 @@ import sys
 from pathlib import Path
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as every other refusal; `--help` has the usage."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python3 -m nni_darts_rnn.trial", description="One trial of an NNI experiment: search, retrain, test.")
+    parser = Parser(prog="python3 -m nni_darts_rnn.trial", description="One trial of an NNI experiment: search, retrain, test.")
     add_run_options(parser)
     arguments = parser.parse_args(argv)
 
+    quiet_hosts()
     import nni
 
     parameters = nni.get_next_parameter() or {}
@@ -60,7 +68,7 @@ def checked_seed(value) -> int:
         seed = int(value)
         if isinstance(value, bool) or seed != float(value) or not 0 <= seed < 2**32:
             raise ValueError
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"seed: {value!r} must be a whole number from 0 to {2**32 - 1}") from None
     return seed
 
@@ -84,15 +92,24 @@ def open_corpus(arguments: argparse.Namespace):
     return load_corpus(arguments.corpus, folder=arguments.corpus_folder, mirror=arguments.corpus_mirror, alpha_fraction=arguments.alpha_fraction)
 
 
-def prepare_torch(arguments: argparse.Namespace) -> None:
-    """Threads, device check, and the hosts' warnings that mean nothing here."""
+def quiet_hosts() -> None:
+    """Silences the hosts' warnings that mean nothing to the person who runs this; others stay."""
+    import logging
     import warnings
 
+    # NNI 3.0 lists the layers of torch as it knew them and warns of each one that came later
+    warnings.filterwarnings("ignore", category=RuntimeWarning, message=".*is found to be not a nn.Module.*")
+    warnings.filterwarnings("ignore", message=".*(pkg_resources is deprecated|isinstance.treespec, LeafSpec|torch.jit.script. is deprecated).*")
+    warnings.filterwarnings("ignore", message=".*Running trial code without runtime.*")
+    # NNI says itself that this one is safe to ignore with one-shot strategies
+    logging.getLogger("nni.nas.evaluator.pytorch.lightning").addFilter(lambda record: "Validation dataloaders are missing" not in record.getMessage())
+
+
+def prepare_torch(arguments: argparse.Namespace) -> None:
+    """Threads and device, checked and set; quiet hosts."""
     if arguments.threads is not None and arguments.threads < 1:
         raise ValueError(f"--threads: {arguments.threads} must be at least 1")
-    # NNI 3.0 lists the layers of torch as it knew them and warns of each one that came later
-    warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"nni\..*")
-    warnings.filterwarnings("ignore", message=".*pkg_resources is deprecated.*")
+    quiet_hosts()
     import torch
 
     from .model import choose_device

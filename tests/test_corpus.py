@@ -141,9 +141,9 @@ def test_pydoc():
     assert 0.75 < len(c.train) / tokens < 0.85 and min(len(c.valid), len(c.test)) > 0.07 * tokens
     for ids, most in ((c.train, 0.02), (c.valid, 0.1), (c.test, 0.1)):
         assert (ids == c.vocab.index["<unk>"]).double().mean() < most
-    lines = {split: [line for line in c.vocab.decode(getattr(c, split)).splitlines() if len(line.split()) >= 12] for split in ("train", "valid", "test")}
+    lines = {split: {line for line in c.vocab.decode(getattr(c, split)).splitlines() if len(line.split()) >= 12} for split in download.SPLITS}
     for a, b in (("train", "valid"), ("train", "test"), ("valid", "test")):
-        assert len(set(lines[a]) & set(lines[b])) <= 1, (a, b)  # no paragraph on both sides; one may coincide once rare words are <unk>
+        assert lines[a] and not lines[a] & lines[b], (a, b)  # no paragraph on both sides
     assert {"the", "statement", "__init__", "N", "("} <= set(c.vocab.words) and not any(w != w.lower() for w in c.vocab.words if w != "N")
 
 
@@ -170,7 +170,8 @@ print(hashlib.sha256(repr((c.vocab.words, c.train.tolist(), c.valid.tolist(), c.
 
 def test_same_in_a_process_with_another_hash_seed(capsys):
     seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
-    other = subprocess.run([sys.executable, "-c", PRINT], env={**os.environ, "PYTHONHASHSEED": seed}, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    other = subprocess.run([sys.executable, "-c", PRINT], env={**os.environ, "PYTHONHASHSEED": seed}, cwd=ROOT, capture_output=True, text=True,
+                           timeout=120)
     exec(PRINT, {})
     assert other.stdout == capsys.readouterr().out and len(other.stdout) == 65
 
@@ -260,7 +261,7 @@ def test_cache_that_cannot_be_written(small, tmp_path, monkeypatch):
 def test_streams_are_consecutive_parts():
     s = streams(torch.arange(23), 4)
     assert s.tolist() == [[0, 5, 10, 15], [1, 6, 11, 16], [2, 7, 12, 17], [3, 8, 13, 18], [4, 9, 14, 19]]
-    assert s.data_ptr() == streams(torch.arange(23), 4).t().t().data_ptr() or s._base is not None  # a view
+    assert s._base is not None  # a view
 
 
 @pytest.mark.parametrize("rule", [fixed_length(7), fixed_length(1), fixed_length(500), search_lengths(9, 0.5), retrain_lengths(9, 0.3, 3.0, 2, 14)])
@@ -332,6 +333,7 @@ class Mirror:
 
     def __init__(self, ranges=True):
         self.files, self.cut, self.redirects, self.requests = {}, {}, {}, []
+        self.ranges = ranges
         mirror = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -396,7 +398,8 @@ def test_a_broken_download_goes_on_within_a_call(any_mirror, tmp_path, sha):
     any_mirror.files["/f"], any_mirror.cut["/f"] = BODY, [100_000, 50_000]
     download.download(any_mirror.url + "/f", tmp_path / "part", sha)
     assert (tmp_path / "part").read_bytes() == BODY
-    assert [r for _, r in any_mirror.requests] == [None, "bytes=100000-", f"bytes={150_000 if any_mirror.requests[2][1] == 'bytes=150000-' else 50_000}-"]
+    third = 150_000 if any_mirror.ranges else 50_000  # without ranges the second answer began anew
+    assert [r for _, r in any_mirror.requests] == [None, "bytes=100000-", f"bytes={third}-"]
 
 
 def test_a_broken_download_goes_on_in_the_next_call(mirror, tmp_path, sha):

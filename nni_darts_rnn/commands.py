@@ -1,0 +1,118 @@
+"""The commands that compute: search, retrain, evaluate; and the table of recipes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from .experiments import corpus_words, load_experiment, set_words
+from .talk import Talk, answer
+from .trial import checked_recipe, checked_seed, open_corpus, prepare_torch
+
+
+def search(arguments) -> None:
+    from .pipeline import check_fits, search_phase
+
+    recipe, seed, corpus, talk = _start(arguments)
+    check_fits(corpus, recipe.search)
+    talk(f"corpus {corpus.describe()}")
+    folder = _out(arguments, Path(corpus.name).name, seed)
+    s = recipe.search
+    talk(f"searching {s.n_nodes} nodes of {s.hidden_size} units for {s.epochs} epochs, recipe {recipe.name}, seed {seed}; results in {folder}")
+    talk.epochs = s.epochs
+    found = search_phase(corpus, s, seed, folder, talk.epoch, talk.progress, arguments.device)
+    talk(f"found {found['genotype']} in {found['search_seconds']:.0f} s")
+    then = ["nni-darts-rnn", "retrain", *corpus_words(arguments), "--recipe", recipe.name, *set_words(recipe, "retrain"), "--genotype",
+            folder / "genotype.json"]
+    answer(arguments, {"genotype": json.loads(found["genotype"].to_json()), "supernet_valid_perplexity": found["supernet_valid_perplexity"],
+                       "seconds": found["search_seconds"], "folder": str(folder)}, found["genotype"].to_json(), then)
+
+
+def retrain(arguments) -> None:
+    name = _choose_cell(arguments)
+    recipe, seed, corpus, talk = _start(arguments)
+    from .baselines import bigram_perplexity, unigram_perplexity
+    from .pipeline import check_fits, retrain_phase
+
+    check_fits(corpus, recipe.retrain)
+    talk(f"corpus {corpus.describe()}")
+    folder = _out(arguments, name or Path(corpus.name).name, seed)
+    r = recipe.retrain
+    talk(f"training {arguments.genotype} with {r.hidden_size} units for up to {r.epochs} epochs, recipe {recipe.name}, seed {seed}; results in {folder}")
+    talk.epochs = r.epochs
+    done = retrain_phase(corpus, arguments.genotype, r, seed, folder, talk.epoch, talk.progress, arguments.device)
+    done.pop("rows")
+    done |= {"unigram_perplexity": unigram_perplexity(corpus), "bigram_perplexity": bigram_perplexity(corpus), "folder": str(folder)}
+    answer(arguments, done, f"test perplexity {done['test_perplexity']:.2f} (validation {done['valid_perplexity']:.2f}), {done['parameters']:,} parameters; "
+           f"of the same test text: unigram {done['unigram_perplexity']:.2f}, interpolated bigram {done['bigram_perplexity']:.2f}",
+           ["nni-darts-rnn", "evaluate", folder, *corpus_words(arguments)])
+
+
+def evaluate(arguments) -> None:
+    from .baselines import bigram_perplexity, unigram_perplexity
+    from .model import choose_device, perplexity
+    from .trained import load_trained
+
+    recipe, _, corpus, _ = _start(arguments)
+    model, words = load_trained(arguments.model)
+    if tuple(words) != tuple(corpus.vocab.words):
+        raise ValueError(f"{arguments.model} was trained on another vocabulary ({len(words)} words) than that of {corpus.name} ({len(corpus.vocab)})")
+    model.to(choose_device(arguments.device))
+    r = recipe.retrain
+    found = {"valid_perplexity": perplexity(model, corpus.valid, r.eval_batch_size, r.bptt),
+             "test_perplexity": perplexity(model, corpus.test, r.test_batch_size, r.bptt),
+             "unigram_perplexity": unigram_perplexity(corpus), "bigram_perplexity": bigram_perplexity(corpus)}
+    answer(arguments, found, f"test perplexity {found['test_perplexity']:.2f}, validation {found['valid_perplexity']:.2f}; "
+           f"of the same test text: unigram {found['unigram_perplexity']:.2f}, interpolated bigram {found['bigram_perplexity']:.2f}",
+           ["nni-darts-rnn", "plot", arguments.model])
+
+
+def recipes(arguments) -> None:
+    from .recipes import RECIPES
+
+    if arguments.json:
+        print(json.dumps({name: recipe.to_dict() for name, recipe in RECIPES.items()}, indent=2))
+        return
+    for part in ("search", "retrain"):
+        print(f"{part + '.*':32}" + "".join(f"{name:>14}" for name in RECIPES))
+        for field in dataclasses.fields(getattr(RECIPES["penn"], part)):
+            values = "".join(f"{str(getattr(getattr(recipe, part), field.name)):>14.13}" for recipe in RECIPES.values())
+            print(f"{part + '.' + field.name:32}{values}   {field.metadata['help']}")
+        print()
+
+
+def _start(arguments):
+    """Checks every setting, then opens the corpus: (recipe, seed, corpus, talk)."""
+    seed, recipe = checked_seed(arguments.seed), checked_recipe(arguments, {})
+    if getattr(arguments, "genotype", None):
+        from .genotype import load_genotype
+
+        arguments.genotype = load_genotype(arguments.genotype)
+    prepare_torch(arguments)
+    return recipe, seed, open_corpus(arguments), Talk(arguments)
+
+
+def _out(arguments, name: str, seed: int) -> Path:
+    folder = arguments.out or Path("runs") / f"{arguments.command}-{name}-{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _choose_cell(arguments) -> str | None:
+    """Puts the best trial's cell, corpus and recipe in place for `--from`, the usual ones otherwise; a name for the results, or None."""
+    name = None
+    if arguments.experiment:
+        experiment = load_experiment(arguments.experiment)
+        trial = experiment.best()
+        arguments.genotype, name = trial.result.genotype, f"{experiment.id}-{trial.id}"
+        arguments.recipe = arguments.recipe or trial.recipe
+        if arguments.corpus is None:
+            for option in ("corpus", "corpus_folder", "corpus_mirror", "alpha_fraction"):
+                setattr(arguments, option, getattr(arguments, option) or getattr(trial.options, option))
+        Talk(arguments)(f"best of experiment {experiment.id} ({experiment.count()}): trial {trial.id}, "
+                        f"validation perplexity {trial.result.valid_perplexity:.2f}")
+    elif not arguments.genotype:
+        raise ValueError("the following arguments are required: --genotype or --from")
+    arguments.corpus, arguments.recipe = arguments.corpus or "pydoc", arguments.recipe or "small"
+    return name

@@ -1,0 +1,99 @@
+"""The pictures that a folder's files allow: cell, α, its animation, learning curves. Used by trials, by `nni-darts-rnn plot` and by the report."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+from .genotype import Genotype, load_genotype
+
+SOURCES = ("genotype.json", "model.json", "alpha.json", "search.csv", "retrain.csv", "history.csv")
+PICTURES = ("cell.svg", "cell.png", "alpha.svg", "alpha.png", "curves.svg")  # what a trial leaves: cheap, a second or so in all
+EVERY = (*PICTURES, "curves.png", "cell.gif")
+
+
+def draw(folder: str | Path, names=PICTURES, out: str | Path | None = None) -> tuple[list[Path], dict[str, str]]:
+    """Draws the named pictures from the files in `folder` into `out` (default: there). Returns those written, and name -> why not for the others.
+
+    A source that is missing or damaged is a reason, not an exception; only that `out` cannot be written is (`OSError`).
+    """
+    folder, out = Path(folder), Path(out or folder)
+    out.mkdir(parents=True, exist_ok=True)
+    written, missing, sources = [], {}, {}
+    for name in names:
+        read = READERS[name]
+        try:
+            if read not in sources:
+                sources[read] = read(folder)
+            written.append(draw_one(name, sources[read], out / name))
+        except ValueError as error:
+            missing[name] = str(error)
+    return written, missing
+
+
+def draw_one(name: str, data, path: Path) -> Path:
+    """Draws one picture of what its reader returned."""
+    from . import plot
+
+    if name.startswith("cell.") and not name.endswith(".gif"):
+        return plot.plot_cell(data, path)
+    if name.startswith("curves."):
+        return plot.plot_curves(data, path)
+    primitives, alpha = data
+    return (plot.animate_cell if name.endswith(".gif") else plot.plot_alpha)(alpha, path, primitives)
+
+
+def read_cell(folder: Path) -> Genotype:
+    """The cell of a search's, trial's or trained model's folder. `ValueError` where there is none."""
+    if (folder / "genotype.json").is_file():
+        return load_genotype(folder)
+    if (folder / "model.json").is_file():
+        return Genotype.from_json(json.dumps(_json(folder / "model.json").get("genotype")))
+    raise ValueError("there is no genotype.json or model.json")
+
+
+def read_alpha(folder: Path) -> tuple[tuple[str, ...], list]:
+    """(primitives, α of every epoch) of a search's folder. `ValueError` where there is none."""
+    if not (folder / "alpha.json").is_file():
+        raise ValueError("there is no alpha.json")
+    data = _json(folder / "alpha.json")
+    primitives = data.get("primitives")
+    if not isinstance(primitives, list) or not all(isinstance(name, str) for name in primitives) or "alpha" not in data:
+        raise ValueError("alpha.json: expected the keys primitives and alpha")
+    return tuple(primitives), data["alpha"]
+
+
+def read_rows(folder: Path) -> list[dict]:
+    """Metrics of every epoch of both phases, each with its phase, whichever of the package's ways wrote them. `ValueError` where there are none."""
+    rows = []
+    for phase, names in (("search", ("search.csv",)), ("retrain", ("retrain.csv", "history.csv"))):
+        path = next((folder / name for name in names if (folder / name).is_file()), None)
+        if path is None:
+            continue
+        try:
+            with path.open(newline="", encoding="utf-8-sig") as file:
+                found = list(csv.DictReader(file))
+            for row in found:
+                # fastai counts epochs from 0 and knows of no phases
+                rows.append(row if row.get("phase") else {**row, "phase": phase, "epoch": int(row["epoch"]) + 1})
+        except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
+            raise ValueError(f"{path.name}: cannot be read ({type(error).__name__} {error})") from None
+    if not rows:
+        raise ValueError("there is no search.csv, retrain.csv or history.csv with an epoch in it")
+    return rows
+
+
+READERS = {"cell.svg": read_cell, "cell.png": read_cell, "alpha.svg": read_alpha, "alpha.png": read_alpha, "cell.gif": read_alpha,
+           "curves.svg": read_rows, "curves.png": read_rows}
+"""What each picture is made from."""
+
+
+def _json(path: Path) -> dict:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name}: cannot be read ({error})") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path.name}: expected a JSON object")
+    return data

@@ -1,0 +1,48 @@
+"""The example experiment and its search spaces, written into a folder of the user's: `nni-darts-rnn init DIR`."""
+
+from __future__ import annotations
+
+import sysconfig
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+
+from .files import write_text
+
+FOLDERS = ("examples", "search_spaces")
+SUFFIXES = (".yml", ".json")
+CONFIG = Path("examples") / "darts_rnn.yml"  # what `nnictl create --config` is given
+
+
+def example_files() -> dict[Path, Path]:
+    """Path in the user's folder -> file of this installation. From the checkout where the package runs from one, else from share/nni_darts_rnn."""
+    checkout = Path(__file__).resolve().parents[1]
+    if (checkout / "setup.cfg").is_file() and (checkout / CONFIG).is_file():
+        return _in(checkout)
+    found = {}
+    try:
+        for path in files("nni-darts-rnn") or ():
+            if path.suffix in SUFFIXES and path.parts[-4:-2] == ("share", "nni_darts_rnn") and path.parts[-2] in FOLDERS:
+                found[Path(*path.parts[-2:])] = Path(path.locate()).resolve()
+    except PackageNotFoundError:
+        pass
+    found = {name: path for name, path in found.items() if path.is_file()} or _in(Path(sysconfig.get_path("data")) / "share" / "nni_darts_rnn")
+    if CONFIG not in found:
+        raise ValueError(f"{CONFIG} is not part of this installation; install nni-darts-rnn from a wheel or a checkout")
+    return found
+
+
+def _in(root: Path) -> dict[Path, Path]:
+    return {path.relative_to(root): path for folder in FOLDERS for path in sorted((root / folder).glob("*")) if path.suffix in SUFFIXES}
+
+
+def write_examples(folder: Path, force: bool = False) -> list[Path]:
+    """Writes the files below `folder`, each whole. `ValueError`, before anything is written, where one would replace another's; `force` allows it."""
+    texts = {folder / name: source.read_text(encoding="utf-8") for name, source in example_files().items()}
+    taken = [path for path, text in texts.items() if (path.exists() or path.is_symlink()) and not _holds(path, text)]
+    if taken and not force:
+        raise ValueError(f"{taken[0]} exists{f', and {len(taken) - 1} more of these files' if taken[1:] else ''}; --force replaces what is there")
+    return [write_text(path, text) for path, text in texts.items()]
+
+
+def _holds(path: Path, text: str) -> bool:
+    return path.is_file() and path.read_bytes() == text.encode("utf-8")

@@ -1,0 +1,44 @@
+"""What the commands say: words for people on standard error, the result on standard output, nothing but JSON with `--json`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+
+
+class Talk:
+    """Words on standard error, so that standard output holds the result alone; nothing with --json. `epochs`: how many there will be."""
+
+    def __init__(self, arguments):
+        self.silent = arguments.json
+        self.progress = not arguments.json and sys.stderr.isatty()
+        self.epochs = 0
+
+    def __call__(self, text: str) -> None:
+        if not self.silent:
+            print(text, file=sys.stderr, flush=True)
+
+    def epoch(self, row: dict) -> None:
+        rate = f", {row['tokens_per_second']:,.0f} tokens/s" if row.get("tokens_per_second") else ""
+        left = (self.epochs - row["epoch"]) * (row.get("seconds") or 0)
+        self(f"{row['phase']} epoch {row['epoch']}: validation perplexity {row['default']:.2f}{rate}" + (f", about {duration(left)} left" if left else ""))
+
+
+def duration(seconds: float) -> str:
+    """Such as `45 s`, `12 min`, `3 h 20 min`."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def answer(arguments, data: dict, words: str, then: list[str] = ()) -> None:
+    """The result, and the command that a person is likely to want next: `then`, its words."""
+    command = shlex.join([str(word) for word in then])
+    if arguments.json:
+        print(json.dumps(data | ({"next": command} if command else {})))
+        return
+    print(words, flush=True)
+    if command:
+        print(f"next: {command}", file=sys.stderr, flush=True)

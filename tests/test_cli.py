@@ -1,0 +1,240 @@
+"""The command line and the trial: help, the table of recipes, and for every bad input one line, status 2 and nothing written."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import entry_points
+
+import nni
+import numpy as np
+import pytest
+
+from nni_darts_rnn import __version__, cli, trial
+from nni_darts_rnn.recipes import RECIPES
+
+TEXT = "the cat sat on the mat\nthe dog sat on the cat\n"
+# the smallest whole run; one thread would stay set for the tests that follow, so none is asked for
+SMALL = ["--recipe", "tiny", "--device", "cpu", "--set", "search.batch_size=4", "--set", "search.eval_batch_size=4", "--set", "search.n_nodes=2",
+         "--set", "retrain.epochs=1", "--set", "retrain.batch_size=4", "--set", "retrain.eval_batch_size=4", "--set", "retrain.test_batch_size=4"]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """An empty working folder, which is a trial's output folder too; a corpus elsewhere."""
+    corpus, here = tmp_path / "corpus", tmp_path / "here"
+    corpus.mkdir()
+    here.mkdir()
+    for split, times in (("train", 20), ("valid", 8), ("test", 8)):
+        (corpus / f"{split}.txt").write_text(TEXT * times, encoding="utf-8")
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("NNI_OUTPUT_DIR", str(here))
+    return here
+
+
+def status(main, *argv) -> int:
+    try:
+        return main([str(a) for a in argv])
+    except SystemExit as leaving:  # argparse's way
+        return leaving.code
+
+
+def test_help_names_every_command_and_option(capsys):
+    assert status(cli.main, "--help") == 0
+    text = capsys.readouterr().out
+    assert all(command in text for command in ("search", "retrain", "evaluate", "recipes"))
+    for command, options in (("search", "--out --seed --corpus --recipe --set --device --threads --json --alpha-fraction"),
+                             ("retrain", "--genotype --out"), ("evaluate", "model --corpus-folder --corpus-mirror"), ("recipes", "--json")):
+        assert status(cli.main, command, "--help") == 0
+        text = capsys.readouterr()
+        assert not text.err and all(option in text.out for option in options.split())
+    assert status(trial.main, "--help") == 0 and "--recipe" in capsys.readouterr().out
+    assert status(cli.main, "--version") == 0 and capsys.readouterr().out.strip() == __version__
+
+
+def test_table_of_recipes(capsys):
+    assert status(cli.main, "recipes") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["search.*", *RECIPES]
+    rows = {line.split()[0]: line.split()[1:] for line in lines if line.startswith(("search.", "retrain."))}
+    assert rows["search.hidden_size"][:4] == ["300", "300", "64", "8"]
+    assert rows["retrain.weight_decay"][:4] == ["8e-07", "5e-07", "8e-07", "8e-07"]
+    for part in ("search", "retrain"):
+        for field in vars(getattr(RECIPES["penn"], part)):
+            shown = rows[f"{part}.{field}"][:len(RECIPES)]
+            for text, recipe in zip(shown, RECIPES.values()):
+                value = getattr(getattr(recipe, part), field)
+                assert str(value).startswith(text)  # cut where it is long
+            assert len(rows[f"{part}.{field}"]) > len(RECIPES)  # and its meaning
+
+
+def test_recipes_for_machines(capsys):
+    assert status(cli.main, "recipes", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {name: recipe.to_dict() for name, recipe in RECIPES.items()}
+
+
+def test_as_a_program():
+    command = [sys.executable, "-m", "nni_darts_rnn.cli"]
+    done = subprocess.run([*command, "recipes", "--json"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and not done.stderr and set(json.loads(done.stdout)) == set(RECIPES)
+    done = subprocess.run([*command, "search", "--set", "search.n_nodes=0"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and not done.stdout and len(done.stderr.splitlines()) == 1 and "search.n_nodes" in done.stderr
+    (script,) = entry_points(group="console_scripts", name="nni-darts-rnn")
+    assert script.load() is cli.main
+
+
+RUN_OPTIONS = {  # options that `search`, `retrain`, `evaluate` and the trial share
+    "unknown recipe": (["--recipe", "pen"], "recipe 'pen' is none of penn, wikitext-2, small, tiny; did you mean 'penn'?"),
+    "unknown key": (["--set", "search.epoch=3"], "did you mean 'search.epochs'?"),
+    "key without part": (["--set", "epochs=3"], "use search.<field> or retrain.<field>"),
+    "no value": (["--set", "search.epochs"], "must be KEY=VALUE"),
+    "no key": (["--set", "=3"], "setting '' is no field"),
+    "empty value": (["--set", "search.epochs="], "search.epochs: '' must be a whole number"),
+    "no nodes": (["--set", "search.n_nodes=0"], "search.n_nodes: '0' must be a whole number of at least 1"),
+    "too many nodes": (["--set", "search.n_nodes=1000"], "at most 64"),
+    "NaN": (["--set", "search.lr=nan"], "search.lr: 'nan' must be a number of at least 0"),
+    "infinite": (["--set", "search.lr=inf"], "search.lr: 'inf'"),
+    "negative": (["--set", "retrain.lr=-1"], "retrain.lr: '-1'"),
+    "no number": (["--set", "retrain.dropout=half"], "retrain.dropout: 'half' must be a number of at least 0 and below 1"),
+    "fraction of an epoch": (["--set", "retrain.epochs=1.5"], "a whole number"),
+    "supernet of one stream": (["--set", "search.batch_size=1"], "at least 2"),
+    "unknown hvp": (["--set", "search.hvp=exat"], "did you mean 'exact'?"),
+    "clip at zero": (["--set", "search.clip=0"], "search.clip: '0'"),
+    "lengths that cannot be": (["--set", "retrain.min_bptt=500"], "retrain.min_bptt: 500 must be at most bptt + max_bptt_above"),
+    "unknown corpus": (["--corpus", "pen"], "neither a folder nor one of pydoc, penn, wikitext-2, wikitext-103; did you mean 'penn'?"),
+    "corpus not here": (["--corpus", "wikitext-103", "--corpus-folder", "nowhere"], "nowhere: no such folder"),
+    "corpus without texts": (["--corpus", "."], "train.txt is missing"),
+    "folder of no named corpus": (["--corpus-folder", "."], "folder and mirror are for penn"),
+    "α's part": (["--alpha-fraction", "1"], "alpha_fraction: 1.0"),
+    "α's part no number": (["--alpha-fraction", "some"], "argument --alpha-fraction: invalid float value: 'some'"),
+    "α's part NaN": (["--alpha-fraction", "nan"], "alpha_fraction: nan"),
+    "unknown device": (["--device", "cuda"], "argument --device: invalid choice: 'cuda'"),
+    "no threads": (["--threads", "0"], "--threads: 0 must be at least 1"),
+    "threads no number": (["--threads", "two"], "argument --threads: invalid int value: 'two'"),
+    "unknown option": (["--speed", "9"], "unrecognized arguments: --speed 9"),
+}
+
+
+def refused(capsys, place, code: int, words: str) -> None:
+    text = capsys.readouterr()
+    assert code == 2
+    assert len(text.err.splitlines()) == 1 and words in text.err and "error: " in text.err, text.err
+    assert not text.out and list(place.iterdir()) == []
+
+
+@pytest.mark.parametrize("options, words", RUN_OPTIONS.values(), ids=RUN_OPTIONS)
+@pytest.mark.parametrize("command", [["search"], ["retrain", "--genotype", "ENAS"]], ids=lambda c: c[0])
+def test_search_and_retrain_refuse(command, options, words, place, capsys):
+    corpus = [] if any(o.startswith("--corpus") for o in options) else ["--corpus", place.parent / "corpus"]
+    refused(capsys, place, status(cli.main, *command, *corpus, "--out", place / "out", *options), words)
+
+
+@pytest.mark.parametrize("argv, words", [
+    ([], "the following arguments are required: COMMAND"),
+    (["serch"], "invalid choice: 'serch'"),
+    (["retrain"], "the following arguments are required: --genotype"),
+    (["retrain", "--genotype", "DARTS_V3"], "did you mean 'DARTS_V"),
+    (["retrain", "--genotype", "nowhere.json"], "neither a file nor one of"),
+    (["retrain", "--genotype", '{"recurrent": [["tnah", 0]]}'], "did you mean 'tanh'?"),
+    (["retrain", "--genotype", "{"], "genotype: not JSON"),
+    (["search", "--seed", "-1"], "seed: '-1' must be a whole number from 0"),
+    (["search", "--seed", "1.5"], "seed: '1.5'"),
+    (["search", "--seed", "nan"], "seed: 'nan'"),
+    (["search", "--seed", "4294967296"], "seed: '4294967296'"),
+    (["search", "--set", "search.batch_size=50000", "--out", "out"], "search.batch_size: 50000 streams need a text of at least 100000 tokens"),
+    (["search", "--set", "search.eval_batch_size=70", "--out", "out"], "search.eval_batch_size: 70 streams"),
+    (["retrain", "--genotype", "ENAS", "--set", "retrain.batch_size=50000", "--out", "out"], "retrain.batch_size: 50000 streams"),
+    (["retrain", "--genotype", "ENAS", "--set", "retrain.test_batch_size=70", "--out", "out"], "retrain.test_batch_size: 70 streams"),
+    (["evaluate"], "the following arguments are required: model"),
+    (["evaluate", "nowhere"], "model.json: cannot be read"),
+    (["recipes", "penn"], "unrecognized arguments: penn"),
+])
+def test_what_each_command_refuses(argv, words, place, capsys):
+    corpus = ["--corpus", place.parent / "corpus"] if argv and argv[0] in ("search", "retrain", "evaluate") else []
+    refused(capsys, place, status(cli.main, *argv, *corpus), words)
+
+
+def test_an_out_that_is_a_file_is_refused(place, capsys):
+    out = place.parent / "file"
+    out.write_text("mine")
+    refused(capsys, place, status(cli.main, "search", "--json", "--corpus", place.parent / "corpus", *SMALL, "--out", out), "File exists")
+    assert out.read_text() == "mine"
+
+
+@pytest.mark.parametrize("options, words", RUN_OPTIONS.values(), ids=RUN_OPTIONS)
+def test_the_trial_refuses_options(options, words, place, capsys):
+    corpus = [] if any(o.startswith("--corpus") for o in options) else ["--corpus", place.parent / "corpus"]
+    refused(capsys, place, status(trial.main, *corpus, *options), words)
+
+
+@pytest.mark.parametrize("parameters, words", [
+    ({"lr": 1}, "setting 'lr' is no field of a recipe"),
+    ({"search.arch_lrr": 0.1}, "did you mean 'search.arch_lr'?"),
+    ({"seed": -1}, "seed: -1"),
+    ({"seed": 0.5}, "seed: 0.5"),
+    ({"seed": True}, "seed: True"),
+    ({"seed": "one"}, "seed: 'one'"),
+    ({"seed": None}, "seed: None"),
+    ({"seed": float("inf")}, "seed: inf"),
+    ({"seed": float("nan")}, "seed: nan"),
+    ({"search.n_nodes": 0}, "search.n_nodes: 0"),
+    ({"search": {"_name": "a", "dropout": 2}}, "search.dropout: 2"),
+    ({"retrain.test_batch_size": 70}, "retrain.test_batch_size: 70 streams need"),  # before the search, not after the retraining
+])
+def test_the_trial_refuses_parameters(parameters, words, place, capsys, monkeypatch):
+    # stands for the tuner alone, which standalone mode does not have
+    monkeypatch.setattr(nni, "get_next_parameter", lambda: parameters)
+    code = status(trial.main, "--corpus", place.parent / "corpus", *SMALL)
+    text = capsys.readouterr()
+    assert code == 2 and text.err.splitlines()[-1].startswith("error: ") and words in text.err
+    assert len(text.err.splitlines()) == 1 and list(place.iterdir()) == []
+
+
+def test_the_tuners_parameters_win_over_set():
+    arguments = trial_arguments("--recipe", "tiny", "--set", "search.lr=2", "--set", " search.epochs = 3 ", "--set", "search.lr=4")
+    recipe = trial.checked_recipe(arguments, {"search": {"epochs": np.int64(9)}})
+    assert recipe.search.lr == 4 and recipe.search.epochs == 9  # the last of two `--set` counts
+    assert trial.checked_recipe(arguments, {}).search.epochs == 3
+
+
+def trial_arguments(*argv):
+    parser = trial.Parser()
+    trial.add_run_options(parser)
+    return parser.parse_args(argv)
+
+
+@pytest.mark.parametrize("value, seed", [(0, 0), ("7", 7), (7.0, 7), (np.int64(7), 7), (2**32 - 1, 2**32 - 1)])
+def test_seeds(value, seed):
+    assert trial.checked_seed(value) == seed and type(trial.checked_seed(value)) is int
+
+
+def test_a_trial_without_a_tuner(place, capsys, caplog):
+    """NNI's standalone mode: no parameters come, reports go to its log."""
+    assert status(trial.main, "--corpus", place.parent / "corpus", *SMALL) == 0
+    result = json.loads((place / "result.json").read_text(encoding="utf-8"))
+    assert result["recipe"]["search"]["n_nodes"] == 2 and result["seed"] == 0
+    assert {"genotype.json", "model.safetensors", "model.json", "search.csv", "retrain.csv", "alpha.json", "cell.svg"} <= set(os.listdir(place))
+    reports = [record.getMessage() for record in caplog.records if record.name == "nni"]
+    assert f"Final result: {{'default': {result['valid_perplexity']}," in reports[-1]
+    phases = [phase for r in reports[:-1] for phase in ("search", "retrain") if f"'phase': '{phase}'" in r]
+    assert phases == ["search", "search", "retrain"]  # the untrained supernet, and one epoch of each
+    assert not capsys.readouterr().err
+
+
+def test_search_retrain_evaluate(place, capsys):
+    """Each leaves what the next one takes; standard output is the result alone."""
+    common = ["--corpus", place.parent / "corpus", *SMALL, "--json"]
+    assert status(cli.main, "search", *common, "--out", place / "a") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert json.loads((place / "a" / "genotype.json").read_text(encoding="utf-8")) == found["genotype"] and len(found["genotype"]["recurrent"]) == 2
+    assert status(cli.main, "retrain", *common, "--genotype", place / "a", "--out", place / "b") == 0
+    trained = json.loads(capsys.readouterr().out)
+    assert status(cli.main, "evaluate", place / "b", *common) == 0
+    tested = json.loads(capsys.readouterr().out)
+    for name in ("valid_perplexity", "test_perplexity", "unigram_perplexity", "bigram_perplexity"):
+        assert tested[name] == pytest.approx(trained[name], rel=1e-6)
+    assert sorted(os.listdir(place)) == ["a", "b"]
+    (place.parent / "corpus" / "train.txt").write_text(TEXT * 20 + "a new word\n", encoding="utf-8")
+    assert status(cli.main, "evaluate", place / "b", *common) == 2
+    text = capsys.readouterr()
+    assert "another vocabulary" in text.err and len(text.err.splitlines()) == 1 and not text.out

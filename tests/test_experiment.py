@@ -1,0 +1,133 @@
+"""The README's main command at a tiny size, with the real nnictl: trials succeed, results are where they should be, bad keys are refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NNICTL = Path(sys.executable).parent / "nnictl"
+TINY = "--recipe tiny --set search.bptt=64 --set search.batch_size=64 --set retrain.epochs=1"
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Experiment:
+    """A running NNI experiment, asked through its REST API."""
+
+    def __init__(self, config: Path, folder: Path, cwd: Path):
+        # NNI keeps everything below the home folder; python3 in the trial command has to be this one
+        self.env = os.environ | {"HOME": str(folder), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+        for attempt in range(3):  # nnictl at times asks its server before that listens
+            self.port = free_port()
+            done = subprocess.run([NNICTL, "create", "--config", config, "--port", str(self.port)], cwd=cwd, env=self.env, capture_output=True,
+                                  text=True, timeout=120)
+            found = re.search(r"Experiment ID: \S*?([a-z0-9]{8})\b", re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr))
+            if done.returncode == 0 and found:
+                break
+        assert done.returncode == 0, done.stdout + done.stderr
+        self.id = found.group(1)
+
+    def get(self, what: str):
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/api/v1/nni/{what}", timeout=20) as answer:
+            return json.load(answer)
+
+    def wait(self, seconds: float) -> list[dict]:
+        """The trials, once the experiment is done."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            try:
+                if self.get("check-status")["status"] in ("DONE", "ERROR"):
+                    break
+            except (urllib.error.URLError, ConnectionError):
+                pass
+            time.sleep(1)
+        assert self.get("check-status")["status"] == "DONE"
+        return self.get("trial-jobs")
+
+    def stop(self) -> None:
+        subprocess.run([NNICTL, "stop", self.id], env=self.env, capture_output=True, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The example with the tiny recipe, typed inside examples/, run to its end."""
+    folder = tmp_path_factory.mktemp("nni")
+    for name in ("examples", "search_spaces"):
+        shutil.copytree(ROOT / name, folder / name)
+    config = folder / "examples" / "darts_rnn.yml"
+    text = config.read_text()
+    assert "--recipe small" in text
+    config.write_text(text.replace("--recipe small", TINY))
+    experiment = Experiment(Path("darts_rnn.yml"), folder, config.parent)
+    try:
+        yield experiment, experiment.wait(300), folder
+    finally:
+        experiment.stop()
+
+
+def test_all_trials_succeed_and_report(finished):
+    experiment, trials, _ = finished
+    assert [t["status"] for t in trials] == ["SUCCEEDED", "SUCCEEDED"]
+    for trial in trials:
+        metrics = [(m["type"], json.loads(json.loads(m["data"]))) for m in experiment.get(f"metric-data/{trial['trialJobId']}")]
+        steps = [row for kind, row in metrics if kind == "PERIODICAL"]
+        assert [(r["phase"], r["epoch"]) for r in steps] == [("search", 0), ("search", 1), ("retrain", 1)]
+        assert all(r["default"] == r["perplexity"] > 1 for r in steps)
+        assert all("alpha_entropy" in r for r in steps if r["phase"] == "search")
+        assert all(r["tokens_per_second"] > 0 for r in steps if r["epoch"])
+        final = [row for kind, row in metrics if kind == "FINAL"]
+        assert len(final) == 1 and {"default", "test_perplexity", "parameters", "seconds"} <= set(final[0])
+        assert 1 < final[0]["default"] < steps[0]["default"]
+
+
+def test_what_a_trial_leaves(finished):
+    _, trials, _ = finished
+    from nni_darts_rnn.genotype import Genotype
+    from nni_darts_rnn.trained import load_trained
+
+    for trial in trials:
+        folder = Path(trial["logPath"])
+        for name in ("genotype.json", "alpha.json", "search.csv", "retrain.csv", "cell.svg", "model.safetensors", "model.json", "result.json"):
+            assert (folder / name).stat().st_size > 0, name
+        result = json.loads((folder / "result.json").read_text())
+        assert result["seed"] == json.loads(trial["hyperParameters"][0])["parameters"]["seed"]
+        genotype = Genotype.from_json((folder / "genotype.json").read_text())
+        assert Genotype.from_json(result["genotype"]) == genotype
+        model, words = load_trained(folder)
+        assert model.rnn.genotype == genotype and len(words) == model.vocab_size
+        assert len(json.loads((folder / "alpha.json").read_text())["alpha"]) == 2  # before the search and after its epoch
+
+
+def test_a_key_that_is_no_field_fails_the_trial(tmp_path):
+    for name in ("examples", "search_spaces"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    space = tmp_path / "search_spaces" / "darts_rnn.json"
+    space.write_text(json.dumps({"seed": {"_type": "choice", "_value": [1]}, "search.arch_lrr": {"_type": "choice", "_value": [0.1]}}))
+    config = tmp_path / "examples" / "darts_rnn.yml"
+    config.write_text(config.read_text().replace("maxTrialNumber: 2", "maxTrialNumber: 1"))
+    experiment = Experiment(config, tmp_path, tmp_path)  # from another folder
+    try:
+        trials = experiment.wait(120)
+        assert [t["status"] for t in trials] == ["FAILED"]
+        folder = Path(trials[0]["logPath"])
+        said = (folder / "trial.stderr").read_text()
+        assert "search.arch_lrr" in said and "did you mean 'search.arch_lr'" in said and "Traceback" not in said
+        assert not (folder / "genotype.json").exists()
+    finally:
+        experiment.stop()

@@ -1,0 +1,199 @@
+"""`DartsRNN` beside `nn.GRU`: the same calls, the same shapes; the same numbers as its cells run one by one."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
+
+from nni_darts_rnn.genotype import DARTS_V1, DARTS_V2, Genotype
+from nni_darts_rnn.layer import DartsRNN
+
+SMALL = Genotype((("tanh", 0), ("relu", 1), ("sigmoid", 0)), (1, 3))
+I, H, T, B = 3, 4, 6, 5
+SHAPES = list(itertools.product((1, 2, 3), (False, True), (False, True)))  # num_layers, bidirectional, batch_first
+
+
+def pair(num_layers=1, bidirectional=False, batch_first=False, genotype=SMALL, **more):
+    torch.manual_seed(0)
+    ours = DartsRNN(I, H, genotype, num_layers, batch_first=batch_first, bidirectional=bidirectional, dtype=torch.float64, **more)
+    with torch.no_grad():
+        for p in ours.parameters():
+            p.normal_(0, 0.5)
+    return ours, nn.GRU(I, H, num_layers, batch_first=batch_first, bidirectional=bidirectional, dtype=torch.float64)
+
+
+def draw(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def assert_called_alike(ours, gru, x, *h_0):
+    output, h_n = ours(x, *h_0)
+    expected, h_expected = gru(x, *h_0)
+    assert type(output) is type(expected) and h_n.shape == h_expected.shape and h_n.dtype == h_expected.dtype
+    if isinstance(output, PackedSequence):
+        assert output.data.shape == expected.data.shape and torch.equal(output.batch_sizes, expected.batch_sizes)
+        for a, b in ((output.sorted_indices, expected.sorted_indices), (output.unsorted_indices, expected.unsorted_indices)):
+            assert (a is None and b is None) or torch.equal(a, b)
+    else:
+        assert output.shape == expected.shape and output.dtype == expected.dtype
+    return output, h_n
+
+
+@pytest.mark.parametrize("num_layers, bidirectional, batch_first", SHAPES)
+@pytest.mark.parametrize("with_h_0", [False, True])
+def test_shapes_of_gru(num_layers, bidirectional, batch_first, with_h_0):
+    ours, gru = pair(num_layers, bidirectional, batch_first)
+    layers = num_layers * (2 if bidirectional else 1)
+    h_0 = (draw(layers, B, H),) if with_h_0 else ()
+    assert_called_alike(ours, gru, draw(B, T, I) if batch_first else draw(T, B, I), *h_0)
+    assert_called_alike(ours, gru, draw(T, I), *(h[:, 0] for h in h_0))  # unbatched
+    lengths = torch.tensor([3, 6, 1, 4, 4])
+    for sort in (False, True):
+        x = pack_padded_sequence(draw(T, B, I), lengths.sort(descending=True).values if sort else lengths, enforce_sorted=sort)
+        assert_called_alike(ours, gru, x, *h_0)
+
+
+@pytest.mark.parametrize("num_layers, bidirectional, batch_first", SHAPES)
+def test_against_its_cells_one_by_one(num_layers, bidirectional, batch_first):
+    ours, _ = pair(num_layers, bidirectional, batch_first)
+    D, x = (2 if bidirectional else 1), draw(T, B, I)
+    h_0 = draw(num_layers * D, B, H)
+    level, finals = x, []
+    for layer in range(num_layers):
+        outputs = []
+        for direction in range(D):
+            cell = ours.layers[layer * D + direction]
+            steps, h = [], h_0[layer * D + direction]
+            for t in (range(T - 1, -1, -1) if direction else range(T)):
+                h = cell(level[t:t + 1], h)[0]  # one step at a time
+                steps.append(h)
+            finals.append(h)
+            outputs.append(torch.stack(steps[::-1] if direction else steps))
+        level = torch.cat(outputs, -1)
+    output, h_n = ours(x.transpose(0, 1) if batch_first else x, h_0)
+    torch.testing.assert_close(output.transpose(0, 1) if batch_first else output, level, rtol=0, atol=1e-12)
+    torch.testing.assert_close(h_n, torch.stack(finals), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("num_layers, bidirectional", [(1, False), (1, True), (2, False), (2, True), (3, True)])
+@pytest.mark.parametrize("is_sorted", [False, True])
+@pytest.mark.parametrize("with_h_0", [False, True])
+def test_packed_equals_each_sequence_alone(num_layers, bidirectional, is_sorted, with_h_0):
+    ours, _ = pair(num_layers, bidirectional)
+    lengths = [6, 4, 4, 3, 1] if is_sorted else [3, 6, 1, 4, 4]
+    sequences = [draw(n, I) for n in lengths]
+    h_0 = draw(num_layers * (2 if bidirectional else 1), B, H) if with_h_0 else None
+    packed, h_n = ours(pack_sequence(sequences, enforce_sorted=is_sorted), h_0)
+    output, out_lengths = pad_packed_sequence(packed)
+    assert out_lengths.tolist() == lengths
+    for b, x in enumerate(sequences):
+        alone, final = ours(x, None if h_0 is None else h_0[:, b])
+        torch.testing.assert_close(output[:lengths[b], b], alone, rtol=0, atol=1e-12)
+        torch.testing.assert_close(h_n[:, b], final, rtol=0, atol=1e-12)
+        assert (output[lengths[b]:, b] == 0).all()
+
+
+def test_gradients_of_a_packed_sequence_equal_those_of_each_alone():
+    ours, _ = pair(2, True)
+    lengths = [3, 6, 1, 4, 4]
+    sequences = [draw(n, I).requires_grad_() for n in lengths]
+    packed, h_n = ours(pack_sequence(sequences, enforce_sorted=False))
+    together = torch.autograd.grad(packed.data.pow(2).sum() + h_n.sum(), [*sequences, *ours.parameters()])
+    loss = 0
+    for x in sequences:
+        output, final = ours(x)
+        loss = loss + output.pow(2).sum() + final.sum()
+    for a, b in zip(together, torch.autograd.grad(loss, [*sequences, *ours.parameters()])):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
+def test_h_0_carries_a_sequence_on():
+    ours, _ = pair(2)
+    x = draw(T, B, I)
+    whole, h_whole = ours(x)
+    first, h = ours(x[:2])
+    second, h = ours(x[2:], h)
+    torch.testing.assert_close(torch.cat([first, second]), whole, rtol=0, atol=1e-12)
+    torch.testing.assert_close(h, h_whole, rtol=0, atol=1e-12)
+
+
+def test_h_n_is_where_gru_puts_it():
+    ours, _ = pair(2, True)
+    output, h_n = ours(draw(T, B, I))
+    torch.testing.assert_close(h_n[2], output[-1, :, :H], rtol=0, atol=0)  # last layer forwards ends at the end
+    torch.testing.assert_close(h_n[3], output[0, :, H:], rtol=0, atol=0)  # backwards at the beginning
+
+
+def test_dropout_between_layers_in_training_alone():
+    ours, x = pair(2, dropout=0.5)[0], draw(T, B, I)
+    assert not torch.equal(ours(x)[0], ours(x)[0])
+    plain, _ = pair(2)
+    assert torch.equal(ours.eval()(x)[0], plain(x)[0])
+    one, _ = pair(1, dropout=0.5)  # nothing is after the last layer
+    assert torch.equal(one(x)[0], one(x)[0])
+
+
+@pytest.mark.parametrize("rate", ["dropout_x", "dropout_h"])
+def test_variational_rates_reach_every_cell(rate):
+    ours, _ = pair(2, True, **{rate: 0.5})
+    assert [getattr(cell, rate) for cell in ours.layers] == [0.5] * 4
+    x = draw(T, B, I)
+    assert not torch.equal(ours(x)[0], ours(x)[0]) and torch.equal(ours.eval()(x)[0], ours(x)[0])
+
+
+@pytest.mark.parametrize("genotype", ["DARTS_V1", DARTS_V1, DARTS_V1.to_json()], ids=["name", "genotype", "json"])
+def test_genotype_by_name_value_or_text(genotype):
+    assert DartsRNN(I, H, genotype).genotype == DARTS_V1
+    assert DartsRNN(I, H).genotype == DARTS_V2
+
+
+def test_state_dict_round_trip(tmp_path):
+    ours, _ = pair(2, True)
+    torch.save(ours.state_dict(), tmp_path / "weights.pt")
+    other = DartsRNN(I, H, SMALL, 2, bidirectional=True, dtype=torch.float64)
+    x = draw(T, B, I)
+    assert not torch.equal(other(x)[0], ours(x)[0])
+    other.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
+    assert torch.equal(other(x)[0], ours(x)[0]) and torch.equal(copy.deepcopy(ours)(x)[1], ours(x)[1])
+    assert [tuple(p.shape) for p in other.parameters()] == [(I + H, 2 * H), (3, H, 2 * H)] * 2 + [(3 * H, 2 * H), (3, H, 2 * H)] * 2
+
+
+def test_dtype_and_device_reach_every_weight():
+    rnn = DartsRNN(I, H, num_layers=2, dtype=torch.float64, device="meta")
+    assert {(p.dtype, p.device.type) for p in rnn.parameters()} == {(torch.float64, "meta")}
+
+
+def test_repr_names_what_it_was_built_with():
+    assert "3, 4, num_layers=2, batch_first=True, bidirectional=False" in repr(DartsRNN(I, H, SMALL, 2, batch_first=True))
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda: DartsRNN(I, H, bias=True), "bias: True"),
+    (lambda: DartsRNN(I, H, num_layers=0), "num_layers: 0"),
+    (lambda: DartsRNN(I, H, num_layers=1.0), "num_layers: 1.0"),
+    (lambda: DartsRNN(I, H, num_layers=True), "num_layers: True"),
+    (lambda: DartsRNN(I, H, dropout=1.0), "dropout: 1.0"),
+    (lambda: DartsRNN(I, H, dropout=math.nan), "dropout: nan"),
+    (lambda: DartsRNN(I, H, dropout_h=-1), "dropout_h: -1"),
+    (lambda: DartsRNN(0, H), "input_size: 0"),
+    (lambda: DartsRNN(I, 0), "hidden_size: 0"),
+    (lambda: DartsRNN(I, H, "DARTS-V2"), "did you mean 'DARTS_V2'"),
+    (lambda: DartsRNN(I, H)(torch.zeros(T, B, I + 1)), "4 features; this layer was built for input_size 3"),
+    (lambda: DartsRNN(I, H)(torch.zeros(I)), "shape (3,); expected 2 (unbatched) or 3 axes"),
+    (lambda: DartsRNN(I, H)(torch.zeros(1, T, B, I)), "expected 2 (unbatched) or 3 axes"),
+    (lambda: DartsRNN(I, H)(torch.zeros(T, B, I), torch.zeros(1, B, H + 1)), "shape (1, 5, 5); expected (layers·directions, B, H) = (1, 5, 4)"),
+    (lambda: DartsRNN(I, H, num_layers=2)(torch.zeros(T, B, I), torch.zeros(1, B, H)), "expected (layers·directions, B, H) = (2, 5, 4)"),
+    (lambda: DartsRNN(I, H, batch_first=True)(torch.zeros(T, B, I), torch.zeros(1, B, H)), "= (1, 6, 4)"),
+    (lambda: DartsRNN(I, H)(torch.zeros(T, I), torch.zeros(1, B, H)), "h_0 has shape"),
+    (lambda: DartsRNN(I, H)(torch.zeros(T, B, I), torch.zeros(B, H)), "h_0 has shape"),
+    (lambda: DartsRNN(I, H)(torch.zeros(0, B, I)), "shape (0, 5, 3); expected (T, B, 3) with T of at least 1"),
+    (lambda: DartsRNN(I, H)(pack_sequence([torch.zeros(2, I + 1)])), "4 features"),
+])
+def test_refusals(make, words):
+    with pytest.raises(ValueError) as error:
+        make()
+    assert words in str(error.value) and "\n" not in str(error.value)

@@ -1,0 +1,243 @@
+import hashlib
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fastai.callback.core import Callback
+from fastai.data.core import DataLoaders
+from fastai.text.data import LMDataLoader
+
+from nni_darts_rnn.corpus import EOS, UNK, Corpus, Vocabulary
+from nni_darts_rnn.genotype import Genotype
+from nni_darts_rnn.learner import StatefulLM, StreamLoader, language_dls, lm_learner, perplexity, retrain, search_learner, torch_device
+from nni_darts_rnn.model import LanguageModel
+from nni_darts_rnn.recipes import get_recipe
+
+CELL = Genotype((("tanh", 0), ("relu", 1), ("sigmoid", 0)))
+TINY = get_recipe("tiny", {"retrain.hidden_size": 6, "retrain.batch_size": 4, "retrain.eval_batch_size": 3, "retrain.test_batch_size": 1,
+                           "search.hidden_size": 6, "search.n_nodes": 2, "search.batch_size": 4, "search.eval_batch_size": 2})
+
+
+def corpus(n=200, seed=0) -> Corpus:
+    """A text with something to learn: each word mostly follows the one before it in the alphabet."""
+    draw = np.random.default_rng(seed)
+    tokens = (np.cumsum(draw.choice(3, n + 150, p=(0.1, 0.8, 0.1))) % 10).astype(np.int64)
+    return Corpus("letters", Vocabulary((EOS, UNK, *"abcdefgh")), *torch.from_numpy(tokens).split((n, 80, 70)))
+
+
+def quiet_fit(learn, epochs=1, **kwargs):
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(epochs, **kwargs)
+    return learn
+
+
+def language_model(**dropouts) -> LanguageModel:
+    torch.manual_seed(1)
+    lm = LanguageModel.from_genotype(10, 6, CELL, **dropouts).double()
+    for p in lm.parameters():
+        torch.nn.init.normal_(p, std=0.7)
+    return lm
+
+
+def test_hidden_state_is_carried_from_batch_to_batch():
+    lm = language_model()
+    tokens = torch.randint(10, (9, 3))  # (T, B)
+    decoded, raw, dropped, _ = lm(tokens, lm.init_hidden(3))
+    model = StatefulLM(lm)
+    for piece, a, b, c in zip(tokens.split((4, 1, 4)), decoded.split((4, 1, 4)), raw.split((4, 1, 4)), dropped.split((4, 1, 4))):
+        for got, expected in zip(model(piece.t()), (a, b, c)):
+            assert torch.allclose(got, expected.transpose(0, 1), rtol=1e-12)
+    assert not model.hidden.requires_grad
+    model.reset()
+    assert torch.allclose(model(tokens[:4].t())[0], decoded[:4].transpose(0, 1), rtol=1e-12)
+    other = torch.randint(10, (4, 2))  # another number of streams starts from zeros
+    assert torch.allclose(model(other.t())[0], lm(other, lm.init_hidden(2)).decoded.transpose(0, 1), rtol=1e-12)
+    assert "hidden" not in model.state_dict()
+
+
+class HiddenBefore(Callback):
+    """Sum of |hidden| before every batch, per phase of every epoch."""
+
+    def __init__(self):
+        self.phases = []
+
+    def before_train(self):
+        self.phases.append([])
+
+    def before_validate(self):
+        self.phases.append([])
+
+    def before_batch(self):
+        same_size = len(self.learn.model.hidden) == len(self.xb[0])
+        self.phases[-1].append(float(self.learn.model.hidden.abs().sum()) if same_size else 0.0)
+
+
+def test_hidden_state_is_zero_at_the_start_of_each_pass_and_only_there(tmp_path):
+    recipe = get_recipe(TINY, {"retrain.eval_batch_size": 4}).retrain  # one size for both, or a change of size would hide a missing reset
+    learn = quiet_fit(lm_learner(language_dls(corpus(), recipe, 0, "cpu", tmp_path), CELL, recipe, cbs=[watch := HiddenBefore()]), 2)
+    assert len(watch.phases) == 4
+    for first, *others in watch.phases:
+        assert first == 0 and others and all(others)
+    assert float(learn.model.hidden.abs().sum()) == 0
+
+
+def test_loss_is_the_language_models_bit_for_bit(tmp_path):
+    recipe = TINY.retrain
+    learn = lm_learner(language_dls(corpus(), recipe, 0, "cpu", tmp_path), CELL, recipe)
+    x, y = next(iter(learn.dls.train))
+    torch.manual_seed(0)
+    loss = learn.loss_func(learn.model(x)[0], y)
+    torch.manual_seed(0)
+    assert torch.equal(loss, learn.model.lm.loss(x.t(), y.t(), learn.model.lm.init_hidden(len(x)))[0])
+    learn.loss_func.reduction = "none"
+    assert learn.loss_func(learn.model(x)[0], y).shape == (y.numel(),)
+
+
+def test_train_batches_are_views_whose_lengths_change_each_epoch(tmp_path):
+    recipe = TINY.retrain
+    dls = language_dls(corpus(), recipe, 0, "cpu", tmp_path)
+    assert list(dls.vocab) == [EOS, UNK, *"abcdefgh"]
+    epochs = [list(dls.train) for _ in range(3)]
+    for batches in epochs:
+        text = torch.cat([x for x, _ in batches], 1)  # (B, S-1)
+        assert torch.equal(text, corpus().train.view(recipe.batch_size, -1)[:, :-1])
+        assert torch.equal(torch.cat([y for _, y in batches], 1), corpus().train.view(recipe.batch_size, -1)[:, 1:])
+    lengths = [[x.shape[1] for x, _ in batches] for batches in epochs]
+    assert lengths[0] != lengths[1] != lengths[2]
+    assert {x.untyped_storage().data_ptr() for x, _ in epochs[0]} == {dls.train.dataset.stream.untyped_storage().data_ptr()}
+    again = language_dls(corpus(), recipe, 0, "cpu", tmp_path)
+    again.train.set_epoch(2)
+    assert [x.shape[1] for x, _ in again.train] == lengths[2]
+    assert [x.shape[1] for x, _ in dls.valid] == [x.shape[1] for x, _ in dls.valid] == [8, 8, 8, 1]
+    assert isinstance(dls.valid.new(shuffle=False, drop_last=False), StreamLoader)
+
+
+def test_validation_loss_and_perplexity_are_those_of_a_slow_reading(tmp_path):
+    recipe = TINY.retrain
+    learn = quiet_fit(lm_learner(language_dls(corpus(), recipe, 0, "cpu", tmp_path), CELL, recipe), 2)
+    lm = learn.model.lm.eval()
+    text = corpus().valid[:26 * 3].view(3, 26)
+    nats = []
+    with torch.no_grad():
+        for stream in text:  # one stream, one word at a time
+            hidden = lm.init_hidden(1)
+            for word, following in zip(stream, stream[1:]):
+                decoded, *_, hidden = lm(word.view(1, 1), hidden)
+                nats.append(-torch.log_softmax(decoded[0, 0].double(), -1)[following])
+    expected = torch.stack(nats).mean().exp().item()
+    assert perplexity(lm, corpus().valid, 3, 8) == pytest.approx(expected, rel=1e-6)
+    valid_loss, metric = learn.validate()
+    assert metric == pytest.approx(expected, rel=1e-6) and np.exp(valid_loss) == pytest.approx(expected, rel=1e-6)
+
+
+def fingerprint(folder) -> list[str]:
+    """A retraining with averaging and a search: their weights' hash and the test perplexity."""
+    recipe = get_recipe(TINY, {"retrain.nonmono": 1, "retrain.lr": 40.0, "retrain.epochs": 4}).retrain
+    torch.seed()  # the state before does not matter
+    outcome = retrain(corpus(), CELL, recipe, 5, folder)
+    torch.seed()
+    found = quiet_fit(search_learner(language_dls(corpus(), TINY.search, 5, "cpu", folder), TINY, seed=5))
+    tensors = [*outcome["model"].state_dict().values(), *found.model.state_dict().values()]
+    digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in tensors)).hexdigest()
+    return [digest, str(outcome["test_perplexity"]), str(outcome["learner"].ntasgd.averaging)]
+
+
+def test_the_same_seed_gives_the_same_bits_in_another_process_and_nni_is_not_imported(tmp_path):
+    here = Path(__file__).parent
+    program = (f"import sys; sys.path.insert(0, {str(here)!r}); import torch; torch.set_num_threads({torch.get_num_threads()})\n"
+               f"from test_learner import fingerprint; print(*fingerprint({str(tmp_path / 'other')!r}), 'nni' in sys.modules)")
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=120, cwd=here.parent)
+    assert done.returncode == 0, done.stderr
+    random.seed(99)  # nothing depends on Python's own generator
+    assert done.stdout.split()[-4:] == [*fingerprint(tmp_path / "here"), "False"]
+
+
+def test_another_seed_gives_other_weights(tmp_path):
+    recipe = TINY.retrain
+    a, b, c = (quiet_fit(lm_learner(language_dls(corpus(), recipe, seed, "cpu", tmp_path), CELL, recipe, seed=seed)).model.lm for seed in (1, 1, 2))
+    assert torch.equal(a.encoder.weight, b.encoder.weight) and torch.equal(a.rnn.Ws, b.rnn.Ws)
+    assert not torch.equal(a.rnn.Ws, c.rnn.Ws)
+
+
+def test_retrain_learns_keeps_the_best_model_and_tests_it(tmp_path):
+    rows = []
+    recipe = get_recipe(TINY, {"retrain.epochs": 6, "retrain.lr": 10.0, "retrain.hidden_size": 12}).retrain
+    outcome = retrain(corpus(1500), CELL, recipe, 0, tmp_path / "new", rows.append)
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5, 6] and outcome["epochs"] == 6
+    assert outcome["valid_perplexity"] == pytest.approx(min(row["default"] for row in rows), rel=1e-6)
+    assert outcome["valid_perplexity"] < 5 and outcome["test_perplexity"] < 5  # 10 words; the text's own is exp(0.64) = 1.9
+    assert outcome["test_perplexity"] == perplexity(outcome["model"], corpus(1500).test, 1, recipe.bptt)
+    assert outcome["parameters"] == 10 * 12 + 10 + 24 * 24 + 3 * 12 * 24
+    assert outcome["model"] is outcome["learner"].model.lm
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["history.csv"]
+    lines = (tmp_path / "new" / "history.csv").read_text().splitlines()
+    assert lines[0] == "epoch,train_loss,valid_loss,perplexity,time" and len(lines) == 7
+
+
+def test_a_diverged_retraining_says_so(tmp_path):
+    recipe = get_recipe(TINY, {"retrain.lr": 1e30, "retrain.clip": None}).retrain
+    with pytest.raises(FloatingPointError, match="lower retrain.lr"):
+        retrain(corpus(), CELL, recipe, 0, tmp_path)
+
+
+def test_no_clipping(tmp_path):
+    recipe = get_recipe(TINY, {"retrain.clip": None, "retrain.lr": 0.1}).retrain
+    learn = lm_learner(language_dls(corpus(), recipe, 0, "cpu", tmp_path), "DARTS_V1", recipe)
+    assert not hasattr(learn, "gradient_clip")
+    quiet_fit(learn)
+
+
+def fastai_dls(batch_size=4) -> DataLoaders:
+    """fastai's own language-model loaders over numericalised documents."""
+    texts = [list(corpus(300).train.split(50)), list(corpus().valid.split(40))]
+    return DataLoaders(*(LMDataLoader(t, bs=batch_size, seq_len=11) for t in texts), device=torch.device("cpu"))
+
+
+def test_any_fastai_language_model_loaders_do(tmp_path):
+    dls = fastai_dls()
+    with pytest.raises(ValueError, match="vocab_size"):
+        lm_learner(dls, CELL, TINY)
+    dls.vocab = [str(i) for i in range(10)]
+    learn = quiet_fit(lm_learner(dls, CELL, TINY, path=tmp_path), 2)
+    assert learn.scale_lr_by_length.bptt == 11
+    first, last = (values[1] for values in learn.recorder.values)
+    assert np.isfinite(first) and last < first
+    found = search_learner(dls, TINY, path=tmp_path)
+    start = found.model.lm.rnn.alpha.detach().clone()
+    quiet_fit(found)
+    assert not torch.equal(found.model.lm.rnn.alpha, start) and found.genotype().n_nodes == 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_search_is_nnis_search_bit_for_bit(tmp_path):
+    """From the same weights, α and random state, one `Learner.fit` and NNI's route take the same steps."""
+    pytest.importorskip("nni")
+    from nni_darts_rnn.evaluator import search_evaluator
+    from nni_darts_rnn.search import make_space, make_strategy
+
+    recipe = get_recipe(TINY, {"search.ar": 0.1, "search.short_bptt_probability": 0.3, "search.warmup_epochs": 1}).search
+    strategy = make_strategy(recipe)
+    supernet = strategy.mutate_model(make_space(10, recipe))
+    evaluator = search_evaluator(corpus(), recipe, 3, max_epochs=2, accelerator="cpu", devices=1, enable_progress_bar=False)
+    evaluator = strategy.mutate_evaluator(evaluator)
+    learn = search_learner(language_dls(corpus(), recipe, 3, "cpu", tmp_path), recipe)
+    learn.model.load_state_dict(supernet.state_dict())
+    start = learn.model.lm.rnn.alpha.detach().clone()
+    torch.manual_seed(7)
+    evaluator.evaluate(supernet)
+    torch.manual_seed(7)
+    quiet_fit(learn, 2)
+    assert not torch.equal(learn.model.lm.rnn.alpha, start)
+    for name, theirs in supernet.state_dict().items():
+        assert torch.equal(learn.model.state_dict()[name], theirs), name
+
+
+def test_devices():
+    assert torch_device("cpu") == torch.device("cpu") and torch_device("auto").type in ("cpu", "cuda")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="no CUDA device"):
+            torch_device("gpu")

@@ -1,0 +1,144 @@
+"""Recipes: the published figures, overrides as numbers and as texts, and a refusal in one line for everything else."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from nni_darts_rnn.recipes import RECIPES, Recipe, RetrainRecipe, SearchRecipe, get_recipe, override
+
+SHARED = dict(bptt=35, short_bptt_probability=0.05, lr=20, clip=0.25, dropout=0.75, dropout_h=0.25, dropout_x=0.75, dropout_i=0.2, ar=0, tar=1e-3,
+              eval_batch_size=10)
+SEARCH = SHARED | dict(hidden_size=300, n_nodes=8, batch_size=256, weight_decay=5e-7, dropout_e=0, epochs=50, arch_lr=3e-3, arch_weight_decay=1e-3,
+                       arch_beta1=0.9, arch_beta2=0.999, hvp="finite_difference", epsilon=1e-2, unrolled_lr=None, neumann_terms=0, warmup_epochs=0,
+                       reproduce_original=False)
+RETRAIN = SHARED | dict(hidden_size=850, batch_size=64, test_batch_size=1, bptt_std=5, min_bptt=5, max_bptt_above=20, weight_decay=8e-7,
+                        dropout_e=0.1, nonmono=5, epochs=3600)
+
+
+@pytest.mark.parametrize("name, search, retrain", [
+    ("penn", SEARCH, RETRAIN),
+    ("wikitext-2", SEARCH | dict(dropout_h=0.15), RETRAIN | dict(hidden_size=700, dropout_h=0.15, weight_decay=5e-7)),
+])
+def test_published_figures(name, search, retrain):
+    """Liu et al. 2019, appendix A, as DESIGN's table of recipes has them."""
+    recipe = get_recipe(name)
+    assert dataclasses.asdict(recipe.search) == search and dataclasses.asdict(recipe.retrain) == retrain
+    assert recipe.name == name and recipe == RECIPES[name]
+
+
+def test_every_default_is_itself_allowed_and_explained():
+    for recipe in RECIPES.values():
+        for part in (recipe.search, recipe.retrain):
+            assert override(part, dataclasses.asdict(part)) == part
+            assert override(part, {k: str(v) for k, v in dataclasses.asdict(part).items()}) == part  # as texts too
+            assert all(field.metadata["help"] for field in dataclasses.fields(part))
+
+
+def test_overrides_dotted_and_nested_are_the_same():
+    dotted = get_recipe("tiny", {"search.lr": 1.5, "search.epochs": 4, "retrain.hidden_size": 12})
+    nested = get_recipe("tiny", {"search": {"lr": 1.5, "epochs": 4}, "retrain": {"hidden_size": 12}})
+    mixed = get_recipe("tiny", {"search": {"lr": 1.5}, "search.epochs": 4, "retrain.hidden_size": 12})
+    assert dotted == nested == mixed
+    tiny = RECIPES["tiny"]
+    assert dotted == Recipe("tiny", dataclasses.replace(tiny.search, lr=1.5, epochs=4), dataclasses.replace(tiny.retrain, hidden_size=12))
+    assert get_recipe(dotted, {"search.lr": 2}).search == dataclasses.replace(dotted.search, lr=2)
+    assert get_recipe("tiny") == get_recipe("tiny", {}) == tiny == RECIPES["tiny"]
+
+
+@pytest.mark.parametrize("key, text, value", [
+    ("search.lr", "3e-3", 3e-3), ("search.lr", " 20 ", 20.0), ("search.epochs", "7", 7), ("search.epochs", "7.0", 7), ("search.epochs", 7.0, 7),
+    ("search.clip", "none", None), ("search.clip", "null", None), ("search.clip", None, None), ("search.clip", "0.5", 0.5),
+    ("search.unrolled_lr", "None", None), ("search.unrolled_lr", "0", 0.0), ("search.hvp", "exact", "exact"),
+    ("search.reproduce_original", "true", True), ("search.reproduce_original", "False", False), ("search.reproduce_original", True, True),
+    ("search.dropout", "0", 0.0), ("search.short_bptt_probability", "1", 1.0), ("retrain.max_bptt_above", "0", 0), ("search.n_nodes", "64", 64),
+])
+def test_values_and_texts_become_the_fields_type(key, text, value):
+    part, _, field = key.partition(".")
+    found = getattr(getattr(get_recipe("penn", {key: text}), part), field)
+    assert found == value and type(found) is type(value)
+
+
+def test_recipes_are_frozen():
+    for thing, field in ((RECIPES["penn"], "name"), (RECIPES["penn"].search, "lr"), (RECIPES["penn"].retrain, "lr")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(thing, field, 1)
+
+
+def test_overrides_change_neither_the_named_recipe_nor_what_was_given():
+    before, given = RECIPES["penn"].to_dict(), {"search": {"lr": "1"}}
+    get_recipe("penn", given)
+    assert RECIPES["penn"].to_dict() == before and given == {"search": {"lr": "1"}}
+
+
+def test_to_dict_is_json_and_comes_back():
+    for name, recipe in RECIPES.items():
+        data = json.loads(json.dumps(recipe.to_dict()))
+        assert data.pop("name") == name
+        assert get_recipe("penn", data).search == recipe.search and get_recipe("penn", data).retrain == recipe.retrain
+
+
+@pytest.mark.parametrize("name, overrides, words", [
+    ("pen", {}, "recipe 'pen' is none of penn, wikitext-2, small, tiny; did you mean 'penn'?"),
+    ("wikitext2", {}, "did you mean 'wikitext-2'?"),
+    ("", {}, "recipe '' is none of"),
+    (None, {}, "recipe None is none of"),
+    ("penn", {"search.learning_rate": 1}, "setting 'search.learning_rate' is no field of a recipe"),
+    ("penn", {"search.arch_lrr": 1}, "did you mean 'search.arch_lr'?"),
+    ("penn", {"retrain.arch_lr": 1}, "setting 'retrain.arch_lr' is no field"),
+    ("penn", {"retrain": {"hiden_size": 3}}, "did you mean 'retrain.hidden_size'?"),
+    ("penn", {"lr": 1}, "use search.<field> or retrain.<field>"),
+    ("penn", {"serch.lr": 1}, "did you mean 'search.lr'?"),
+    ("penn", {"search": 1}, "use search.<field> or retrain.<field>"),
+    ("penn", {"search.": 1}, "setting 'search.'"),
+    ("penn", {"search.lr.x": 1}, "setting 'search.lr.x'"),
+    ("penn", {"search": {"lr": {"x": 1}}}, "setting 'search.lr.x'"),
+    ("penn", {3: 1}, "setting 3 is no field"),
+    ("penn", {"search.lr": "fast"}, "search.lr: 'fast' must be a number of at least 0"),
+    ("penn", {"search.lr": math.nan}, "search.lr: nan must be a number of at least 0"),
+    ("penn", {"search.lr": "nan"}, "search.lr: 'nan' must be a number"),
+    ("penn", {"search.lr": math.inf}, "search.lr: inf must be a number"),
+    ("penn", {"search.lr": -1}, "search.lr: -1 must be a number of at least 0"),
+    ("penn", {"search.lr": True}, "search.lr: True must be a number"),
+    ("penn", {"search.lr": None}, "search.lr: None must be a number"),
+    ("penn", {"search.lr": [1]}, "search.lr: [1] must be a number"),
+    ("penn", {"search.lr": 10 ** 400}, "must be a number of at least 0"),
+    ("penn", {"search.epochs": 1.5}, "search.epochs: 1.5 must be a whole number of at least 1"),
+    ("penn", {"search.epochs": 0}, "search.epochs: 0 must be a whole number of at least 1"),
+    ("penn", {"search.epochs": math.inf}, "search.epochs: inf must be a whole number"),
+    ("penn", {"search.epochs": "none"}, "search.epochs: 'none' must be a whole number"),
+    ("penn", {"search.n_nodes": 0}, "search.n_nodes: 0 must be a whole number of at least 1 and at most 64"),
+    ("penn", {"search.n_nodes": 65}, "at most 64"),
+    ("penn", {"search.batch_size": 1}, "search.batch_size: 1 must be a whole number of at least 2"),
+    ("penn", {"search.eval_batch_size": 1}, "at least 2"),
+    ("penn", {"search.dropout": 1}, "search.dropout: 1 must be a number of at least 0 and below 1"),
+    ("penn", {"search.dropout_h": -0.1}, "search.dropout_h: -0.1"),
+    ("penn", {"search.arch_beta2": 1.0}, "and below 1"),
+    ("penn", {"search.short_bptt_probability": 1.1}, "and at most 1"),
+    ("penn", {"search.epsilon": 0}, "search.epsilon: 0"),
+    ("penn", {"search.clip": 0}, "search.clip: 0"),
+    ("penn", {"retrain.clip": 0}, "retrain.clip: 0"),
+    ("penn", {"search.clip": "nan"}, "search.clip: 'nan'"),
+    ("penn", {"search.hvp": "exakt"}, "search.hvp: 'exakt' is none of finite_difference, exact, first_order; did you mean 'exact'?"),
+    ("penn", {"search.hvp": None}, "search.hvp: None is none of"),
+    ("penn", {"search.reproduce_original": "maybe"}, "must be true or false"),
+    ("penn", {"search.reproduce_original": 1}, "must be true or false"),
+    ("penn", {"retrain.min_bptt": 56}, "retrain.min_bptt: 56 must be at most bptt + max_bptt_above = 55"),
+    ("tiny", {"retrain.bptt": 1, "retrain.max_bptt_above": 0}, "retrain.min_bptt: 3 must be at most bptt + max_bptt_above = 1"),
+    ("penn", {"search.reproduce_original": True, "search.clip": None}, "search.reproduce_original"),
+])
+def test_refusals(name, overrides, words):
+    with pytest.raises(ValueError) as error:
+        get_recipe(name, overrides)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_nni_calls_a_branch_of_a_nested_choice_is_no_setting():
+    assert get_recipe("penn", {"search": {"_name": "slow", "lr": 1}}).search == SearchRecipe(lr=1.0)
+
+
+def test_override_of_one_part():
+    assert override(RetrainRecipe(), {"lr": "1"}) == RetrainRecipe(lr=1.0)
+    with pytest.raises(ValueError, match="setting 'lrr' is no field"):
+        override(RetrainRecipe(), {"lrr": "1"})

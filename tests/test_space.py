@@ -1,0 +1,245 @@
+"""The NNI model space: its labels, what a sample stands for, freezing, sampled paths, one-shot hooks; `load_searched_model`."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from nni.algorithms.hpo.random_tuner import RandomTuner
+from nni.common.hpo_utils import validate_search_space
+from nni.mutable import Categorical
+from nni.nas.oneshot.pytorch.supermodule.base import BaseSuperNetModule
+from nni.nas.strategy import DARTS, ENAS, GumbelDARTS, Proxyless, RandomOneShot
+
+from nni_darts_rnn.genotype import DARTS_V1, DARTS_V2, PRIMITIVES, Genotype, derive
+from nni_darts_rnn.model import LanguageModel
+from nni_darts_rnn.recipes import get_recipe
+from nni_darts_rnn.space import CellSpace, DartsRnnSpace, MixedCell, load_searched_model
+from nni_darts_rnn.strategy import SecondOrderDARTS
+from nni_darts_rnn.supernet import mixed_cell
+from nni_darts_rnn.trained import save_trained
+from nni_darts_rnn.trial import checked_seed
+
+OPS = ("tanh", "relu", "sigmoid", "identity")
+SPACES = sorted(Path(__file__).parents[1].glob("search_spaces/*.json"))
+V, H, N, T, B = 7, 4, 3, 3, 5
+CELL = Genotype((("relu", 0), ("sigmoid", 1), ("tanh", 0)))
+
+
+def made(n_nodes=N, seed=0, **options) -> DartsRnnSpace:
+    torch.manual_seed(seed)
+    space = DartsRnnSpace(V, H, n_nodes, **options).double()
+    with torch.no_grad():
+        for p in space.parameters():
+            p.normal_(0, 0.5)
+    return space
+
+
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(V, (T, B), generator=generator), torch.randn(B, H, generator=generator, dtype=torch.float64)
+
+
+def discrete(space, genotype) -> LanguageModel:
+    model = LanguageModel.from_genotype(V, H, genotype).double()
+    weights = {name.removeprefix("lm."): value for name, value in space.state_dict().items()}
+    model.load_state_dict(weights)
+    return model
+
+
+def same(a, b):
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("n_nodes", [1, 3, 8])
+def test_labels_and_candidates(n_nodes):
+    found = DartsRnnSpace(V, H, n_nodes).simplify()
+    expected = {}
+    for i in range(1, n_nodes + 1):
+        expected[f"cell/node_{i}/input"] = [str(j) for j in range(i)]
+        expected[f"cell/node_{i}/op"] = list(OPS)
+    assert {label: list(choice.values) for label, choice in found.items()} == expected
+    assert all(isinstance(choice, Categorical) for choice in found.values())  # plain ones: TPE and the web UI take no others
+
+
+def test_every_sample_is_one_genotype_and_every_genotype_one_sample():
+    space = made(2)
+    choices = space.simplify()
+    cells = set()
+    for values in itertools.product(*(c.values for c in choices.values())):
+        sample = dict(zip(choices, values))
+        cell = Genotype.from_sample(sample)
+        assert cell.to_sample() == sample
+        cells.add(cell)
+    assert len(cells) == 4 * 4 * 2  # ops of two nodes, inputs of the second
+
+
+@pytest.mark.parametrize("cell", [CELL, Genotype((("identity", 0), ("identity", 0), ("relu", 2)))], ids=str)
+def test_frozen_is_the_discrete_model(cell):
+    space = made()
+    frozen = space.freeze(cell.to_sample())
+    assert frozen.lm.rnn.genotype() == cell and space.lm.rnn.genotype() is None
+    frozen.load_state_dict(space.state_dict())
+    model, (tokens, hidden) = discrete(space, cell), batch()
+    same(frozen(tokens, hidden), model(tokens, hidden))
+    same(frozen.loss(tokens, tokens, hidden), model.loss(tokens, tokens, hidden))
+    assert torch.equal(frozen.init_hidden(3), model.init_hidden(3))
+
+
+def test_default_choices_run_open():
+    """NNI runs an open space with every choice's first candidate (its shape checks do so)."""
+    space, (tokens, hidden) = made(), batch()
+    first = Genotype((("tanh", 0),) * N)
+    same(space(tokens, hidden), discrete(space, first)(tokens, hidden))
+
+
+def sampled(space):
+    """The space under a strategy that samples paths, with what it has sampled, four times."""
+    supernet = RandomOneShot().mutate_model(space)
+    for _ in range(4):
+        yield supernet, Genotype.from_sample(resample(supernet))
+
+
+def resample(supernet) -> dict:
+    """As NNI's one-shot modules do before each batch."""
+    memo = {}
+    for module in supernet.modules():
+        if isinstance(module, BaseSuperNetModule):
+            memo.update(module.resample(memo))
+    return memo
+
+
+@pytest.mark.parametrize("through_the_choices", [False, True])
+def test_a_sampled_path_is_the_discrete_model(through_the_choices, monkeypatch):
+    if through_the_choices:  # and not by the shortcut for decided cells
+        monkeypatch.setattr(CellSpace, "genotype", lambda self: None)
+    tokens, hidden = batch()
+    seen = set()
+    for supernet, cell in sampled(made()):
+        assert through_the_choices or supernet.lm.rnn.genotype() == cell
+        same(supernet(tokens, hidden), discrete(supernet, cell)(tokens, hidden))
+        seen.add(cell)
+    assert len(seen) > 1
+
+
+def test_dropout_of_open_choices_is_that_of_the_discrete_model(monkeypatch):
+    tokens, hidden = batch()
+    supernet, cell = next(sampled(made(dropout=0.3, dropout_h=0.5, dropout_x=0.4, dropout_i=0.2, dropout_e=0.1)))
+    rates = dict(dropout=0.3, dropout_h=0.5, dropout_x=0.4, dropout_i=0.2, dropout_e=0.1)
+    model = LanguageModel.from_genotype(V, H, cell, **rates).double()
+    model.load_state_dict(discrete(supernet, cell).state_dict())
+    monkeypatch.setattr(CellSpace, "genotype", lambda self: None)
+    torch.manual_seed(3)
+    open_choices = supernet(tokens, hidden)
+    torch.manual_seed(3)
+    same(open_choices, model(tokens, hidden))
+
+
+@pytest.mark.parametrize("kind, mixed", [(DARTS, True), (GumbelDARTS, True), (SecondOrderDARTS, True), (Proxyless, False), (RandomOneShot, False),
+                                         (ENAS, False)])
+def test_which_strategies_get_the_mixed_cell(kind, mixed):
+    space, (tokens, hidden) = made(), batch()
+    weights = {name: p.clone() for name, p in space.named_parameters()}
+    supernet = kind().mutate_model(space)
+    assert type(supernet.lm.rnn) is (MixedCell if mixed else CellSpace)
+    resample(supernet)
+    assert supernet(tokens, hidden).decoded.shape == (T, B, V)
+    for name, p in weights.items():
+        assert torch.equal(supernet.get_parameter(name), p)  # the weights go along
+    if mixed:
+        assert supernet.lm.rnn.alpha.shape == (6, 5) and set(supernet.simplify()) == set(CELL.to_sample())
+        assert list(supernet.lm.rnn.arch_parameters()) == [supernet.lm.rnn.alpha]
+
+
+def test_the_mixed_cell_under_darts_is_the_relaxation():
+    supernet, (tokens, hidden) = DARTS().mutate_model(made()), batch()
+    rnn = supernet.lm.rnn.double()
+    with torch.no_grad():
+        rnn.alpha.normal_()
+    expected = mixed_cell(supernet.lm.encoder.weight[tokens] @ rnn.W0[:H], hidden, rnn.W0[H:], rnn.Ws, torch.softmax(rnn.alpha, -1))
+    torch.testing.assert_close(supernet(tokens, hidden).raw, expected, rtol=0, atol=1e-12)
+
+
+def test_the_mixed_cell_under_gumbel_darts_draws_noise():
+    supernet, (tokens, hidden) = GumbelDARTS().mutate_model(made()), batch()
+    assert not torch.equal(supernet(tokens, hidden).raw, supernet(tokens, hidden).raw)
+    plain = DARTS().mutate_model(made())
+    assert torch.equal(plain(tokens, hidden).raw, plain(tokens, hidden).raw)
+
+
+def test_the_mixed_cell_exports_by_the_papers_rule():
+    rnn = DARTS().mutate_model(made()).lm.rnn
+    with torch.no_grad():
+        rnn.alpha.normal_(generator=torch.Generator().manual_seed(0))
+        rnn.alpha[:, 0] += 3  # `none` is strong and never taken
+    p = torch.softmax(rnn.alpha.detach(), -1)
+    sample = rnn.export({})
+    assert Genotype.from_sample(sample) == derive(p.numpy()) == rnn.genotype()
+    assert made().freeze(sample).lm.rnn.genotype() == rnn.genotype()
+    assert rnn.export({"cell/node_1/op": "tanh"}) == {k: v for k, v in sample.items() if k != "cell/node_1/op"}
+    probabilities = rnn.export_probs({})
+    assert list(probabilities) == ["cell/node_1/from_0", "cell/node_2/from_0", "cell/node_2/from_1", "cell/node_3/from_0", "cell/node_3/from_1",
+                                   "cell/node_3/from_2"]
+    for row, values in zip(p, probabilities.values()):
+        assert list(values) == list(PRIMITIVES) and list(values.values()) == pytest.approx(row.tolist(), abs=1e-6)
+    assert rnn.resample({}) == {}
+
+
+@pytest.mark.parametrize("primitives, words", [(("tanh", "swish"), "swish"), (("tanh", "tanh"), "named once"), (("none",), "one not 'none'")])
+def test_refusals_of_primitives(primitives, words):
+    with pytest.raises(ValueError) as error:
+        DartsRnnSpace(V, H, 2, primitives)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(vocab_size=0), "vocab_size: 0"), (dict(vocab_size=V, n_nodes=0), "n_nodes: 0"), (dict(vocab_size=V, hidden_size=2.5), "size: 2.5"),
+    (dict(vocab_size=V, dropout_h=1.0), "dropout_h: 1.0")])
+def test_refusals(options, words):
+    with pytest.raises(ValueError, match=words):
+        DartsRnnSpace(**options)
+
+
+@pytest.mark.parametrize("source", ["DARTS_V2", DARTS_V2, DARTS_V2.to_json()], ids=["name", "genotype", "json"])
+def test_load_searched_model_of_a_genotype(source):
+    model = load_searched_model(source, V, H, dropout=0.5, dropout_h=0.1)
+    assert isinstance(model, LanguageModel) and model.rnn.genotype == DARTS_V2
+    assert (model.vocab_size, model.hidden_size, model.dropout, model.rnn.dropout_h) == (V, H, 0.5, 0.1)
+
+
+def test_load_searched_model_of_files(tmp_path):
+    (tmp_path / "genotype.json").write_text(CELL.to_json(), encoding="utf-8")
+    for source in (tmp_path, tmp_path / "genotype.json", str(tmp_path)):
+        assert load_searched_model(source, V, H).rnn.genotype == CELL
+    trained = discrete(made(), CELL)
+    save_trained(tmp_path, trained, [f"w{i}" for i in range(V)])
+    loaded, (tokens, hidden) = load_searched_model(tmp_path), batch()
+    assert not loaded.training and loaded.rnn.genotype == CELL
+    same(loaded(tokens, hidden), trained.eval()(tokens, hidden))
+
+
+@pytest.mark.parametrize("source, size, words", [
+    ("DARTS_V1", None, "vocab_size: needed"), (DARTS_V1, None, "vocab_size: needed"), ("DARTS_1", V, "did you mean 'DARTS_V1'?"),
+    ("nowhere/genotype.json", V, "neither a file nor one of"), ("x" * 300, V, "neither a file nor one of")])
+def test_load_searched_model_refusals(source, size, words):
+    with pytest.raises(ValueError) as error:
+        load_searched_model(source, size, H)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("path", SPACES, ids=lambda path: path.name)
+def test_search_spaces_are_nnis_and_every_draw_is_a_trials(path):
+    space = json.loads(path.read_text(encoding="utf-8"))
+    assert validate_search_space(space)
+    for i in range(20):
+        tuner = RandomTuner(seed=i)
+        tuner.update_search_space(space)
+        drawn = tuner.generate_parameters(0)
+        checked_seed(drawn.pop("seed", 0))
+        get_recipe("penn", drawn)
+
+
+def test_there_are_search_spaces():
+    assert "darts_rnn.json" in {path.name for path in SPACES}
