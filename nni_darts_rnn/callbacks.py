@@ -228,8 +228,8 @@ class PrintGenotype(_FitOnly):
 
 class EpochReport(_FitOnly):
     """After every epoch hands `report` a dictionary: `default` and `perplexity` (validation), `phase`, `epoch` (from 1), `train_loss`
-    (nats per token), `train_perplexity`, `lr`, `asgd` (whether averaged weights were validated), `tokens_per_second` (training alone), `seconds` (the epoch),
-    and for a supernet `alpha_entropy` (nats, mean over edges). `rows` keeps them."""
+    (nats per token), `train_perplexity`, `lr`, `asgd` (whether averaged weights were validated), `tokens_per_second` (training alone),
+    `seconds` (the epoch), and for a supernet `alpha_entropy` (nats, mean over edges). `rows` keeps them."""
 
     order = NTASGD.order + 1
 
@@ -297,8 +297,8 @@ class ArchParamUpdate(_FitOnly):
     """Moves α before every weight step, by the gradient of the validation loss after that step (DARTS, eq. 6–8).
 
     `valid_batches` yields (tokens (B, T), targets (B, T)) of a text that the weights do not learn; it is read from its beginning in each
-    epoch, and again as often as the training text is longer. Hidden states (buffers named in the model's `carried`) run along the validation stream here, apart
-    from the training stream's. The weights' optimizer must be `OptimWrapper(opt=torch.optim.SGD)` without α (`splitter=weight_parameters`).
+    epoch, and again as often as the training text is longer. Hidden states (buffers named in the model's `carried`) run along the
+    validation stream here, apart from the training stream's. The weights' optimizer must be `OptimWrapper(opt=torch.optim.SGD)` without α (`splitter=weight_parameters`).
     The training loss is the weight step's: the Learner's `loss_func` plus the AR/TAR of its `RNNRegularizer`; its `GradientClip` is unrolled too.
     Other arguments: see `recipes.SearchRecipe`. Weights, buffers, hidden states and random state are left as if only the weight step had run.
     """

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import re
+import shlex
 import tempfile
 from datetime import datetime, timezone
 from pathlib import Path
@@ -170,8 +171,19 @@ def _commands(trial: Trial) -> str:
     commands = trial.commands()
     if not commands:
         return "<p>Its settings are not known, so neither is the command.</p>"
-    lines = _e("\n".join(commands))
+    lines = _e("\n".join(map(_folded, commands)))
     return f'<pre role="region" aria-label="Commands" tabindex="0"><code>{lines}</code></pre>\n<p class="small">The same packages on the same kind of machine give the same numbers.</p>'
+
+
+def _folded(command: str, width: int = 100) -> str:
+    """A long command over several lines, as a shell reads them: broken before options, not within a word."""
+    lines = [""]
+    for word in map(shlex.quote, shlex.split(command)):
+        if word.startswith("--") and len(lines[-1]) > width - 30:
+            lines[-1] += " \\"
+            lines.append("   ")
+        lines[-1] += (" " if lines[-1] else "") + word
+    return "\n".join(lines)
 
 
 def _foot(ranking: list[Trial]) -> str:

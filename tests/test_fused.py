@@ -1,0 +1,336 @@
+"""The fast cells and the blockwise loss equal their readable forms, with and without the C++ extension."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nni_darts_rnn import cell, fused, supernet
+from nni_darts_rnn.genotype import DARTS_V1, DARTS_V2, ENAS, PRIMITIVES, Genotype
+from nni_darts_rnn.model import LanguageModel
+from nni_darts_rnn.supernet import MixedRNN
+
+needs_extension = pytest.mark.skipif(not fused.available(), reason=f"no extension here: {fused.why_not()}")
+OPS = ("tanh", "relu", "sigmoid", "identity")
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
+"""Largest difference, relative to the largest number of the tensor. In float32 both forms are this far from float64."""
+
+
+@pytest.fixture(autouse=True)
+def switch(monkeypatch):
+    """Each test starts with the extension turned on, and leaves nothing behind."""
+    monkeypatch.delenv(fused.SWITCH, raising=False)
+    monkeypatch.setattr(fused._State, "on", True)
+
+
+def tensors(T, B, H, N, dtype=torch.float64, seed=0):
+    """x_proj, h0, W0_h, Ws, probabilities, mask."""
+    g = torch.Generator().manual_seed(seed)
+    shapes = {"x_proj": (T, B, 2 * H), "h0": (B, H), "W0_h": (H, 2 * H), "Ws": (N, H, 2 * H), "alpha": (N * (N + 1) // 2, 5)}
+    x, h, W0, Ws, alpha = (0.5 * torch.randn(shape, generator=g, dtype=torch.float64) for shape in shapes.values())
+    mask = torch.bernoulli(torch.full((B, H), 0.75, dtype=torch.float64), generator=g) / 0.75
+    return [t.to(dtype) for t in (x, h, W0 / H**0.5, Ws / H**0.5, alpha.softmax(-1), mask)]
+
+
+def run(function, inputs, needs, mask):
+    """The outputs and the gradients of a fixed linear function of them."""
+    leaves = [t.clone().requires_grad_(need) for t, need in zip(inputs, needs)]
+    out = function(*leaves, mask)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, [t for t in leaves if t.requires_grad], weights)]
+
+
+def assert_close(got, expected, tolerance):
+    assert len(got) == len(expected)
+    for a, b in zip(got, expected):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        assert (a - b).abs().max() <= tolerance * b.abs().max().clamp(min=1e-3)
+
+
+def both_mixed(inputs, needs, mask, primitives=PRIMITIVES):
+    return [run(lambda *a: f(*a, primitives=primitives), inputs, needs, mask) for f in (fused.mixed_cell, supernet.mixed_cell)]
+
+
+def both_discrete(inputs, genotype, needs, mask):
+    return [run(lambda *a: f(*a[:4], genotype, a[4]), inputs, needs, mask) for f in (fused.discrete_cell, cell.discrete_cell)]
+
+
+@needs_extension
+@pytest.mark.parametrize("n_nodes", range(1, 13))
+@pytest.mark.parametrize("masked", [False, True])
+def test_mixed_cell_equals_the_readable_one(n_nodes, masked):
+    for B in (3, 33):
+        *inputs, mask = tensors(3, B, 19, n_nodes, seed=n_nodes)
+        assert_close(*both_mixed(inputs, [True] * 5, mask if masked else None), TOLERANCE[torch.float64])
+
+
+@needs_extension
+@pytest.mark.parametrize("n_nodes", range(1, 13))
+@pytest.mark.parametrize("masked", [False, True])
+def test_discrete_cell_equals_the_readable_one(n_nodes, masked):
+    genotype = Genotype(tuple((OPS[(7 * i + n_nodes) % 4], (5 * i + n_nodes) % i) for i in range(1, n_nodes + 1)))
+    for B in (1, 2, 33):
+        *inputs, _, mask = tensors(3, B, 19, n_nodes, seed=n_nodes)
+        assert_close(*both_discrete(inputs, genotype, [True] * 4, mask if masked else None), TOLERANCE[torch.float64])
+
+
+@needs_extension
+@pytest.mark.parametrize("genotype", [DARTS_V1, DARTS_V2, ENAS], ids=["DARTS_V1", "DARTS_V2", "ENAS"])
+def test_published_cells(genotype):
+    *inputs, _, mask = tensors(4, 5, 16, genotype.n_nodes)
+    assert_close(*both_discrete(inputs, genotype, [True] * 4, mask), TOLERANCE[torch.float64])
+
+
+@needs_extension
+@pytest.mark.parametrize("primitives", [("tanh",), ("none", "identity"), ("relu", "none", "sigmoid"), ("identity", "tanh", "relu", "sigmoid")])
+def test_any_choice_and_order_of_primitives(primitives):
+    *inputs, p, mask = tensors(3, 4, 8, 3)
+    inputs.append(p[:, :len(primitives)].contiguous())
+    assert_close(*both_mixed(inputs, [True] * 5, mask, primitives), TOLERANCE[torch.float64])
+
+
+@needs_extension
+@pytest.mark.parametrize("needs", [(0, 0, 1, 1, 0), (0, 0, 0, 0, 1), (1, 0, 0, 0, 0), (0, 1, 0, 0, 0), (0, 0, 0, 1, 1), (1, 1, 1, 1, 1)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_every_choice_of_gradients(needs, masked):
+    *inputs, mask = tensors(3, 6, 8, 3)
+    mask = mask if masked else None
+    assert_close(*both_mixed(inputs, [bool(n) for n in needs], mask), 1e-10)
+    if any(needs[:4]):
+        assert_close(*both_discrete(inputs[:4], Genotype((("relu", 0), ("tanh", 1), ("sigmoid", 0))), [bool(n) for n in needs[:4]], mask), 1e-10)
+
+
+@needs_extension
+def test_float32():
+    for N in (1, 8):
+        *inputs, mask = tensors(5, 24, 40, N, torch.float32)
+        assert_close(*both_mixed(inputs, [True] * 5, mask), TOLERANCE[torch.float32])
+        genotype = Genotype(tuple((OPS[i % 4], i // 2) for i in range(N)))
+        assert_close(*both_discrete(inputs[:4], genotype, [True] * 4, mask), TOLERANCE[torch.float32])
+
+
+@needs_extension
+def test_extreme_and_undefined_numbers():
+    x, h, W0, Ws, p, _ = tensors(2, 4, 8, 2, torch.float32)
+    for value in (30.0, 100.0, 1e4):
+        big = x * value
+        assert_close([fused.mixed_cell(big, h, W0, Ws, p)], [supernet.mixed_cell(big, h, W0, Ws, p)], 1e-4)
+    x[0, 0, 0] = float("nan")
+    assert fused.mixed_cell(x, h, W0, Ws, p).isnan().any()
+    assert fused.discrete_cell(x, h, W0, Ws, Genotype((("relu", 0), ("relu", 1)))).isnan().any()
+
+
+@needs_extension
+def test_without_gradients_the_same_outputs():
+    *inputs, p, mask = tensors(4, 5, 8, 3)
+    genotype = Genotype((("relu", 0), ("tanh", 0), ("identity", 2)))
+    with torch.no_grad():
+        assert_close([fused.mixed_cell(*inputs, p, mask)], [supernet.mixed_cell(*inputs, p, mask)], 1e-10)
+        assert_close([fused.discrete_cell(*inputs, genotype, mask)], [cell.discrete_cell(*inputs, genotype, mask)], 1e-10)
+
+
+@needs_extension
+def test_repeated_runs_are_bit_identical():
+    *inputs, mask = tensors(4, 64, 48, 4, torch.float32)
+    first, second = (run(fused.mixed_cell, inputs, [True] * 5, mask) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@needs_extension
+def test_inputs_are_only_read_and_strides_do_not_matter():
+    *inputs, p, mask = tensors(3, 4, 8, 2)
+    before = [t.clone() for t in inputs]
+    strided = [t.transpose(0, -1).contiguous().transpose(0, -1) for t in (*inputs, p)]
+    assert_close(*both_mixed(strided, [True] * 5, mask), 1e-10)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before))
+
+
+@needs_extension
+def test_the_same_graph_twice():
+    x, h, W0, Ws, p, mask = tensors(3, 4, 8, 2)
+    p.requires_grad_()
+    out = fused.mixed_cell(x, h, W0, Ws, p, mask).sum(-1).pow(2).sum()
+    (first,), (second,) = (torch.autograd.grad(out, [p], retain_graph=True) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@needs_extension
+def test_two_sequences_alive_at_once():
+    """The second sequence's buffers are not the first one's."""
+    *inputs, p, mask = tensors(3, 4, 8, 2)
+
+    def two(mixed):
+        q = p.clone().requires_grad_()
+        a = mixed(*inputs, q, mask)
+        b = mixed(inputs[0], a[-1], *inputs[2:], q, None)
+        return torch.autograd.grad((a * b).sum(), [q])
+
+    assert_close(two(fused.mixed_cell), two(supernet.mixed_cell), 1e-10)
+
+
+@needs_extension
+def test_second_derivatives_go_through_the_readable_form():
+    *inputs, p, mask = tensors(2, 4, 6, 2)
+
+    def mixed_derivative(mixed, W0):
+        W0, q = W0.clone().requires_grad_(), p.clone().requires_grad_()
+        loss = mixed(inputs[0] * W0.sum(), inputs[1], W0, inputs[3], q, mask).pow(2).sum()
+        (g,) = torch.autograd.grad(loss, [W0], create_graph=True)
+        return [g.detach(), *torch.autograd.grad(g.pow(2).sum(), [q, W0])]
+
+    expected = mixed_derivative(supernet.mixed_cell, inputs[2])
+    assert_close(mixed_derivative(fused.mixed_cell, inputs[2]), expected, 1e-10)
+    with fused.reference():
+        assert_close(mixed_derivative(fused.mixed_cell, inputs[2]), expected, 1e-10)
+
+
+def test_what_the_extension_does_not_cover_runs_all_the_same(monkeypatch):
+    *inputs, p, mask = tensors(2, 3, 4, 2, torch.bfloat16)
+    assert torch.equal(fused.mixed_cell(*inputs, p, mask), supernet.mixed_cell(*inputs, p, mask))
+    *inputs, p, mask = tensors(2, 3, 4, 2)
+    monkeypatch.setitem(cell.ACTIVATIONS, "relu", torch.nn.functional.silu)  # registered anew under a known name
+    assert torch.equal(fused.mixed_cell(*inputs, p, mask), supernet.mixed_cell(*inputs, p, mask))
+    broadcast = mask[:1]
+    assert torch.equal(fused.mixed_cell(*inputs, p, broadcast), supernet.mixed_cell(*inputs, p, broadcast))
+    with pytest.raises(RuntimeError):
+        fused.mixed_cell(inputs[0], inputs[1][:, :3], *inputs[2:], p)
+
+
+def test_nothing_is_fast_before_it_was_asked_for(monkeypatch):
+    monkeypatch.setattr(fused._State, "on", False)
+    assert not fused.enabled()
+    assert not fused.prepare(1.0)  # a second of work is not worth a build, compiled already or not
+    assert fused.prepare(3600.0) == fused.available()
+    monkeypatch.setenv(fused.SWITCH, "0")
+    assert not fused.enabled() and "0" in fused.why_not()
+
+
+# --- the loss ----------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("extension", [False, True])
+@pytest.mark.parametrize("needs", [(1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0)])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_linear_cross_entropy(extension, needs, with_bias, monkeypatch):
+    monkeypatch.setattr(fused._State, "on", extension)
+    monkeypatch.setitem(fused._CHUNK, "cpu", 1)  # blocks of 64 rows
+    g = torch.Generator().manual_seed(3)
+    for dtype in (torch.float64, torch.float32):
+        x, w, b = (torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for shape in ((150, 7), (31, 7), (31,)))
+        y = torch.randint(31, (150,), generator=g)
+        results = []
+        for function in (fused.linear_cross_entropy, lambda x, w, b, y: F.cross_entropy(F.linear(x, w, b), y)):
+            leaves = [t.clone().requires_grad_(bool(n)) for t, n in zip((x, w, b), needs)]
+            if not with_bias:
+                leaves[2] = None
+            loss = function(*leaves, y)
+            wanted = [t for t in leaves if t is not None and t.requires_grad]
+            results.append([loss.detach(), *(torch.autograd.grad(3 * loss, wanted) if wanted else ())])
+        assert_close(*results, 1e-10 if dtype == torch.float64 else 1e-5)
+
+
+def test_linear_cross_entropy_differentiates_twice_and_refuses_bad_targets():
+    g = torch.Generator().manual_seed(3)
+    x, w, b = (torch.randn(shape, generator=g, dtype=torch.float64, requires_grad=True) for shape in ((9, 4), (5, 4), (5,)))
+    y = torch.randint(5, (9,), generator=g)
+    assert torch.autograd.gradgradcheck(lambda *a: fused.linear_cross_entropy(*a, y), (x, w, b))
+    with pytest.raises((IndexError, RuntimeError)):
+        fused.linear_cross_entropy(x, w, b, y + 5)
+
+
+def test_linear_cross_entropy_under_autocast():
+    g = torch.Generator().manual_seed(3)
+    x, w, b = (torch.randn(shape, generator=g, requires_grad=True) for shape in ((20, 16), (11, 16), (11,)))
+    y = torch.randint(11, (20,), generator=g)
+    results = []
+    for function in (fused.linear_cross_entropy, lambda x, w, b, y: F.cross_entropy(F.linear(x, w, b), y)):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = function(x, w, b, y)
+        results.append([loss.detach(), *torch.autograd.grad(loss, [x, w, b])])
+    assert_close(*results, 2e-2)
+
+
+# --- the whole model ---------------------------------------------------------------------------------------------------------------------------
+
+
+@needs_extension
+def test_a_language_model_learns_the_same(monkeypatch):
+    """Changes of the weights after a step, compared as changes, so that a missed update cannot hide in a tolerance."""
+    steps = []
+    for on in (False, True):
+        monkeypatch.setattr(fused._State, "on", on)
+        torch.manual_seed(0)
+        model = LanguageModel(50, MixedRNN(12, 12, 3, dropout_x=0.5, dropout_h=0.25), dropout=0.5, dropout_i=0.2).double()
+        before = [p.detach().clone() for p in model.parameters()]
+        x, y = torch.randint(50, (2, 6, 4))
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        nll, raw, _, _ = model.loss(x, y, model.init_hidden(4))
+        (nll + 1e-2 * (raw[1:] - raw[:-1]).pow(2).mean()).backward()
+        optimizer.step()
+        steps.append([p.detach() - q for p, q in zip(model.parameters(), before)])
+    for a, b in zip(*steps):
+        assert b.abs().max() > 0
+        assert (a - b).abs().max() <= 1e-9 * b.abs().max()
+
+
+# --- building ----------------------------------------------------------------------------------------------------------------------------------
+
+PROGRAM = textwrap.dedent("""
+    import torch
+    from nni_darts_rnn import fused, supernet
+    torch.manual_seed(0)
+    x, h, W0, Ws = torch.randn(2, 3, 8).double(), torch.zeros(3, 4).double(), torch.randn(4, 8).double(), torch.randn(2, 4, 8).double()
+    p = torch.rand(3, 5).double().softmax(-1)
+    print(fused.enable(), fused.why_not())
+    assert torch.allclose(fused.mixed_cell(x, h, W0, Ws, p), supernet.mixed_cell(x, h, W0, Ws, p), rtol=0, atol=1e-10)
+""")
+
+
+def process(**environment):
+    return subprocess.Popen([sys.executable, "-c", PROGRAM], env=os.environ | environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def ends(started):
+    out, err = started.communicate(timeout=300)
+    assert started.returncode == 0, err
+    return out, err
+
+
+@needs_extension
+def test_two_processes_build_at_once_and_a_third_finds_it(tmp_path):
+    for started in [process(XDG_CACHE_HOME=str(tmp_path)) for _ in range(2)]:
+        assert ends(started)[0].startswith("True")
+    folder = tmp_path / "nni_darts_rnn"
+    assert len(list(folder.glob("*.so"))) == 1 and not list(folder.glob(".build*"))
+    assert ends(process(XDG_CACHE_HOME=str(tmp_path), PATH="/nowhere", CXX=""))[0].startswith("True")
+
+
+def test_without_a_compiler_the_same_numbers(tmp_path):
+    out, err = ends(process(XDG_CACHE_HOME=str(tmp_path), PATH="/nowhere", CXX=""))
+    assert out.startswith("False") and "install g++" in out and not err
+
+
+def test_a_failing_compiler_is_one_line(tmp_path):
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\necho 'cells.cpp:1: error: no such luck' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    out, err = ends(process(XDG_CACHE_HOME=str(tmp_path), CXX=str(broken)))
+    assert out.startswith("False") and "no such luck" in err and err.count("no such luck") == 1
+
+
+@needs_extension
+def test_a_cache_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    assert ends(process(XDG_CACHE_HOME=str(tmp_path / "file")))[0].startswith("True")
+
+
+def test_the_switch():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out, _ = ends(process(NNI_DARTS_RNN_FUSED="0"))
+    assert out.startswith("False") and "NNI_DARTS_RNN_FUSED=0" in out
