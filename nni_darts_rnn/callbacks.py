@@ -298,7 +298,8 @@ class ArchParamUpdate(_FitOnly):
 
     `valid_batches` yields (tokens (B, T), targets (B, T)) of a text that the weights do not learn; it is read from its beginning in each
     epoch, and again as often as the training text is longer. Hidden states (buffers named in the model's `carried`) run along the
-    validation stream here, apart from the training stream's. The weights' optimizer must be `OptimWrapper(opt=torch.optim.SGD)` without α (`splitter=weight_parameters`).
+    validation stream here, apart from the training stream's. The weights' optimizer must be `OptimWrapper(opt=torch.optim.SGD)` without α
+    (`splitter=weight_parameters`).
     The training loss is the weight step's: the Learner's `loss_func` plus the AR/TAR of its `RNNRegularizer`; its `GradientClip` is unrolled too.
     Other arguments: see `recipes.SearchRecipe`. Weights, buffers, hidden states and random state are left as if only the weight step had run.
     """

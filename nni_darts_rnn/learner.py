@@ -227,18 +227,25 @@ def retrain(corpus: Corpus, genotype: Genotype | str, recipe: RetrainRecipe, see
     """Trains the genotype from scratch for `recipe.epochs` and measures the best model.
 
     `report` gets a dictionary after every epoch (see `EpochReport`). Returns valid_perplexity, test_perplexity, parameters, seconds, epochs
-    (trained), model (the best `LanguageModel`) and learner. `FloatingPointError` with one line if no epoch ended with a finite loss.
+    (trained), model (the best `LanguageModel`), learner and whether Ctrl-C ended it. `FloatingPointError` with one line if no epoch ended with
+    a finite loss; `KeyboardInterrupt` where Ctrl-C came before the first one ended.
     """
     began = time.perf_counter()
     reporter = EpochReport(report, "retrain")
     dls = language_dls(corpus, recipe, seed, device, path=folder)
     learn = lm_learner(dls, genotype, recipe, seed=seed, cbs=[reporter])
-    stop = [TerminateOnNaNCallback()]
-    if progress:
-        learn.fit(recipe.epochs, cbs=stop)
-    else:
-        with learn.no_bar(), learn.no_logging():
-            learn.fit(recipe.epochs, cbs=stop)
+    interrupted = False
+    with contextlib.ExitStack() as quiet:
+        if not progress:
+            quiet.enter_context(learn.no_bar())
+            quiet.enter_context(learn.no_logging())
+        try:
+            learn.fit(recipe.epochs, cbs=[TerminateOnNaNCallback()])
+        except KeyboardInterrupt:
+            if learn.best_model.last_saved_path is None:
+                raise
+            interrupted = True
+            learn.best_model.after_fit()  # the best so far
     if learn.best_model.last_saved_path is None:
         raise FloatingPointError("retrain: no epoch ended with a finite validation loss; lower retrain.lr or retrain.clip")
     best = learn.best_model.last_saved_path
@@ -249,4 +256,4 @@ def retrain(corpus: Corpus, genotype: Genotype | str, recipe: RetrainRecipe, see
     return {"valid_perplexity": perplexity(model, corpus.valid, recipe.eval_batch_size, recipe.bptt),
             "test_perplexity": perplexity(model, corpus.test, recipe.test_batch_size, recipe.bptt),
             "parameters": number_of_parameters(model), "seconds": time.perf_counter() - began, "epochs": len(reporter.rows),
-            "model": model, "learner": learn}
+            "model": model, "learner": learn, "interrupted": interrupted}

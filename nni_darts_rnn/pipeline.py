@@ -73,6 +73,7 @@ def retrain_phase(corpus: Corpus, genotype: Genotype, recipe: RetrainRecipe, see
                   device: str = "auto") -> dict:
     """Trains the genotype from scratch and tests it; leaves retrain.csv, model.safetensors, model.json and pictures in `folder`.
 
+    Ctrl-C after the first epoch: the best model so far is tested and left there, then `KeyboardInterrupt` goes on.
     Returns valid_perplexity, test_perplexity, parameters, retrain_seconds, epochs, rows.
     """
     from .learner import retrain
@@ -94,6 +95,8 @@ def retrain_phase(corpus: Corpus, genotype: Genotype, recipe: RetrainRecipe, see
                "parameters": outcome["parameters"], "retrain_seconds": outcome["seconds"], "epochs": outcome["epochs"]}
     save_trained(folder, model, corpus.vocab.words, {"corpus": corpus.name, "seed": seed, "recipe": asdict(recipe), "result": summary})
     _draw(folder, "cell.svg", "cell.png", "curves.svg")
+    if outcome["interrupted"]:
+        raise KeyboardInterrupt
     return summary | {"rows": rows}
 
 

@@ -36,11 +36,11 @@ def loader(batches):
     return DataLoader(list(batches), batch_size=None)
 
 
-def search(space, training, train, valid, strategy, **options):
+def search(space, training, train, valid, searcher, /, **options):
     """A whole search: (the one-shot Lightning module, the supernet). `train` and `valid` are lists of batches."""
-    supernet = strategy.mutate_model(space)
+    supernet = searcher.mutate_model(space)
     trainer = Trainer(**QUIET | dict(max_epochs=1) | options)
-    evaluator = strategy.mutate_evaluator(Lightning(training, trainer, train_dataloaders=loader(train), val_dataloaders=loader(valid)))
+    evaluator = searcher.mutate_evaluator(Lightning(training, trainer, train_dataloaders=loader(train), val_dataloaders=loader(valid)))
     evaluator.evaluate(supernet)
     evaluator.module.set_model(supernet)
     return evaluator.module, supernet

@@ -1,0 +1,290 @@
+"""Experiments read from their folders, and the commands for afterwards: plot, best, retrain --from, init."""
+
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from nni_darts_rnn import cli, corpus, figures, starter
+from nni_darts_rnn.experiments import CORPUS_NAMES, differences, known_experiments, load_experiment
+from nni_darts_rnn.files import write_csv, write_json, write_text
+from nni_darts_rnn.genotype import DARTS_V1, DARTS_V2, Genotype
+from nni_darts_rnn.recipes import get_recipe
+
+ROOT = Path(__file__).parents[1]
+TEXT = "the cat sat on the mat\nthe dog sat on the cat\n"
+SMALL = ["--recipe", "tiny", "--device", "cpu", "--set", "search.batch_size=4", "--set", "search.eval_batch_size=4", "--set", "search.n_nodes=2",
+         "--set", "search.hidden_size=4", "--set", "retrain.hidden_size=4", "--set", "retrain.epochs=1", "--set", "retrain.batch_size=4",
+         "--set", "retrain.eval_batch_size=4", "--set", "retrain.test_batch_size=4"]
+
+
+def write_trial(folder: Path, valid: float, cell: Genotype = DARTS_V2, seed: int = 1, recipe=None, epochs: int = 3) -> Path:
+    """What a finished trial leaves, but for the weights."""
+    recipe = recipe or get_recipe("small")
+    write_text(folder / "genotype.json", cell.to_json() + "\n")
+    n = cell.n_nodes * (cell.n_nodes + 1) // 2
+    alpha = [[[1e-3 * ((e * 7 + k * 3 + epoch * (e + k)) % 11) for k in range(5)] for e in range(n)] for epoch in range(epochs)]
+    write_json(folder / "alpha.json", {"primitives": ["none", "tanh", "relu", "sigmoid", "identity"], "epochs": list(range(epochs)), "alpha": alpha})
+    write_csv(folder / "search.csv", [{"phase": "search", "epoch": e, "perplexity": 900 / (e + 1)} for e in range(epochs)])
+    write_csv(folder / "retrain.csv", [{"phase": "retrain", "epoch": e + 1, "perplexity": valid + 40 / (e + 1)} for e in range(epochs)])
+    write_json(folder / "result.json", {
+        "seed": seed, "corpus": "pydoc", "recipe": recipe.to_dict(), "genotype": cell.to_json(), "supernet_valid_perplexity": 300.0,
+        "valid_perplexity": valid, "test_perplexity": valid - 2, "parameters": 163190, "search_seconds": 61.0, "retrain_seconds": 30.0,
+        "seconds": 92.0, "versions": {"python": "3.11.7", "torch": "2.14.1"}})
+    return folder
+
+
+def write_experiment(home: Path, trials: dict[str, tuple[str, dict]], command="--corpus pydoc --recipe small --threads 1", status="DONE",
+                     name="cells", key="abcd1234") -> Path:
+    """An experiment in NNI's list and NNI's database; `trials`: id -> (last event, parameters). Its folder."""
+    from nni.tools.nnictl.config_utils import Experiments
+
+    root = home / "nni-experiments"
+    root.mkdir(parents=True, exist_ok=True)
+    Experiments(str(root)).add_experiment(key, 8080, 1_700_000_000_000, "local", name, endTime=1_700_000_300_000, status=status, logDir=str(root))
+    folder = root / key
+    (folder / "db").mkdir(parents=True)
+    database = sqlite3.connect(folder / "db" / "nni.sqlite")
+    database.executescript("create table TrialJobEvent (timestamp integer, trialJobId text, event text, data text, logPath text, sequenceId integer,"
+                           " message text, environmentId text); create table ExperimentProfile (params text, id text, execDuration integer,"
+                           " startTime integer, endTime integer, logDir text, nextSequenceId integer, revision integer);")
+    for number, (trial, (event, parameters)) in enumerate(trials.items()):
+        where = folder / "environments" / "local-env" / "trials" / trial
+        where.mkdir(parents=True)
+        data = json.dumps({"parameter_id": number, "parameters": parameters})
+        for what in dict.fromkeys(["WAITING", "RUNNING", event] if event != "WAITING" else ["WAITING"]):
+            database.execute("insert into TrialJobEvent values (0, ?, ?, ?, ?, 0, null, 'local-env')",
+                             (trial, what, data if what in ("WAITING", "RUNNING") else None, str(where)))
+    params = {"experimentName": name, "trialCommand": f"python3 -m nni_darts_rnn.trial {command}", "trialCodeDirectory": str(home)}
+    database.execute("insert into ExperimentProfile values (?, ?, 0, 1700000000000, null, ?, 2, 1)", (json.dumps(params), key, str(folder)))
+    database.commit()
+    database.close()
+    return folder
+
+
+def trial_folder(experiment: Path, trial: str) -> Path:
+    return experiment / "environments" / "local-env" / "trials" / trial
+
+
+def run(*argv) -> int:
+    try:
+        return cli.main([str(a) for a in argv])
+    except SystemExit as leaving:
+        return leaving.code
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def mixed(home):
+    """Two finished trials, one running, one failed, one waiting; the experiment runs."""
+    folder = write_experiment(home, {"aaaaa": ("SUCCEEDED", {"seed": 1}), "bbbbb": ("SUCCEEDED", {"seed": 2, "search.arch_lr": 0.02}),
+                                     "ccccc": ("RUNNING", {"seed": 3}), "ddddd": ("FAILED", {"seed": 4, "search.arch_lrr": 1}),
+                                     "eeeee": ("WAITING", {"seed": 5})}, status="RUNNING")
+    write_trial(trial_folder(folder, "aaaaa"), 80.0)
+    write_trial(trial_folder(folder, "bbbbb"), 70.0, DARTS_V1, 2, get_recipe("small", {"search.arch_lr": 0.02, "retrain.clip": None}))
+    write_csv(trial_folder(folder, "ccccc") / "search.csv", [{"phase": "search", "epoch": 0, "perplexity": 2000.0}])
+    write_text(trial_folder(folder, "ddddd") / "trial.stderr", "warning\nerror: setting 'search.arch_lrr' is no field\n")
+    return folder
+
+
+def test_a_running_experiment(mixed):
+    experiment = load_experiment("abcd1234")
+    assert experiment.folder == mixed and experiment.name == "cells" and experiment.status == "running" and experiment.options.recipe == "small"
+    assert {t.id: t.status for t in experiment.trials} == {"aaaaa": "succeeded", "bbbbb": "succeeded", "ccccc": "running", "ddddd": "failed",
+                                                            "eeeee": "waiting"}
+    assert [t.id for t in experiment.ranking()] == ["bbbbb", "aaaaa"] and experiment.best().result.genotype == DARTS_V1
+    trials = {t.id: t for t in experiment.trials}
+    assert "search.arch_lrr" in trials["ddddd"].note and trials["ddddd"].commands() == []
+    assert trials["ccccc"].seed == 3 and trials["ccccc"].recipe == get_recipe("small")
+    assert load_experiment(mixed).ranking() == load_experiment(str(mixed)).ranking() == experiment.ranking()
+
+
+def test_what_was_running_when_an_experiment_was_stopped_is_stopped(home):
+    write_experiment(home, {"aaaaa": ("RUNNING", {"seed": 1}), "bbbbb": ("USER_CANCELED", {"seed": 2})}, status="STOPPED")
+    assert load_experiment("abcd1234").count() == "2 stopped"
+
+
+def test_a_folder_copied_without_database(mixed, tmp_path):
+    bare = tmp_path / "copy"
+    (bare / "environments" / "local-env").mkdir(parents=True)
+    trial_folder(mixed, "aaaaa").parent.rename(bare / "environments" / "local-env" / "trials")
+    assert load_experiment(bare).best().id == "bbbbb"
+
+
+@pytest.mark.parametrize("change", [
+    lambda text: "", lambda text: text[:len(text) // 2], lambda text: "[]", lambda text: "null", lambda text: text.replace("70.0", "NaN"),
+    lambda text: text.replace("70.0", "-1"), lambda text: text.replace("relu", "relou"), lambda text: text.replace('"seed"', '"sed"'), lambda text: "[" * 10_000])
+def test_a_damaged_result_is_a_failed_trial(mixed, change):
+    path = trial_folder(mixed, "bbbbb") / "result.json"
+    path.write_text(change(path.read_text()))
+    experiment = load_experiment("abcd1234")
+    assert experiment.best().id == "aaaaa"
+    (bad,) = [t for t in experiment.trials if t.id == "bbbbb"]
+    assert bad.status == "failed" and bad.note.startswith("result.json: ") and "\n" not in bad.note
+
+
+def test_unknown_experiments_are_refused_in_one_line(mixed, capsys):
+    for command in (["best"], ["report"], ["retrain", "--from"]):
+        assert run(*command, "abcd1235") == 2
+        text = capsys.readouterr()
+        assert not text.out and len(text.err.splitlines()) == 1
+        assert "'abcd1235' is neither an id nor a folder; known ids: abcd1234; did you mean 'abcd1234'?" in text.err
+    (mixed.parents[1] / "empty").mkdir()
+    assert run("best", mixed.parents[1] / "empty") == 2 and "not an NNI experiment's folder" in capsys.readouterr().err
+    (mixed / "db" / "nni.sqlite").write_bytes(b"no database")
+    assert run("best", "abcd1234") == 2 and "cannot be read" in capsys.readouterr().err
+
+
+def test_nothing_known_and_nothing_finished(home, capsys):
+    assert known_experiments() == {}
+    assert run("best", "abcd1234") == 2 and "NNI knows no experiment on this machine" in capsys.readouterr().err
+    write_experiment(home, {"aaaaa": ("RUNNING", {"seed": 1})}, status="RUNNING")
+    assert run("best", "abcd1234") == 2
+    assert capsys.readouterr().err == "nni-darts-rnn: error: experiment abcd1234: no trial has finished yet (1 running)\n"
+
+
+def test_best(mixed, capsys):
+    assert run("best", "abcd1234") == 0
+    text = capsys.readouterr()
+    assert "bbbbb, seed 2: validation perplexity 70.00, test 68.00, 163,190 parameters" in text.out and str(trial_folder(mixed, "bbbbb")) in text.out
+    assert text.err == "next: nni-darts-rnn retrain --from abcd1234 --set retrain.epochs=40\n"
+    assert run("best", "abcd1234", "--json") == 0
+    text = capsys.readouterr()
+    found = json.loads(text.out)
+    assert not text.err and found["trial"] == "bbbbb" and found["parameters"] == {"seed": 2, "search.arch_lr": 0.02} and found["finished"] == 2
+    assert Genotype.from_json(json.dumps(found["genotype"])) == DARTS_V1 and found["next"].startswith("nni-darts-rnn retrain --from")
+
+
+def test_commands_name_what_differs_from_the_recipe(home, mixed):
+    best = load_experiment("abcd1234").best()
+    search, retrain = best.commands()
+    assert search == "nni-darts-rnn search --corpus pydoc --recipe small --seed 2 --threads 1 --set search.arch_lr=0.02 --out runs/bbbbb"
+    assert retrain == ("nni-darts-rnn retrain --corpus pydoc --recipe small --seed 2 --threads 1 --set retrain.clip=none --genotype runs/bbbbb "
+                       "--out runs/bbbbb")
+    assert set(differences(best.recipe)) == {"search.arch_lr", "retrain.clip"}
+
+
+def test_a_corpus_in_a_relative_folder_is_found_from_elsewhere(home):
+    (home / "my texts").mkdir()
+    (home / "pydoc").mkdir()  # a name goes before a folder
+    write_experiment(home, {"aaaaa": ("RUNNING", {})}, "--corpus 'my texts' --alpha-fraction 0.1 && echo done")
+    write_experiment(home, {"aaaaa": ("RUNNING", {})}, "--corpus pydoc", key="bbcd1234")
+    write_experiment(home, {"aaaaa": ("RUNNING", {})}, "--corpus", key="cbcd1234")
+    assert f"--corpus '{home / 'my texts'}' --alpha-fraction 0.1 " in load_experiment("abcd1234").trials[0].commands()[0]
+    assert load_experiment("bbcd1234").options.corpus == load_experiment("cbcd1234").options.corpus == "pydoc"
+    assert CORPUS_NAMES == tuple(n for n in corpus.NAMES if n in CORPUS_NAMES)
+
+
+def test_do_it_again_gives_the_same_numbers_and_retrain_from(home, capsys):
+    """A real trial; the printed commands; `retrain --from`, which takes its corpus and recipe."""
+    from nni_darts_rnn import trial
+
+    folder = home / "texts"
+    folder.mkdir()
+    for split, times in (("train", 20), ("valid", 8), ("test", 8)):
+        (folder / f"{split}.txt").write_text(TEXT * times)
+    experiment = write_experiment(home, {"aaaaa": ("SUCCEEDED", {"seed": 0})}, f"--corpus texts {' '.join(SMALL)}")
+    where = trial_folder(experiment, "aaaaa")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NNI_OUTPUT_DIR", str(where))
+        assert trial.main(["--corpus", str(folder), *SMALL]) == 0
+    assert {"cell.svg", "cell.png", "alpha.svg", "alpha.png", "curves.svg"} <= set(os.listdir(where))
+    done = load_experiment("abcd1234").best()
+    import shlex
+
+    for command in done.commands(str(home / "again")):
+        assert run(*shlex.split(command)[1:], "--json") == 0
+    assert (home / "again" / "alpha.json").read_bytes() == (where / "alpha.json").read_bytes()
+    capsys.readouterr()
+    assert run("retrain", "--from", "abcd1234", "--set", "retrain.epochs=2") == 0
+    text = capsys.readouterr()
+    assert "trial aaaaa" in text.err and "up to 2 epochs" in text.err and "about" in text.err and "Traceback" not in text.err
+    out = home / "runs" / "retrain-abcd1234-aaaaa-0"
+    assert text.err.splitlines()[-1] == shlex.join(["next:", "nni-darts-rnn", "evaluate", str(out.relative_to(home)), "--corpus", str(folder)]).replace("'next:'", "next:")
+    assert json.loads((out / "model.json").read_text())["hidden_size"] == 4
+    again = json.loads((home / "again" / "model.json").read_text())["extra"]["result"]
+    assert again["valid_perplexity"] == pytest.approx(done.result.valid_perplexity, rel=1e-6)
+
+
+def test_plot(mixed, capsys):
+    folder = trial_folder(mixed, "aaaaa")
+    assert run("plot", folder, "--json") == 0
+    text = capsys.readouterr()
+    assert {Path(p).name for p in json.loads(text.out)["pictures"]} == set(figures.EVERY) <= set(os.listdir(folder)) and not text.err
+    out = folder.parents[4] / "pictures"
+    assert run("plot", trial_folder(mixed, "ccccc"), "--out", out) == 0
+    text = capsys.readouterr()
+    assert sorted(os.listdir(out)) == ["curves.png", "curves.svg"] and "not drawn: alpha.svg, alpha.png, cell.gif: there is no alpha.json" in text.err
+
+
+def test_plot_reads_what_fastai_wrote(tmp_path):
+    (tmp_path / "history.csv").write_text("epoch,train_loss,valid_loss,perplexity,time\n0,5.5,5.4,221.4,00:26\n1,5.3,5.2,181.3,00:26\n")
+    assert [(r["phase"], r["epoch"]) for r in figures.read_rows(tmp_path)] == [("retrain", 1), ("retrain", 2)]
+
+
+@pytest.mark.parametrize("name, text, words", [
+    (None, "", "nothing to draw"), ("alpha.json", "{}", "alpha.json: expected the keys"), ("alpha.json", "[", "alpha.json: cannot be read"),
+    ("genotype.json", "{}", "genotype"), ("search.csv", "phase,epoch\n", "with an epoch in it"), ("search.csv", "epoch,perplexity\nx,1\n", "search.csv"),
+    ("model.json", "[]", "model.json: expected a JSON object")])
+def test_plot_refuses_in_one_line(tmp_path, capsys, name, text, words):
+    if name:
+        (tmp_path / name).write_text(text)
+    before = os.listdir(tmp_path)
+    assert run("plot", tmp_path) == 2
+    said = capsys.readouterr()
+    assert words in said.err and len(said.err.splitlines()) == 1 and not said.out and os.listdir(tmp_path) == before
+    assert run("plot", tmp_path / "nowhere") == 2 and "no such folder" in capsys.readouterr().err
+
+
+def test_init_writes_the_example_and_replaces_nothing(tmp_path, capsys):
+    assert run("init", tmp_path / "mine") == 0
+    text = capsys.readouterr()
+    config = tmp_path / "mine" / "examples" / "darts_rnn.yml"
+    assert text.err == f"next: nnictl create --config {config}\n" and str(config) in text.out
+    assert config.read_bytes() == (ROOT / "examples" / "darts_rnn.yml").read_bytes()
+    space = config.parent / next(line.split()[1] for line in config.read_text().splitlines() if line.startswith("searchSpaceFile"))
+    assert json.loads(space.read_text())["seed"]
+    assert run("init", tmp_path / "mine", "--json") == 0  # the same files again: nothing is lost
+    assert len(json.loads(capsys.readouterr().out)["files"]) == len(starter.example_files())
+    config.write_text("mine")
+    space.unlink()
+    assert run("init", tmp_path / "mine") == 2 and "--force" in capsys.readouterr().err
+    assert config.read_text() == "mine" and not space.exists()
+    assert run("init", tmp_path / "mine", "--force") == 0 and space.exists() and config.read_text() != "mine"
+
+
+def test_init_from_a_wheel(tmp_path):
+    """The wheel holds the files, and `init` finds them where pip puts them."""
+    source = tmp_path / "source"
+    for name in ("nni_darts_rnn", "examples", "search_spaces"):
+        import shutil
+
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        (source / name).write_bytes((ROOT / name).read_bytes())
+    build = [sys.executable, "-c", "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))", str(tmp_path)]
+    done = subprocess.run(build, cwd=source, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    site, data = tmp_path / "prefix" / "site", ""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    (data,) = site.glob("*.data/data")
+    (data / "share").rename(tmp_path / "prefix" / "share")  # as pip does with its scheme, and writes to RECORD
+    (record,) = site.glob("*.dist-info/RECORD")
+    record.write_text(record.read_text().replace(f"{data.parent.name}/data/share", "../share"))
+    done = subprocess.run([sys.executable, "-m", "nni_darts_rnn.cli", "init", str(tmp_path / "mine"), "--json"], cwd=tmp_path, timeout=60,
+                          env=os.environ | {"PYTHONPATH": str(site)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "mine" / "examples" / "darts_rnn.yml").is_file() and (tmp_path / "mine" / "search_spaces" / "darts_rnn.json").is_file()
