@@ -53,7 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
                "Example: nni-darts-rnn best k3v8x2ab")
     best.add_argument("experiment", metavar="EXPERIMENT", help=EXPERIMENT)
     report = add("report", afterwards.report, "one HTML page about an NNI experiment",
-                 "Writes one self-contained HTML page: ranking of the trials, each trial's cell, curves, α, recipe, and the commands that do it again.",
+                 "Writes one self-contained HTML page: ranking of the trials, each trial's cell, curves, α, recipe, and the commands "
+                 "that do it again.",
                  "Example: nni-darts-rnn report k3v8x2ab --out report.html")
     report.add_argument("experiment", metavar="EXPERIMENT", help=EXPERIMENT)
     report.add_argument("--out", type=Path, default=Path("report.html"), help="the page; default report.html; an older one is replaced")

@@ -39,13 +39,14 @@ def retrain(arguments) -> None:
     talk(f"corpus {corpus.describe()}")
     folder = _out(arguments, name or Path(corpus.name).name, seed)
     r = recipe.retrain
-    talk(f"training {arguments.genotype} with {r.hidden_size} units for up to {r.epochs} epochs, recipe {recipe.name}, seed {seed}; results in {folder}")
+    talk(f"training {arguments.genotype} with {r.hidden_size} units for up to {r.epochs} epochs, recipe {recipe.name}, seed {seed}; "
+         f"results in {folder}")
     talk.epochs = r.epochs
     done = retrain_phase(corpus, arguments.genotype, r, seed, folder, talk.epoch, talk.progress, arguments.device)
     done.pop("rows")
     done |= {"unigram_perplexity": unigram_perplexity(corpus), "bigram_perplexity": bigram_perplexity(corpus), "folder": str(folder)}
-    answer(arguments, done, f"test perplexity {done['test_perplexity']:.2f} (validation {done['valid_perplexity']:.2f}), {done['parameters']:,} parameters; "
-           f"of the same test text: unigram {done['unigram_perplexity']:.2f}, interpolated bigram {done['bigram_perplexity']:.2f}",
+    answer(arguments, done,
+           f"test perplexity {done['test_perplexity']:.2f} (validation {done['valid_perplexity']:.2f}), {done['parameters']:,} parameters; of the same test text: unigram {done['unigram_perplexity']:.2f}, interpolated bigram {done['bigram_perplexity']:.2f}",
            ["nni-darts-rnn", "evaluate", folder, *corpus_words(arguments)])
 
 

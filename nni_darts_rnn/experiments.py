@@ -173,9 +173,10 @@ def read_experiment(folder: Path, entry: dict | None = None) -> Experiment:
         job = jobs.get(trial_id, {})
         where = folders.get(trial_id) or Path(job.get("logPath") or folder)
         trials.append(_read_trial(trial_id, where, job, options, alive=status not in ("STOPPED", "DONE", "ERROR", "unknown")))
-    return Experiment(entry.get("id") or profile.get("id") or folder.name, folder, str(params.get("experimentName") or entry.get("experimentName") or ""),
-                      status.lower().replace("_", " "), _seconds(entry.get("startTime") or profile.get("startTime")), _seconds(entry.get("endTime") or profile.get("endTime")),
-                      options, tuple(trials))
+    started, ended = (_seconds(entry.get(key) or profile.get(key)) for key in ("startTime", "endTime"))
+    return Experiment(str(entry.get("id") or profile.get("id") or folder.name), folder,
+                      str(params.get("experimentName") or entry.get("experimentName") or ""),
+                      status.lower().replace("_", " "), started, ended, options, tuple(trials))
 
 
 def _seconds(milliseconds) -> float | None:

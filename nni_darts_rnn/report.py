@@ -55,8 +55,10 @@ def _summary(experiment: Experiment, ranking: list[Trial]) -> str:
         if experiment.ended:
             facts.append(("Took", _e(duration(experiment.ended - experiment.started))))
     facts.append(("Corpus", _e(experiment.options.corpus)))
-    facts.append(("Recipe", _e((ranking[0].recipe and ranking[0].recipe.name) or experiment.options.recipe if ranking else experiment.options.recipe)))
-    text = f'<header><p class="eyebrow">Search for a recurrent cell</p><h1>{_e(experiment.name or "Experiment " + experiment.id)}</h1>\n{_facts(facts)}</header>'
+    recipe = ranking[0].recipe if ranking else None
+    facts.append(("Recipe", _e(recipe.name if recipe else experiment.options.recipe)))
+    text = f'''<header><p class="eyebrow">Search for a recurrent cell</p><h1>{_e(experiment.name or "Experiment " + experiment.id)}</h1>
+{_facts(facts)}</header>'''
     if not ranking:
         return text + '\n<section><h2>No trial has finished yet</h2><p>Make the report again once one has.</p></section>'
     best = ranking[0]
@@ -91,7 +93,8 @@ def _ranking(ranking: list[Trial]) -> str:
 <tbody>
 {chr(10).join(rows)}
 </tbody></table></div>
-<p class="small">Perplexities: of the retrained cell on the validation and the test text, and of the supernet at the end of the search.</p></section>'''
+<p class="small">Perplexities: of the retrained cell on the validation and the test text, and of the supernet at the end of the search.</p>
+</section>'''
 
 
 def _comparison(ranking: list[Trial]) -> str:
@@ -102,9 +105,12 @@ def _comparison(ranking: list[Trial]) -> str:
                      for row in figures.read_rows(trial.folder) if row["phase"] == "retrain"]
         except ValueError:
             continue  # the trial's own section says why it has no curves
-    picture = _picture("curves.svg", rows, "compared", f"Validation perplexity after each epoch of retraining, trials {', '.join(t.id for t in ranking)}")
+    label = f"Validation perplexity after each epoch of retraining, trials {', '.join(t.id for t in ranking)}"
+    picture = _picture("curves.svg", rows, "compared", label)
     which = "each trial" if len(ranking) < COMPARED else f"the best {len(ranking)} trials"
-    return f'<section aria-labelledby="compared"><h2 id="compared">Retraining compared</h2>\n{picture}\n<p class="small">Validation perplexity after each epoch, {which}.</p></section>'
+    return f'''<section aria-labelledby="compared"><h2 id="compared">Retraining compared</h2>
+{picture}
+<p class="small">Validation perplexity after each epoch, {which}.</p></section>'''
 
 
 def _trial(trial: Trial, place: int) -> str:
@@ -113,7 +119,8 @@ def _trial(trial: Trial, place: int) -> str:
              ("Seed", _e("–" if trial.seed is None else trial.seed)), ("Search", _span(r.search_seconds)), ("Retraining", _span(r.retrain_seconds)),
              ("Parameters", "–" if r.parameters is None else f"{r.parameters:,}")]
     cell = "" if place == 1 else _cell(trial, key)  # the first one's is at the top of the page
-    return f'''<section class="trial" id="{key}" aria-labelledby="{key}-h"><h2 id="{key}-h"><span class="rank">{place}</span> Trial {_e(trial.id)}</h2>
+    return f'''<section class="trial" id="{key}" aria-labelledby="{key}-h">
+<h2 id="{key}-h"><span class="rank">{place}</span> Trial {_e(trial.id)}</h2>
 {_facts(facts)}
 {cell}
 <p class="genotype"><code>{_e(r.genotype)}</code></p>
@@ -134,18 +141,23 @@ def _unfinished(trials: list[Trial]) -> str:
     items = []
     for trial in trials:
         settings = ", ".join(f"{k} = {_short(v)}" for k, v in trial.parameters.items())
-        lines = [f'<b>{_e(trial.id)}</b> <span class="state {_e(trial.status)}">{_e(trial.status)}</span>', f'<span class="small">{_e(settings)}</span>']
+        lines = [f'<b>{_e(trial.id)}</b> <span class="state {_e(trial.status)}">{_e(trial.status)}</span>',
+                 f'<span class="small">{_e(settings)}</span>']
         reached = _reached(trial)
         lines += [f"<br>{_e(reached)}"] * bool(reached) + [f'<br><code class="note">{_e(trial.note)}</code>'] * bool(trial.note)
         items.append(f"<li>{' '.join(lines)}</li>")
-    return f'<section aria-labelledby="unfinished"><h2 id="unfinished">Not finished</h2>\n<ul class="unfinished">\n{chr(10).join(items)}\n</ul></section>'
+    return f'''<section aria-labelledby="unfinished"><h2 id="unfinished">Not finished</h2>
+<ul class="unfinished">
+{chr(10).join(items)}
+</ul></section>'''
 
 
 def _reached(trial: Trial) -> str:
     """How far a trial came that has no result."""
     try:
         row = figures.read_rows(trial.folder)[-1]
-        return f"reached epoch {row['epoch']} of the {'search' if row['phase'] == 'search' else 'retraining'}: validation perplexity {float(row['perplexity']):.2f}"
+        phase = "search" if row["phase"] == "search" else "retraining"
+        return f"reached epoch {row['epoch']} of the {phase}: validation perplexity {float(row['perplexity']):.2f}"
     except (KeyError, TypeError, ValueError):
         return ""
 
@@ -155,15 +167,18 @@ def _recipe(trial: Trial) -> str:
         return "<p>Its settings are not those of a recipe of this version.</p>"
     changed = differences(trial.recipe)
     if changed:
-        items = "".join(f"<li><code>{_e(k)}</code> {_e(now)} <span class=\"small\">instead of {_e(was)}</span></li>" for k, (was, now) in changed.items())
+        items = "".join(f'<li><code>{_e(key)}</code> {_e(now)} <span class="small">instead of {_e(was)}</span></li>'
+                        for key, (was, now) in changed.items())
         text = f"<p>Recipe <b>{_e(trial.recipe.name)}</b>, but for:</p><ul>{items}</ul>"
     else:
         text = f"<p>Recipe <b>{_e(trial.recipe.name)}</b>, as it is.</p>"
     for part, title in (("search", "Search"), ("retrain", "Retraining")):
         values = getattr(trial.recipe, part)
         rows = "".join(f'<tr{" class=changed" if f"{part}.{f.name}" in changed else ""}><th scope="row"><code>{_e(f.name)}</code></th>'
-                       f'<td class="n">{_e(getattr(values, f.name))}</td><td class="wide">{_e(f.metadata["help"])}</td></tr>' for f in dataclasses.fields(values))
-        text += f'<h3>{title}</h3>\n<div class="scroll" role="region" aria-label="{title}: settings" tabindex="0"><table class="recipe"><tbody>{rows}</tbody></table></div>'
+                       f'<td class="n">{_e(getattr(values, f.name))}</td><td class="wide">{_e(f.metadata["help"])}</td></tr>'
+                       for f in dataclasses.fields(values))
+        text += f'''<h3>{title}</h3>
+<div class="scroll" role="region" aria-label="{title}: settings" tabindex="0"><table class="recipe"><tbody>{rows}</tbody></table></div>'''
     return text
 
 
@@ -172,7 +187,8 @@ def _commands(trial: Trial) -> str:
     if not commands:
         return "<p>Its settings are not known, so neither is the command.</p>"
     lines = _e("\n".join(map(_folded, commands)))
-    return f'<pre role="region" aria-label="Commands" tabindex="0"><code>{lines}</code></pre>\n<p class="small">The same packages on the same kind of machine give the same numbers.</p>'
+    return f'''<pre role="region" aria-label="Commands" tabindex="0"><code>{lines}</code></pre>
+<p class="small">The same packages on the same kind of machine give the same numbers.</p>'''
 
 
 def _folded(command: str, width: int = 100) -> str:
@@ -217,7 +233,8 @@ def _picture(name: str, data, key: str, label: str) -> str:
             svg = path.read_text(encoding="utf-8")
     except ValueError as error:
         return f'<p class="missing">Not drawn: {_e(error)}.</p>'
-    return f'<figure class="{name[:-4]}" tabindex="0" role="group" aria-label="{_e(name[:-4])}">{inline_svg(svg, re.sub("[^A-Za-z0-9-]", "-", key), label)}</figure>'
+    what = name[:-4]
+    return f'<figure class="{what}" tabindex="0" role="group" aria-label="{what}">{inline_svg(svg, re.sub("[^A-Za-z0-9-]", "-", key), label)}</figure>'
 
 
 def inline_svg(svg: str, key: str, label: str) -> str:
@@ -228,8 +245,8 @@ def inline_svg(svg: str, key: str, label: str) -> str:
     svg = re.sub(r'href="#([^"]*)"', rf'href="#{key}-\1"', svg)
     svg = re.sub(r'url\(#([^)]*)\)', rf'url(#{key}-\1)', svg)
     width, height = (float(re.search(rf'<svg[^>]*\b{side}="([\d.]+)pt"', svg).group(1)) for side in ("width", "height"))
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"',
-                 lambda m: f'{m.group(1)} role="img" aria-label="{_e(label)}" style="--w:{width * 4 / 3:.0f}px;aspect-ratio:{width:g}/{height:g}"', svg, count=1)
+    head = f'role="img" aria-label="{_e(label)}" style="--w:{width * 4 / 3:.0f}px;aspect-ratio:{width:g}/{height:g}"'
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', lambda found: f"{found.group(1)} {head}", svg, count=1)
     # the sheet of paper under the drawing is the page itself
     return re.sub(r'(<g id="[^"]*patch_1">\s*<path[^>]*style="fill: )#ffffff', r"\1none", svg, count=1).strip()
 

@@ -6,10 +6,12 @@ CSS = """
 @media (prefers-color-scheme: dark) { :root { --page: #12151a; --card: #1b1f26; --ink: #e7eaee; --soft: #a2abb8; --line: #313843;
   --accent: #7cc0f0; --wash: #1d2f3d; --bad: #f0a07a; --good: #6fcfae; --code: #242a33; } }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+body { margin: 0; background: var(--page); color: var(--ink);
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 main, footer { max-width: 1040px; margin: 0 auto; padding: 0 16px; }
 header { padding: 32px 0 8px; }
-h1 { font-size: clamp(1.5rem, 4.5vw, 2.2rem); line-height: 1.2; margin: 0 0 16px; letter-spacing: -.01em; text-wrap: balance; overflow-wrap: anywhere; }
+h1 { font-size: clamp(1.5rem, 4.5vw, 2.2rem); line-height: 1.2; margin: 0 0 16px;
+  letter-spacing: -.01em; text-wrap: balance; overflow-wrap: anywhere; }
 h2 { font-size: 1.2rem; margin: 0 0 12px; line-height: 1.3; overflow-wrap: anywhere; }
 h3 { font-size: .95rem; margin: 18px 0 8px; }
 .eyebrow { margin: 0 0 4px; color: var(--accent); font-size: .8rem; font-weight: 600; letter-spacing: .06em; text-transform: uppercase; }
@@ -21,7 +23,8 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
 .facts dd { margin: 0; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 .figures { display: flex; flex-wrap: wrap; gap: 8px 36px; margin: 0 0 8px; }
 .figures span { color: var(--soft); font-size: .85rem; }
-.figures b { display: block; color: var(--ink); font-size: clamp(1.5rem, 5vw, 2.1rem); line-height: 1.15; font-weight: 650; font-variant-numeric: tabular-nums; }
+.figures b { display: block; color: var(--ink); font-size: clamp(1.5rem, 5vw, 2.1rem); line-height: 1.15;
+  font-weight: 650; font-variant-numeric: tabular-nums; }
 .figures span:first-child b { color: var(--accent); }
 .small { color: var(--soft); font-size: .875rem; margin: 10px 0 0; }
 li .small { margin: 0; }
@@ -30,7 +33,8 @@ figure svg { display: block; width: var(--w); max-width: 100%; height: auto; mar
 svg image { image-rendering: pixelated; }
 .alpha svg { margin: 0; min-width: 560px; }
 .curves svg { margin: -16px 0 0; }
-@media (max-width: 600px) { .curves svg { min-width: 560px; } #compared ~ .curves svg { min-width: 0; } .cell svg { max-width: none; width: min(var(--w), 540px); } section { padding: 16px 14px; border-radius: 10px; } }
+@media (max-width: 600px) { .curves svg { min-width: 560px; } #compared ~ .curves svg { min-width: 0; }
+  .cell svg { max-width: none; width: min(var(--w), 540px); } section { padding: 16px 14px; border-radius: 10px; } }
 @media (prefers-color-scheme: dark) { figure svg { filter: invert(1) hue-rotate(180deg); mix-blend-mode: screen; } }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
@@ -45,8 +49,8 @@ table.recipe { font-size: .875rem; }
 table.recipe th, table.recipe td { padding: 4px 10px; }
 tr.changed { background: var(--wash); }
 tr.changed td.n { font-weight: 650; }
-.rank { display: inline-block; min-width: 1.7em; padding: 0 .4em; margin-right: 4px; border-radius: 999px; background: var(--wash); color: var(--accent);
-  text-align: center; }
+.rank { display: inline-block; min-width: 1.7em; padding: 0 .4em; margin-right: 4px; border-radius: 999px; background: var(--wash);
+  color: var(--accent); text-align: center; }
 .genotype { margin: 8px 0; }
 code { font: .875em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
 pre { background: var(--code); border-radius: 8px; padding: 12px 14px; margin: 8px 0; overflow-x: auto; }

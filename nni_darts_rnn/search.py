@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytorch_lightning as pl
+import torch
 
 from .corpus import Corpus
 from .evaluator import SupernetReport, search_evaluator
@@ -63,7 +64,8 @@ def search(corpus: Corpus, recipe: SearchRecipe, seed: int = 0, report=None, pro
         pl.seed_everything(seed, workers=False, verbose=False)
         space, strategy = make_space(len(corpus.vocab), recipe), make_strategy(recipe)
         evaluator = search_evaluator(corpus, recipe, seed, report, folder, accelerator=device, devices=1, enable_progress_bar=progress)
-        supernet = strategy.mutate_model(space)
+        with torch.random.fork_rng(devices=[]):  # what NNI draws for α of its own does not move the masks
+            supernet = strategy.mutate_model(space)
         evaluator = strategy.mutate_evaluator(evaluator)
         with _interruptible():
             evaluator.evaluate(supernet)

@@ -65,7 +65,9 @@ class MixedRNN(RecurrentWeights):
         super().__init__(input_size, hidden_size, n_nodes, dropout_x, dropout_h)
         self.primitives = checked_primitives(primitives)
         self.softmax = nn.Softmax(-1) if softmax is None else softmax
-        self.alpha = nn.Parameter(ALPHA_SCALE * torch.randn(n_nodes * (n_nodes + 1) // 2, len(self.primitives)))
+        # from a generator of its own, so that a seed gives the same α however many other numbers were drawn before, in NNI or in fastai
+        noise = torch.randn(n_nodes * (n_nodes + 1) // 2, len(self.primitives), generator=torch.Generator().manual_seed(torch.initial_seed()))
+        self.alpha = nn.Parameter(ALPHA_SCALE * noise)
 
     def probabilities(self) -> Tensor:
         """softmax(α), (E, K), without noise."""

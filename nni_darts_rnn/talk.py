@@ -22,7 +22,8 @@ class Talk:
     def epoch(self, row: dict) -> None:
         rate = f", {row['tokens_per_second']:,.0f} tokens/s" if row.get("tokens_per_second") else ""
         left = (self.epochs - row["epoch"]) * (row.get("seconds") or 0)
-        self(f"{row['phase']} epoch {row['epoch']}: validation perplexity {row['default']:.2f}{rate}" + (f", about {duration(left)} left" if left else ""))
+        remaining = f", about {duration(left)} left" if left else ""
+        self(f"{row['phase']} epoch {row['epoch']}: validation perplexity {row['default']:.2f}{rate}{remaining}")
 
 
 def duration(seconds: float) -> str:

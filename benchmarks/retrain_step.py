@@ -1,0 +1,158 @@
+"""Tokens per second of a retraining step: the discrete cell as published code runs it, readable and fast, beside `nn.LSTM` and `nn.GRU`.
+
+    python benchmarks/retrain_step.py --size paper --rounds 5 --save
+
+"layer": forward and backward of the recurrent layer alone, T·B tokens of random numbers; LSTM and GRU have as many recurrent parameters as the cell,
+4H² + 2NH², so their H is larger (all of one time step's arithmetic is then equal: two operations a parameter and token).
+"model": the same with embedding, decoder, loss, clipping and SGD, for the three forms of the cell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nni_darts_rnn import fused
+from nni_darts_rnn.cell import ACTIVATIONS, DiscreteRNN, variational_mask
+from nni_darts_rnn.genotype import DARTS_V2, Genotype
+from nni_darts_rnn.model import LanguageModel
+from search_step import Size, gemm_peak, machine
+
+RESULTS = Path(__file__).parent / "results" / "retrain_step.json"
+SIZES = {"small": Size(35, 32, 64, 2000), "paper": Size(35, 64, 850, 10000)}
+DROPOUT_X, DROPOUT_H = 0.75, 0.25
+
+
+class OriginalLayer(nn.Module):
+    """A loop over time steps and nodes, input and hidden state concatenated and multiplied at each step."""
+
+    def __init__(self, hidden_size: int, genotype: Genotype):
+        super().__init__()
+        H = self.input_size = self.hidden_size = hidden_size
+        self.genotype = genotype
+        self.W0 = nn.Parameter(torch.empty(2 * H, 2 * H).uniform_(-0.04, 0.04))
+        self.Ws = nn.ParameterList([nn.Parameter(torch.empty(H, 2 * H).uniform_(-0.04, 0.04)) for _ in genotype.recurrent])
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        mask_x, mask_h = variational_mask(h, DROPOUT_X, True), variational_mask(h, DROPOUT_H, True)
+        outputs = []
+        for x_t in x:
+            c, z = torch.split(torch.cat([x_t * mask_x, h * mask_h], -1).mm(self.W0), self.hidden_size, -1)
+            states = [h + c.sigmoid() * (z.tanh() - h)]
+            for W, (op, j) in zip(self.Ws, self.genotype.recurrent):
+                s = states[j]
+                c, z = torch.split((s * mask_h).mm(W), self.hidden_size, -1)
+                states.append(s + c.sigmoid() * (ACTIVATIONS[op](z) - s))
+            h = torch.mean(torch.stack([states[i] for i in self.genotype.concat], -1), -1)
+            outputs.append(h)
+        return torch.stack(outputs)  # (T, B, H)
+
+
+class TorchLayer(nn.Module):
+    """nn.LSTM or nn.GRU with as many parameters as `target`, biases left out of the count."""
+
+    def __init__(self, kind: str, target: int):
+        super().__init__()
+        gates = {"LSTM": 4, "GRU": 3}[kind]
+        self.hidden_size = round((target / (2 * gates)) ** 0.5)
+        self.rnn = getattr(nn, kind)(self.hidden_size, self.hidden_size)
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        return self.rnn(x)[0]
+
+
+def layers(size: Size, genotype: Genotype) -> dict[str, nn.Module]:
+    count = 4 * size.H**2 + 2 * genotype.n_nodes * size.H**2
+    ours = {name: DiscreteRNN(size.H, size.H, genotype, DROPOUT_X, DROPOUT_H) for name in ("readable", "fused")}
+    return {"original": OriginalLayer(size.H, genotype), **ours, "LSTM": TorchLayer("LSTM", count), "GRU": TorchLayer("GRU", count)}
+
+
+def layer_step(layer: nn.Module, size: Size):
+    x, h = torch.randn(size.T, size.B, layer.hidden_size, requires_grad=True), torch.zeros(size.B, layer.hidden_size)
+
+    def step():
+        layer(x, h).sum().backward()
+
+    return step
+
+
+def model_step(layer: nn.Module, size: Size, original: bool):
+    model = LanguageModel(size.V, layer, dropout=0.75, dropout_i=0.2, dropout_e=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    x, y, h = size.batch()
+
+    def step():
+        optimizer.zero_grad()
+        if original:
+            decoded, _, _, _ = model(x, h)
+            loss = F.nll_loss(F.log_softmax(decoded.view(-1, size.V), -1), y.view(-1))
+        else:
+            loss = model.loss(x, y, h)[0]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.25)
+        optimizer.step()
+
+    return step
+
+
+def shortest(steps: dict, rounds: int) -> dict[str, float]:
+    """Shortest seconds of each, taking turns, after one step to warm up."""
+    best = dict.fromkeys(steps, float("inf"))
+    for round_ in range(rounds + 1):
+        for name, step in steps.items():
+            fused.enable(name == "fused")
+            start = time.perf_counter()
+            step()
+            if round_:
+                best[name] = min(best[name], time.perf_counter() - start)
+    return best
+
+
+def report(title: str, best: dict[str, float], size: Size) -> dict:
+    print(f"{title:>8} {'tokens/s':>10} {'ratio':>8}")
+    for name, seconds in best.items():
+        print(f"{name:>8} {size.T * size.B / seconds:>10,.0f} {best['original'] / seconds:>7.2f}x")
+    return {name: {"tokens_per_second": size.T * size.B / s, "ratio": best["original"] / s} for name, s in best.items()}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", nargs="+", choices=SIZES, default=["small"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--save", nargs="?", type=Path, const=RESULTS, help=f"write JSON (default {RESULTS.name})")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    if not fused.available():
+        print(f"the fast version is the readable one here: {fused.why_not()}")
+    result = {"command": "python benchmarks/retrain_step.py " + " ".join(sys.argv[1:] if arguments is None else arguments),
+              "date": date.today().isoformat(), "machine": machine(), "threads": options.threads, "sizes": {}}
+    for name in options.size:
+        size, genotype, load, peak = SIZES[name], DARTS_V2, os.getloadavg()[0], gemm_peak()
+        torch.manual_seed(0)
+        built = layers(size, genotype)
+        flops = 3 * 2 * (4 + 2 * genotype.n_nodes) * size.H**2 * size.T * size.B  # forward, backward for data and for weights
+        best = shortest({n: layer_step(layer, size) for n, layer in built.items()}, options.rounds)
+        print(f"\n{name}: {size._asdict()}, layer {flops / 1e9:,.1f} GFLOP a step, GEMM peak {peak / 1e9:,.0f} GFLOP/s, "
+              f"fast layer at {flops / best['fused'] / peak:.0%} of it, load average at the start {load:.1f}")
+        rows = report("layer", best, size)
+        models = {n: model_step(built[n], size, n == "original") for n in ("original", "readable", "fused")}
+        result["sizes"][name] = {"size": size._asdict(), "gemm_peak_flops": peak, "load_average": load, "layer_flops": flops, "layer": rows,
+                                 "layer_hidden_sizes": {n: layer.hidden_size for n, layer in built.items()},
+                                 "model": report("model", shortest(models, options.rounds), size)}
+    if options.save:
+        options.save.parent.mkdir(parents=True, exist_ok=True)
+        options.save.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

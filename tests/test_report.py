@@ -1,0 +1,204 @@
+"""The report: what is on the page, that nothing in a trial's files gets into its markup, and that a real browser shows it without complaint."""
+
+import json
+import re
+import shlex
+import shutil
+from html.parser import HTMLParser
+from urllib.parse import quote
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from test_experiments import home, run, trial_folder, write_experiment, write_mixed, write_trial  # noqa: F401 (home is a fixture)
+
+from nni_darts_rnn.experiments import load_experiment
+from nni_darts_rnn.files import write_csv, write_text
+from nni_darts_rnn.report import _folded, inline_svg, render
+
+NASTY = "<script>alert('x')</script>\"'&<img src=https://example.org/x.png>"
+VOID = {"meta", "link", "br", "img", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, text, and what is wrong with the nesting."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.text, self.open, self.wrong = [], "", [], []
+        self.feed(text)
+        assert not self.open and not self.wrong, (self.open, self.wrong)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.wrong.append(tag)
+
+    def handle_data(self, data):
+        self.text += data
+
+    def named(self, tag):
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """The page about an experiment with trials of every kind."""
+    folder = tmp_path_factory.mktemp("mixed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(folder))
+        patch.chdir(folder)
+        write_mixed(folder)
+        assert run("report", "abcd1234") == 0
+    return folder / "report.html"  # where it is written unless told otherwise
+
+
+@pytest.fixture
+def source(written):
+    return written.read_text(encoding="utf-8")
+
+
+def test_the_page(source):
+    page = Page(source)
+    assert page.text.index("Trial bbbbb") < page.text.index("Trial aaaaa")  # the better one first
+    for words in ("70.00", "68.00", "163,190", "search.arch_lr", "--set search.arch_lr=0.02", "running; 2 succeeded, 1 running, 1 waiting, 1 failed",
+                  "reached epoch 0 of the search: validation perplexity 2000.00", "setting 'search.arch_lrr' is no field", "eeeee",
+                  "2023-11-14 22:13 UTC"):
+        assert words in page.text, words
+    labels = [attrs["aria-label"] for attrs in page.named("svg")]
+    assert len(labels) == 2 * 3 + 1 and all(labels)  # cell, curves and α of each, and the comparison
+    assert sum("Cell of trial bbbbb: node 1 reads the input through relu; node 2 reads node 1 through relu" in label for label in labels) == 1
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
+    assert levels.count(1) == 1 and levels[0] == 1 and all(b - a <= 1 for a, b in zip(levels, levels[1:]))
+    assert page.named("html")[0]["lang"] == "en" and page.named("meta")[1]["name"] == "viewport"
+
+
+def test_ids_are_unique_and_links_lead_somewhere(source):
+    page = Page(source)
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(set(ids)) == len(ids)
+    for _, attrs in page.tags:
+        for name, value in attrs.items():
+            if name in ("href", "xlink:href") and value.startswith("#"):
+                assert value[1:] in ids
+            if name in ("clip-path", "style"):
+                assert all(found in ids for found in re.findall(r"url\(#([^)]*)\)", value or ""))
+            if name == "aria-labelledby":
+                assert value in ids
+
+
+def test_nothing_is_loaded_from_elsewhere_and_no_script(source):
+    page = Page(source)
+    assert not {tag for tag, _ in page.tags} & {"script", "iframe", "object", "embed"}
+    for tag, attrs in page.tags:
+        assert not any(name.startswith("on") for name in attrs)
+        for name in ("src", "href", "xlink:href", "srcset", "data", "action"):
+            assert name not in attrs or attrs[name].startswith(("#", "data:")), (tag, attrs)
+    assert page.named("link") == [{"rel": "icon", "href": "data:,"}]
+
+
+def test_whatever_files_say_is_escaped(home):  # noqa: F811
+    folder = write_experiment(home, {"aaaaa": ("SUCCEEDED", {"seed": 1, NASTY: NASTY}), "b<i>": ("FAILED", {"seed": 2, NASTY: NASTY}),
+                                     "c": ("SUCCEEDED", {})}, f"--corpus {quote(NASTY)} --corpus-mirror {NASTY.split()[0]}", name=NASTY)
+    write_trial(trial_folder(folder, "aaaaa"), 80.0)
+    result = trial_folder(folder, "aaaaa") / "result.json"
+    result.write_text(result.read_text().replace('"python"', '"</footer><script>"').replace("2.14.1", "<b onclick=x>"))
+    (trial_folder(folder, "aaaaa") / "cell.svg").write_text(f"<svg onload='x'>{NASTY}</svg>")  # never read
+    write_csv(trial_folder(folder, "aaaaa") / "retrain.csv", [{"phase": NASTY, "epoch": 1, "perplexity": 9, NASTY + "_perplexity": 3}])
+    write_text(trial_folder(folder, "b<i>") / "trial.stderr", NASTY)
+    write_text(trial_folder(folder, "c") / "result.json", NASTY)
+    source = render(load_experiment("abcd1234"))
+    page = Page(source)
+    assert "<script" not in source and "<img" not in source and not page.named("img") and not page.named("i")
+    assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
+    assert NASTY in page.text  # all of it, as text
+    bad = [attrs for _, attrs in page.tags if "class" in attrs and attrs["class"] == "state failed"]
+    assert len(bad) == 2
+
+
+def test_missing_and_damaged_sources_are_said(home):  # noqa: F811
+    folder = write_experiment(home, {"aaaaa": ("SUCCEEDED", {"seed": 1}), "bbbbb": ("SUCCEEDED", {"seed": 2})})
+    for trial in ("aaaaa", "bbbbb"):
+        write_trial(trial_folder(folder, trial), 80.0)
+    (trial_folder(folder, "aaaaa") / "alpha.json").unlink()
+    (trial_folder(folder, "aaaaa") / "retrain.csv").write_text("phase,epoch,perplexity\nretrain,1,-4\n")
+    (trial_folder(folder, "bbbbb") / "search.csv").unlink()
+    (trial_folder(folder, "bbbbb") / "retrain.csv").unlink()
+    text = Page(render(load_experiment("abcd1234"))).text
+    assert "there is no alpha.json" in text and "a perplexity of -4 is not possible" in text and "there is no search.csv, retrain.csv" in text
+
+
+def test_no_trial_has_finished(home, capsys):  # noqa: F811
+    write_experiment(home, {"aaaaa": ("RUNNING", {"seed": 1})}, status="RUNNING")
+    assert run("report", "abcd1234", "--out", "sub/page.html", "--json") == 0
+    text = capsys.readouterr()
+    assert not text.err and json.loads(text.out)["finished"] == 0
+    assert "No trial has finished yet" in Page((home / "sub" / "page.html").read_text()).text
+    assert run("report", "abcd1234", "--out", home) == 2 and len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_what_the_command_says(home, capsys):  # noqa: F811
+    write_trial(trial_folder(write_experiment(home, {"aaaaa": ("SUCCEEDED", {})}), "aaaaa"), 80.0)
+    assert run("report", "abcd1234") == 0
+    text = capsys.readouterr()
+    assert text.out == "report.html\n"
+    assert text.err.splitlines() == ["experiment abcd1234 done: 1 succeeded; drawing", "next: nni-darts-rnn best abcd1234"]
+
+
+def test_folded_commands_are_the_same_commands():
+    command = shlex.join(["nni-darts-rnn", "search", "--corpus", "a folder's -- name", *[w for k in range(9) for w in ("--set", f"search.x{k}=1")]])
+    folded = _folded(command)
+    assert len(folded.splitlines()) > 1 and max(map(len, folded.splitlines())) < 110
+    assert shlex.split(folded.replace("\\\n", "")) == shlex.split(command)
+
+
+def test_ids_of_inline_pictures_do_not_meet():
+    svg = '<?xml version="1.0"?><svg width="72pt" height="36pt"><metadata>x</metadata><g id="a"/><use xlink:href="#a" clip-path="url(#a)"/></svg>'
+    assert inline_svg(svg, "k", 'a "b"') == ('<svg role="img" aria-label="a &quot;b&quot;" style="--w:96px;aspect-ratio:72/36"><g id="k-a"/>'
+                                             '<use xlink:href="#k-a" clip-path="url(#k-a)"/></svg>')
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    chromium, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("chromium or its chromedriver is not on this machine")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+                     "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path_factory.mktemp('browser')}"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield driver
+    driver.quit()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [375, 1280])
+def test_in_a_browser(browser, written, width, scheme):
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600})
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    browser.get_log("performance")  # what the browser did before
+    browser.get(written.as_uri())
+    browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert browser.get_log("browser") == []
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    assert written.as_uri() in asked and all(url == written.as_uri() or url.startswith("data:") for url in asked)
+    wide, inner = browser.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
+    assert wide <= inner == width  # wide pictures and tables scroll in their own boxes
+    shown = browser.execute_script("return [...document.querySelectorAll('svg')].map(s => s.getBoundingClientRect())")
+    assert len(shown) == 7 and all(box["width"] > 100 and box["height"] > 50 for box in shown)
+    page, ink = browser.execute_script("const s = getComputedStyle(document.body); return [s.backgroundColor, s.color]")
+    bright = [sum(map(int, re.findall(r"\d+", colour)[:3])) / 3 for colour in (page, ink)]
+    assert (bright[0] > 200 and bright[1] < 60) if scheme == "light" else (bright[0] < 60 and bright[1] > 200)

@@ -1,0 +1,40 @@
+"""The same search through NNI's strategy and through one fastai `Learner.fit`: the same α from the same seed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nni_darts_rnn.corpus import Corpus, Vocabulary
+from nni_darts_rnn.recipes import get_recipe
+
+
+def corpus(n: int) -> Corpus:
+    words = ("<eos>", "<unk>", *(f"w{i}" for i in range(10)))
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(0, len(words), (k,), generator=generator) for k in (n, n // 3, n // 3)]
+    return Corpus("made", Vocabulary(words), *texts)
+
+
+@pytest.mark.parametrize("settings", [{}, {"search.unrolled_lr": 0.5, "search.warmup_epochs": 1}, {"search.hvp": "first_order", "search.ar": 0.1}])
+def test_nni_and_fastai_give_the_same_alpha(tmp_path, settings):
+    from nni_darts_rnn.learner import TokenLoss, language_dls, search_learner
+    from nni_darts_rnn.search import search
+
+    recipe = get_recipe("tiny", {"search.epochs": 2, "search.bptt": 6, "search.batch_size": 4, "search.eval_batch_size": 4} | settings).search
+    torch.set_default_dtype(torch.float64)
+    try:
+        through_nni = search(corpus(400), recipe, seed=5, device="cpu")
+        learn = search_learner(language_dls(corpus(400), recipe, seed=5, device="cpu"), recipe, seed=5, path=tmp_path)
+        learn.recorder.smooth_loss = TokenLoss()  # fastai's own is in float32 whatever the model is
+        alphas = [learn.model.lm.rnn.alpha.detach().clone()]
+        with learn.no_bar(), learn.no_logging():
+            for epoch in range(recipe.epochs):
+                learn.fit(epoch + 1, start_epoch=epoch, reset_opt=False)
+                alphas.append(learn.model.lm.rnn.alpha.detach().clone())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    ours = torch.tensor(through_nni.alphas, dtype=torch.float64)  # (epochs+1, E, K)
+    moved = (ours[-1] - ours[0]).abs().max()
+    assert moved > 1e-3
+    assert torch.allclose(ours, torch.stack(alphas), rtol=0, atol=1e-8)  # fastai takes AR and TAR in float32
