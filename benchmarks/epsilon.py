@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from nni_darts_rnn import fused
 from nni_darts_rnn.bilevel import WeightStep, architecture_gradient, norm
 from nni_darts_rnn.corpus import load_corpus, streams
 from nni_darts_rnn.model import LanguageModel
@@ -79,10 +80,10 @@ class Supernet:
             optimizer.step()
             self.steps += 1
 
-    def gradient(self, draw: int, lr: float, mode: str, dtype=torch.float64, estimator=architecture_gradient, **kwargs):
-        """α's gradient at draw number `draw` of batches and masks; the same for every estimator and dtype."""
+    def gradient(self, draw: int, lr: float, mode: str, dtype=torch.float64, estimator=architecture_gradient, masks: int | None = None, **kwargs):
+        """α's gradient at draw number `draw` of batches and masks (or of masks number `masks`); the same for every estimator and dtype."""
         train, valid = self.batch("train", self.steps + draw), self.batch("valid", draw)
-        torch.manual_seed(1000 + draw)
+        torch.manual_seed(1000 + (draw if masks is None else masks))
         weights, alphas = [w.detach().to(dtype) for w in self.weights], [a.detach().to(dtype) for a in self.alphas]
         step = WeightStep.sgd(len(weights), lr, WEIGHT_DECAY, CLIP)
         return estimator(self.loss, weights, alphas, train, valid, step, mode, **kwargs)
@@ -146,6 +147,7 @@ def main() -> None:
     args = parse(__doc__, sizes=[16, 48, 96], moments=[0, 100], draws=5)
     if not masks_agree():
         raise SystemExit("on this machine float32 and float64 draw different masks, so their gradients cannot be compared")
+    fused.enable()  # equal to the readable cell to rounding, and faster; double backprop goes through the readable one
     corpus, began, rows = load_corpus(args.corpus), time.perf_counter(), []
     grid = [round(m * 10.0 ** e, 12) for e in range(-5, 0) for m in (1, 3)] + [1.0]
     for size in args.sizes:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 from fastai.callback.core import Callback
-from fastai.callback.progress import CSVLogger
+from fastai.callback.progress import CSVLogger, ProgressCallback
 from fastai.callback.rnn import RNNRegularizer
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import SaveModelCallback, TrackerCallback
@@ -90,6 +90,16 @@ class MetricsCSV(_FitOnly, CSVLogger):
     def start_fit(self):
         self.path.mkdir(parents=True, exist_ok=True)
         CSVLogger.before_fit(self)
+
+
+class PerplexityInBar(Callback):
+    """Perplexity beside fastai's progress bar, which shows the loss."""
+
+    order = ProgressCallback.order + 1
+
+    def after_batch(self):
+        if self.training and hasattr(self.learn, "progress") and hasattr(self.learn.progress, "pbar"):
+            self.learn.progress.pbar.comment = f"perplexity {_exp(float(self.learn.smooth_loss)):.1f}"
 
 
 class ActivationRegularizer(RNNRegularizer):

@@ -105,6 +105,8 @@ class SupernetReport(pl.Callback):
         tokens = batch["train"][0]
         self.tokens += tokens.numel()
         self.nats = self.nats + outputs["data_loss"].detach() * tokens.numel()  # stays on the device: no synchronisation each step
+        if trainer.progress_bar_callback is not None and batch_idx % 10 == 0:
+            pl_module.log("perplexity", torch.exp(self.nats / self.tokens), prog_bar=True, logger=False)
 
     def on_train_epoch_end(self, trainer, pl_module):
         seconds = time.perf_counter() - self.began

@@ -57,9 +57,12 @@ class _State:
 def enable(on: bool = True) -> bool:
     """Use the extension from now on in this process, building it if need be (or stop using it). Returns whether it is in use."""
     _State.on = bool(on)
-    if not on:
-        _State.spare.clear()
     return enabled()
+
+
+def release() -> None:
+    """Give back the memory that is kept from one sequence for the next, as large as the longest needed."""
+    _State.spare.clear()
 
 
 def prepare(eager_seconds: float) -> bool:

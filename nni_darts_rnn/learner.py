@@ -24,7 +24,8 @@ from fastai.metrics import Perplexity
 from fastai.optimizer import OptimWrapper
 from torch import Tensor, nn
 
-from .callbacks import (NTASGD, ActivationRegularizer, ArchParamUpdate, BestModel, EpochReport, MetricsCSV, ScaleLRByLength, weight_parameters)
+from .callbacks import (NTASGD, ActivationRegularizer, ArchParamUpdate, BestModel, EpochReport, MetricsCSV, PerplexityInBar, ScaleLRByLength,
+                        weight_parameters)
 from .corpus import BpttBatches, Corpus, fixed_length, retrain_lengths, search_lengths, streams
 from .genotype import Genotype, load_genotype
 from .model import LanguageModel, number_of_parameters, perplexity
@@ -236,7 +237,9 @@ def retrain(corpus: Corpus, genotype: Genotype | str, recipe: RetrainRecipe, see
     learn = lm_learner(dls, genotype, recipe, seed=seed, cbs=[reporter])
     interrupted = False
     with contextlib.ExitStack() as quiet:
-        if not progress:
+        if progress:
+            learn.add_cb(PerplexityInBar())
+        else:
             quiet.enter_context(learn.no_bar())
             quiet.enter_context(learn.no_logging())
         try:

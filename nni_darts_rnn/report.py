@@ -233,8 +233,8 @@ def _picture(name: str, data, key: str, label: str) -> str:
             svg = path.read_text(encoding="utf-8")
     except ValueError as error:
         return f'<p class="missing">Not drawn: {_e(error)}.</p>'
-    what = name[:-4]
-    return f'<figure class="{what}" tabindex="0" role="group" aria-label="{what}">{inline_svg(svg, re.sub("[^A-Za-z0-9-]", "-", key), label)}</figure>'
+    what, svg = name[:-4], inline_svg(svg, re.sub("[^A-Za-z0-9-]", "-", key), label)
+    return f'<figure class="{what}" tabindex="0" role="group" aria-label="{what}">{svg}</figure>'
 
 
 def inline_svg(svg: str, key: str, label: str) -> str:
