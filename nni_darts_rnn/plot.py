@@ -556,7 +556,11 @@ def _log_ticks(low: float, high: float) -> list[float]:
         ticks = [float(f"{s * 10.0 ** d:.6g}") for d in decades for s in steps]
         ticks = [t for t in ticks if low / 1.02 <= t <= high * 1.02]
         if len(ticks) >= 4:
-            return ticks[::math.ceil(len(ticks) / 9)]
+            spread = []
+            for tick in ticks:  # equal steps crowd on a logarithmic scale: none closer to the last than a tenth of the axis
+                if not spread or math.log(tick / spread[-1]) >= math.log(high / low) / 10:
+                    spread.append(tick)
+            return spread
     return [float(f"{low:.4g}")]
 
 
