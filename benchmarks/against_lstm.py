@@ -23,7 +23,7 @@ from nni_darts_rnn.baselines import bigram_perplexity, unigram_perplexity
 from nni_darts_rnn.cell import variational_mask
 from nni_darts_rnn.genotype import load_genotype
 from nni_darts_rnn.model import LanguageModel, number_of_parameters
-from nni_darts_rnn.pipeline import package_versions
+from nni_darts_rnn.pipeline import package_versions, take_fast_path
 from nni_darts_rnn.trial import add_run_options, checked_recipe, open_corpus, prepare_torch
 
 
@@ -65,6 +65,7 @@ def main() -> None:
     add_run_options(parser)
     parser.add_argument("--genotype", default="DARTS_V2")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=("cell", "lstm"), help="train one of the two; the other may run beside it")
     parser.add_argument("--save", type=Path)
     arguments = parser.parse_args()
     prepare_torch(arguments)
@@ -76,23 +77,27 @@ def main() -> None:
         print(f"  epoch {row['epoch']}: validation perplexity {row['default']:.2f}, {row['tokens_per_second']:,.0f} tokens/s", flush=True)
 
     rows = {}
-    with tempfile.TemporaryDirectory() as folder:
-        print(f"{genotype} with {recipe.hidden_size} units")
-        done = learner.retrain(corpus, genotype, recipe, arguments.seed, folder, report)
-        rows["cell"] = {k: done[k] for k in ("valid_perplexity", "test_perplexity", "parameters", "seconds")} | {"hidden_size": recipe.hidden_size}
-        H = lstm_size(done["parameters"], len(corpus.vocab))
-        print(f"nn.LSTM with {H} units")
+    H_cell, N, V = recipe.hidden_size, genotype.n_nodes, len(corpus.vocab)
+    H_lstm = lstm_size(V * H_cell + V + (4 + 2 * N) * H_cell**2, V)
+    layers = {"cell": (f"{genotype}", H_cell), "lstm": ("nn.LSTM", H_lstm)}
 
-        def lstm_model(cls, vocab_size, hidden_size, genotype, dropout=0.0, dropout_h=0.0, dropout_x=0.0, dropout_i=0.0, dropout_e=0.0):
-            return cls(vocab_size, LSTMLayer(H, dropout_x, dropout_h), dropout, dropout_i, dropout_e)
+    def lstm_model(cls, vocab_size, hidden_size, genotype, dropout=0.0, dropout_h=0.0, dropout_x=0.0, dropout_i=0.0, dropout_e=0.0):
+        return cls(vocab_size, LSTMLayer(H_lstm, dropout_x, dropout_h), dropout, dropout_i, dropout_e)
 
-        original = LanguageModel.from_genotype
-        LanguageModel.from_genotype = classmethod(lstm_model)  # the very training loop of the cell, with another layer in the cell's place
+    original = LanguageModel.from_genotype
+    take_fast_path(corpus, recipe, N)
+    for name, (what, H) in layers.items():
+        if arguments.only not in (None, name):
+            continue
+        print(f"{what} with {H} units", flush=True)
+        if name == "lstm":
+            LanguageModel.from_genotype = classmethod(lstm_model)  # the very training loop of the cell, with another layer in the cell's place
         try:
-            done = learner.retrain(corpus, genotype, recipe, arguments.seed, folder, report)
+            with tempfile.TemporaryDirectory() as folder:
+                done = learner.retrain(corpus, genotype, recipe, arguments.seed, folder, report)
         finally:
             LanguageModel.from_genotype = original
-        rows["lstm"] = {k: done[k] for k in ("valid_perplexity", "test_perplexity", "parameters", "seconds")} | {"hidden_size": H}
+        rows[name] = {k: done[k] for k in ("valid_perplexity", "test_perplexity", "parameters", "seconds")} | {"hidden_size": H}
         assert number_of_parameters(done["model"]) == done["parameters"]
     rows["unigram"] = {"test_perplexity": unigram_perplexity(corpus)}
     rows["bigram"] = {"test_perplexity": bigram_perplexity(corpus)}

@@ -130,8 +130,8 @@ def plot(rows: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams["svg.hashsalt"] = "epsilon"
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    plt.rcParams |= {"svg.hashsalt": "epsilon", "svg.fonttype": "none"}
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for axis, dtype in zip(axes, ("float32", "float64")):
         for size, moment in dict.fromkeys((r["hidden_size"], r["steps"]) for r in rows):
             mine = [r for r in rows if (r["hidden_size"], r["steps"], r["dtype"]) == (size, moment, dtype)]
@@ -163,7 +163,8 @@ def main() -> None:
                                      median_error=float(f"{statistics.median(errors):.3g}"), largest_error=float(f"{max(errors):.3g}"),
                                      draws=args.draws, batch_size=args.batch_size, length=args.length, lr=args.lr, corpus=corpus.name))
             best = min((r for r in rows if (r["hidden_size"], r["steps"], r["dtype"]) == (size, moment, "float32")), key=lambda r: r["median_error"])
-            print(f"H {size}, {moment} steps: least float32 error {best['median_error']:.2g} at r = {best['r']:g} ({time.perf_counter() - began:.0f} s)")
+            print(f"H {size}, {moment} steps: least float32 error {best['median_error']:.2g} at r = {best['r']:g} "
+                  f"({time.perf_counter() - began:.0f} s)")
     write_rows(args.out / "epsilon.csv", rows)
     plot(rows, args.out / "epsilon.svg")
     logs = {r: statistics.fmean(torch.tensor([row["median_error"] for row in rows if row["dtype"] == "float32" and row["r"] == r]).log().tolist())

@@ -63,10 +63,11 @@ def measure(supernet: Supernet, xi: float, draws: int) -> list[dict]:
     for name, (mode, estimator) in ESTIMATORS.items():
         if xi == 0 and name not in ("first order", "exact"):
             continue  # all are the first order
-        own = [supernet.gradient(draw, xi, mode, estimator=estimator).grads for draw in range(draws)]
+        own = [e.grads if name == "exact" else supernet.gradient(draw, xi, mode, estimator=estimator).grads for draw, e in enumerate(exact)]
         redrawn = [flat(supernet.gradient(0, xi, mode, estimator=estimator, masks=draw).grads) for draw in range(draws)]
         cosines = [float(torch.cosine_similarity(flat(a), flat(e.grads), 0)) for a, e in zip(own, exact)]
-        rows.append(dict(estimator=name, cosine=statistics.median(cosines), relative_error=statistics.median(error(a, e.grads) for a, e in zip(own, exact)),
+        errors = [error(a, e.grads) for a, e in zip(own, exact)]
+        rows.append(dict(estimator=name, cosine=statistics.median(cosines), relative_error=statistics.median(errors),
                          signal_to_noise=signal_to_noise(redrawn), second_to_first_order=share,
                          train_grad_norm=statistics.median(r.grad_norm or math.nan for r in exact)))
     return rows
@@ -82,7 +83,8 @@ def main() -> None:
             supernet.train(moment - supernet.steps, args.lr)
             for xi in (0.0, args.lr / 100, args.lr / 10, args.lr):
                 for row in measure(supernet, xi, args.draws):
-                    rows.append(dict(hidden_size=size, steps=moment, xi=xi) | {k: float(f"{v:.3g}") if isinstance(v, float) else v for k, v in row.items()})
+                    short = {k: float(f"{v:.3g}") if isinstance(v, float) else v for k, v in row.items()}
+                    rows.append(dict(hidden_size=size, steps=moment, xi=xi) | short)
                     print(f"H {size}, {moment:4d} steps, ξ {xi:5.2f}: {row['estimator']:48s} cosine {row['cosine']:6.3f}  "
                           f"relative error {row['relative_error']:8.3g}  signal to noise {row['signal_to_noise']:7.3g}")
     write_rows(args.out / "gradient_quality.csv", rows)

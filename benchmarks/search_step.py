@@ -6,8 +6,9 @@
 Versions take turns, and the shortest of the rounds counts. A step is: the weights' gradient on a training batch, the gradient of weights and α on a
 validation batch at w′, two α gradients at w ± εu, and the weight step. Peak memory is that of a process that runs one version alone.
 
-Arithmetic, counting a multiplication and an addition as two: a forward pass is 4·T·B·H²·(E + 2) for the cell (E edges, and the two halves of W0)
-and 2·T·B·H·V for the decoder; a backward pass costs the same again for data and once more for weights. A step is then 3 + 3 + 2 + 2 + 3 = 13 forward passes.
+Arithmetic, counting a multiplication and an addition as two: a forward pass is 4·T·B·H²·(E + 2) for the cell (E edges, and the two halves
+of W0) and 2·T·B·H·V for the decoder; a backward pass costs the same again for data and once more for weights. A step is then
+3 + 3 + 2 + 2 + 3 = 13 forward passes.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ SIZES = {"small": Size(35, 32, 64, 2000), "medium": Size(35, 64, 128, 5000), "pa
 
 
 class OriginalModel(nn.Module):
-    """The supernet in the shape published code gives it: one loop over nodes, one over primitives, `torch.cat` of states, log-softmax of all logits."""
+    """The supernet in the shape published code gives it: a loop over nodes, one over primitives, `torch.cat` of states, log-softmax of all logits."""
 
     def __init__(self, size: Size):
         super().__init__()
@@ -256,7 +257,8 @@ def measure(size_name: str, names: list[str], rounds: int, threads: int) -> dict
     rows = {}
     for name in names:
         share = size.flops() / best[name] / peak
-        rows[name] = {"ms": 1e3 * best[name], "ratio": best[names[0]] / best[name], "share_of_peak": share, "peak_gb": peak_memory(name, size_name, threads)}
+        rows[name] = {"ms": 1e3 * best[name], "ratio": best[names[0]] / best[name], "share_of_peak": share,
+                      "peak_gb": peak_memory(name, size_name, threads)}
         print(f"{name:>10} {rows[name]['ms']:>10,.1f} {rows[name]['ratio']:>6.2f}x {share:>8.0%} {rows[name]['peak_gb']:>8.2f}")
     return {"size": size._asdict(), "flops": size.flops(), "gemm_peak_flops": peak, "load_average": load, "rounds": rounds, "versions": rows}
 

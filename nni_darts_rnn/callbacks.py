@@ -438,7 +438,7 @@ class ArchParamUpdate(_FitOnly):
             tied = {first[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if first[id(p)] != name}
             group = optimizer.param_groups[0]
             lr = group["lr"] if self.unrolled_lr is None else self.unrolled_lr
-            result = original_gradient(data_loss, w, a, train_batch, valid_batch, lr, group["weight_decay"], clip, self.epsilon, valid_loss,
+            result = original_gradient(data_loss, w, a, train_batch, valid_batch, lr, group["weight_decay"], clip, valid_loss=valid_loss,
                                        tied=[i for i, name in enumerate(weights) if name in tied])
         else:
             step = None if self.hvp == "first_order" else WeightStep.of(optimizer, w, clip, self.unrolled_lr)

@@ -1,10 +1,10 @@
 """The fast path: both cells over a whole sequence in C++ with a hand-written backward, and cross-entropy without a logits tensor.
 
-`discrete_cell` and `mixed_cell` take and return what `cell.discrete_cell` and `supernet.mixed_cell` do, to rounding. They run `csrc/cells.cpp` where it
-applies (CPU, float32 or float64, built-in primitives, plain autograd) and the readable forms elsewhere. Which of the two a process uses must not depend
-on what an earlier one left in the cache, so the extension is used only once `enable` or `prepare` was called, or with NNI_DARTS_RNN_FUSED=1;
-NNI_DARTS_RNN_FUSED=0 turns it off. It is compiled on first use (about five seconds) and kept in the user's cache folder. A second derivative
-(`create_graph=True`) is taken through the readable form by itself; `reference()` avoids the detour where that is known before.
+`discrete_cell` and `mixed_cell` take and return what `cell.discrete_cell` and `supernet.mixed_cell` do, to rounding. They run `csrc/cells.cpp`
+where it applies (CPU, float32 or float64, built-in primitives, plain autograd) and the readable forms elsewhere. Which of the two a process uses
+must not depend on what an earlier one left in the cache, so the extension is used only once `enable` or `prepare` was called, or with
+NNI_DARTS_RNN_FUSED=1; NNI_DARTS_RNN_FUSED=0 turns it off. It is compiled on first use (about five seconds) and kept in the user's cache folder.
+A second derivative (`create_graph=True`) is taken through the readable form by itself; `reference()` avoids the detour where that is known before.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class _State:
     forced_off = 0  # depth of `reference()`
     library: _Library | None = None
     problem: str | None = None  # why there is no library although one was asked for
-    spare: list[Tensor] = []  # one workspace of a finished backward pass, for the next forward pass: fresh pages cost as much as the arithmetic on them
+    spare: list[Tensor] = []  # one workspace of a finished pass, for the next one: fresh pages cost as much as the arithmetic on them
 
 
 # --- when it is used ---------------------------------------------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ def release() -> None:
 
 
 def prepare(eager_seconds: float) -> bool:
-    """`enable` if a run that takes `eager_seconds` without it saves more than a build costs. The answer depends on that number alone, not on the cache."""
+    """`enable` if a run that takes `eager_seconds` without it saves more than a build costs: decided on that number alone, not on the cache."""
     if eager_seconds * 0.5 > BUILD_SECONDS:  # at least twice as fast at every size
         enable()
     return enabled()
@@ -169,7 +169,7 @@ def _blas(name: str) -> int:
 
 
 def _openmp() -> list[str]:
-    """The OpenMP library that torch has loaded: linked by its path, since a second one would bring a second pool of threads that fights over the cores."""
+    """The OpenMP library that torch has loaded, linked by its path: a second one would bring a second pool of threads to fight over the cores."""
     try:
         maps = Path("/proc/self/maps").read_text()
     except OSError:
@@ -304,7 +304,8 @@ class Graph(NamedTuple):
             "op": [op for _, _, op in edges],
         }
         average = tuple(1 / len(concat) if i in concat else 0.0 for i in range(n_nodes + 1))
-        return cls(n_nodes, edges[0][2] == MIX, tuple(order), average, len(edges), {name: (ctypes.c_int64 * len(v))(*v) for name, v in integers.items()})
+        arrays = {name: (ctypes.c_int64 * len(values))(*values) for name, values in integers.items()}
+        return cls(n_nodes, edges[0][2] == MIX, tuple(order), average, len(edges), arrays)
 
 
 @functools.lru_cache(maxsize=64)
@@ -520,7 +521,8 @@ def linear_cross_entropy(dropped: Tensor, weight: Tensor, bias: Tensor | None, t
     """F.cross_entropy(F.linear(dropped, weight, bias), targets) without the logits (R, V): mean nats per row.
 
     dropped (R, H), weight (V, H), bias (V) or None, targets (R) of 0 … V−1. Logits are made for a block of rows at a time, and where a gradient
-    is wanted the block's share of it is computed at once, so nothing of size V is kept for a row. On any device, with or without the extension, under autocast.
+    is wanted the block's share of it is computed at once, so nothing of size V is kept for a row. On any device, with or without the extension,
+    under autocast.
     """
     if _State.forced_off or not _plain() or torch.overrides.has_torch_function((dropped, weight, targets)) or targets.dim() != 1 or not len(targets):
         return _readable_cross_entropy(dropped, weight, bias, targets)
@@ -586,7 +588,7 @@ def _cross_entropy(dropped: Tensor, weight: Tensor, bias: Tensor | None, targets
 
 
 def _softmax_rows(logits: Tensor, bias: Tensor | None, targets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Logits (R, V) without their bias -> nats (R) and scale·(softmax − onehot), in the place of the logits where possible (rubbish if scale is 0)."""
+    """Logits (R, V) without their bias -> nats (R) and scale·(softmax − onehot), in the logits' place where possible (rubbish if scale is 0)."""
     if logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.float64) and targets.dtype == torch.int64 and enabled():
         y, nll = targets.contiguous(), torch.empty(len(logits), dtype=torch.float64)
         b = None if bias is None else bias.contiguous()

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from .callbacks import (NTASGD, ActivationRegularizer, ArchParamUpdate, BestModel, EpochReport, MetricsCSV, PerplexityInBar, ScaleLRByLength,
                         weight_parameters)
 from .corpus import BpttBatches, Corpus, fixed_length, retrain_lengths, search_lengths, streams
+from .fused import linear_cross_entropy
 from .genotype import Genotype, load_genotype
 from .model import LanguageModel, number_of_parameters, perplexity
 from .recipes import Recipe, RetrainRecipe, SearchRecipe, get_recipe
@@ -35,8 +36,20 @@ from .supernet import MixedRNN
 __all__ = ["StatefulLM", "StreamLoader", "language_dls", "lm_learner", "search_learner", "retrain", "perplexity"]
 
 
+class DeferredLogits:
+    """In training, what logits are made of: dropped (T, B, H), and the decoder's weight (V, H) and bias (V).
+
+    The loss takes them in row chunks, so the (T·B, V) logits, the largest tensor of a training step, are never kept.
+    """
+
+    def __init__(self, dropped: Tensor, weight: Tensor, bias: Tensor):
+        self.dropped, self.weight, self.bias = dropped, weight, bias
+
+
 class StatefulLM(nn.Module):
     """A `LanguageModel` (`lm`) as fastai wants it: tokens (B, T) -> decoded (B, T, V), raw and dropped (B, T, H), all views of time-major memory.
+
+    In training `decoded` is `DeferredLogits`, which `SequenceLoss` knows.
 
     The hidden state (B, H) is a buffer outside the state dict, carried from batch to batch without its history; `reset()` makes it
     zero, and a batch of another B starts from zeros. `carried` names the buffers that belong to a stream of text and not to the model.
@@ -56,7 +69,9 @@ class StatefulLM(nn.Module):
         hidden = self.hidden if len(self.hidden) == len(tokens) else self.lm.init_hidden(len(tokens))
         raw, dropped = self.lm.encode(tokens.t(), hidden)  # (T, B, H) each
         self.hidden = raw[-1].detach().clone()  # a new tensor: the old one may be in a graph, and a view would keep all of `raw`
-        return self.lm.decoder(dropped).transpose(0, 1), raw.transpose(0, 1), dropped.transpose(0, 1)
+        decoder = self.lm.decoder
+        decoded = DeferredLogits(dropped, decoder.weight, decoder.bias) if self.training else decoder(dropped).transpose(0, 1)
+        return decoded, raw.transpose(0, 1), dropped.transpose(0, 1)
 
     def genotype(self) -> Genotype:
         """The cell: the genotype itself, or the one that a supernet's α stands for."""
@@ -67,7 +82,9 @@ class StatefulLM(nn.Module):
 class SequenceLoss(CrossEntropyLossFlat):
     """fastai's cross-entropy, flattened time first: `StatefulLM`'s logits are then not copied, and sums run as in `LanguageModel.loss`."""
 
-    def __call__(self, decoded: Tensor, targets: Tensor, **kwargs) -> Tensor:
+    def __call__(self, decoded: Tensor | DeferredLogits, targets: Tensor, **kwargs) -> Tensor:
+        if isinstance(decoded, DeferredLogits):
+            return linear_cross_entropy(decoded.dropped.flatten(0, 1), decoded.weight, decoded.bias, targets.t().flatten())  # (T·B, H), (T·B)
         if self.reduction != "mean":
             return super().__call__(decoded, targets, **kwargs)  # somebody wants the losses one by one, batch first
         return F.cross_entropy(decoded.transpose(0, 1).flatten(0, 1), targets.t().flatten())

@@ -47,7 +47,7 @@ class SearchRecipe:
     arch_beta1: float = _rate(0.9, "Adam's first coefficient for α")
     arch_beta2: float = _rate(0.999, "Adam's second coefficient for α")
     hvp: str = _field("finite_difference", choices=("finite_difference", "exact", "first_order"), help="how the second-order term is computed")
-    epsilon: float = _field(1e-2, 1e-12, help="r: how far the finite difference moves the weights in all")
+    epsilon: float = _field(3e-2, 1e-12, help="r: how far the finite difference moves the weights in all")
     unrolled_lr: float = _field(None, 0, optional=True, help="ξ, the unrolled step's learning rate; none: the weights' own; 0: first order")
     neumann_terms: int = _field(0, 0, help="terms of iDARTS's series")
     warmup_epochs: int = _field(0, 0, help="epochs before α moves")

@@ -86,14 +86,13 @@ class SecondOrderDartsModule(DartsLightningModule):
         if self.trainer.world_size > 1:
             if self.reproduce_original:
                 raise ValueError("reproduce_original: the published code runs in one process; use devices=1")
-            # α has no gradient in the weight step, and hidden states are each process's own: DistributedDataParallel would wait for the
-            # one and overwrite the others with those of rank 0. Weights, and the model's buffers (BatchNorm statistics), are its affair.
+            # α has no gradient in the weight step, which DistributedDataParallel would wait for: so it leaves α to us. Buffers (hidden
+            # states, BatchNorm statistics) stay each process's own, since it does not share them under Lightning's manual optimization.
             alphas = self.arch_parameters()
             for alpha in alphas:
                 torch.distributed.broadcast(alpha.data, 0)
             architecture = {id(alpha) for alpha in alphas}
             names = [name for name, p in self.named_parameters() if id(p) in architecture]
-            names += ["training_module." + name for name, _ in self.training_module.named_buffers(recurse=False)]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)
         return super().setup(stage)
 
@@ -165,7 +164,7 @@ class SecondOrderDartsModule(DartsLightningModule):
             tied = {names[id(step_module.get_parameter(name))] for name in several_names}
             lr = group["lr"] if self.unrolled_lr is None else self.unrolled_lr
             result = original_gradient(train_loss, tensors, alphas, train_batch, valid_batch, lr, group["weight_decay"],
-                                       self.gradient_clip_val, self.epsilon, valid_loss,
+                                       self.gradient_clip_val, valid_loss=valid_loss,
                                        tied=[i for i, name in enumerate(weight_names) if name in tied])
         else:
             step = None if self.hvp == "first_order" else WeightStep.of(optimizer, tensors, self.gradient_clip_val, self.unrolled_lr)
@@ -215,7 +214,8 @@ class SecondOrderDARTS(DARTS):
         Largest norm of the weights' gradient, in the weight step and in the unrolled one. Lightning's own `Trainer(gradient_clip_val=…)`
         and `accumulate_grad_batches` do not work with NNI's one-shot strategies, and Lightning says so.
     reproduce_original
-        The published code's numerics (new masks in every pass, clipped direction, uncapped factor, the tied embedding left behind).
+        The published code's numerics (new masks in every pass, clipped direction, uncapped factor, r = 1e-2 whatever `epsilon` is, the
+        tied embedding left behind). In one process.
     log_prob_every_n_step, penalty, mutation_hooks
         As in NNI's `DARTS`; 0 turns the log off.
 

@@ -45,11 +45,11 @@ class Configuration:
 
     def __init__(self, seed: int):
         draw = random.Random(seed)
-        torch.manual_seed(seed)
-        V, H, T, B = draw.randint(6, 14), draw.randint(3, 8), draw.randint(2, 5), draw.randint(4, 8)
+        V, H, T, B = draw.randint(6, 14), draw.randint(3, 8), draw.randint(2, 5), draw.randint(5, 9)
         rate = lambda: draw.choice([0.0, 0.1, 0.3, 0.5])  # noqa: E731
         rnn = MixedRNN(H, H, draw.randint(1, 4), SMOOTH, dropout_x=rate(), dropout_h=rate())
         self.module = LossOf(LanguageModel(V, rnn, dropout=rate(), dropout_i=rate(), dropout_e=rate()))
+        torch.manual_seed(seed)
         with torch.no_grad():
             for p in self.module.parameters():
                 p.uniform_(-0.4, 0.4)
@@ -61,8 +61,8 @@ class Configuration:
         momentum = draw.choice([0.0, 0.0, 0.5, 0.9])
         nesterov = momentum > 0 and draw.random() < 0.4
         settings = dict(momentum=momentum, nesterov=nesterov, dampening=0.0 if nesterov or not momentum else draw.choice([0.0, 0.3]))
-        groups = [{"params": self.weights[:1], "lr": draw.choice([0.1, 0.5, 2.0]), "weight_decay": draw.choice([0.0, 1e-3, 0.1])},
-                  {"params": self.weights[1:], "lr": draw.choice([0.1, 0.5, 2.0]), "weight_decay": draw.choice([0.0, 1e-3, 0.1])}]
+        groups = [{"params": self.weights[:1], "lr": draw.choice([0.05, 0.3, 1.0]), "weight_decay": draw.choice([0.0, 1e-3, 0.1])},
+                  {"params": self.weights[1:], "lr": draw.choice([0.05, 0.3, 1.0]), "weight_decay": draw.choice([0.0, 1e-3, 0.1])}]
         self.optimizer = torch.optim.SGD(groups, lr=1.0, **settings)
         for _ in range(draw.choice([0, 1, 2])):  # with none, the momentum buffers are not there yet
             self.optimizer.zero_grad()
@@ -72,7 +72,8 @@ class Configuration:
         self.alphas[0].grad = None
         grads = torch.autograd.grad(self.loss(self.weights, self.alphas, self.train), self.weights)
         self.clip = draw.choice([None, 0.3, 0.7, 5.0])  # of the gradient's norm: active, active, not
-        self.clip = None if self.clip is None else self.clip * float(norm(grads))
+        self.grad_norm = float(norm(grads))
+        self.clip = None if self.clip is None else self.clip * self.grad_norm
 
     def loss(self, weights, alphas, batch):
         state = dict(zip(self.names, weights)) | {"lm.rnn.alpha": alphas[0]}
@@ -127,8 +128,8 @@ def test_against_double_backprop(seed):
 
 def test_configurations_cover_the_cases():
     problems = [Configuration(seed) for seed in range(60)]
-    coefficients = [p.ours("exact").coefficient for p in problems if p.clip is not None]
-    assert sum(c < 1 for c in coefficients) >= 10 and sum(c == 1 for c in coefficients) >= 5 and sum(p.clip is None for p in problems) >= 5
+    clipped = [p.clip < p.grad_norm for p in problems if p.clip is not None]
+    assert clipped.count(True) >= 10 and clipped.count(False) >= 5 and len(clipped) <= 55
     groups = [g for p in problems for g in p.optimizer.param_groups]
     assert any(g["nesterov"] for g in groups) and any(g["dampening"] for g in groups) and any(g["weight_decay"] for g in groups)
     with_buffers = [p for p in problems if any("momentum_buffer" in s for s in p.optimizer.state.values())]

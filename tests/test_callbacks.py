@@ -265,7 +265,7 @@ class Expected(Callback):
 
         w, a, lr = [lm.get_parameter(n) for n in names], [lm.rnn.alpha], r.lr * x.shape[1] / r.bptt
         if self.original:
-            result = original_gradient(train, w, a, None, None, lr, r.weight_decay, r.clip, r.epsilon, valid, tied=[names.index("encoder.weight")])
+            result = original_gradient(train, w, a, None, None, lr, r.weight_decay, r.clip, valid_loss=valid, tied=[names.index("encoder.weight")])
         else:
             result = architecture_gradient(train, w, a, None, None, WeightStep.sgd(len(w), lr, r.weight_decay, r.clip), r.hvp, r.epsilon,
                                            r.neumann_terms, valid)

@@ -47,7 +47,7 @@ def test_hidden_state_is_carried_from_batch_to_batch():
     lm = language_model()
     tokens = torch.randint(10, (9, 3))  # (T, B)
     decoded, raw, dropped, _ = lm(tokens, lm.init_hidden(3))
-    model = StatefulLM(lm)
+    model = StatefulLM(lm).eval()
     for piece, a, b, c in zip(tokens.split((4, 1, 4)), decoded.split((4, 1, 4)), raw.split((4, 1, 4)), dropped.split((4, 1, 4))):
         for got, expected in zip(model(piece.t()), (a, b, c)):
             assert torch.allclose(got, expected.transpose(0, 1), rtol=1e-12)
@@ -94,6 +94,7 @@ def test_loss_is_the_language_models(tmp_path):
     torch.manual_seed(0)
     assert torch.allclose(loss, learn.model.lm.loss(x.t(), y.t(), learn.model.lm.init_hidden(len(x)))[0], rtol=1e-6)
     learn.loss_func.reduction = "none"
+    learn.model.eval()
     assert learn.loss_func(learn.model(x)[0], y).shape == (y.numel(),)
 
 

@@ -65,8 +65,16 @@ constexpr int64_t BLOCK = 16;       // columns a thread owns come in multiples o
 constexpr int64_t GRAIN = 4096;     // edge elements for which starting another thread pays
 
 template <class T> struct Limits;
-template <> struct Limits<float> { static constexpr float low = -87.f, gate = -87.f, both = -29.f; static constexpr int degree = 7, bias = 127, shift = 23; using Int = int32_t; };
-template <> struct Limits<double> { static constexpr double low = -708., gate = -700., both = -230.; static constexpr int degree = 13, bias = 1023, shift = 52; using Int = int64_t; };
+template <> struct Limits<float> {
+  using Int = int32_t;
+  static constexpr float low = -87.f, gate = -87.f, both = -29.f;  // below these exp, σ and (σ, tanh) are taken at them: no overflow
+  static constexpr int degree = 7, bias = 127, shift = 23;         // of the Taylor polynomial on |r| <= ln2/2; of the number format
+};
+template <> struct Limits<double> {
+  using Int = int64_t;
+  static constexpr double low = -708., gate = -700., both = -230.;
+  static constexpr int degree = 13, bias = 1023, shift = 52;
+};
 
 constexpr double inverse_factorial(int k) { return k < 2 ? 1.0 : inverse_factorial(k - 1) / k; }
 
@@ -131,7 +139,8 @@ template <class T, int64_t OP> inline T mixture(T z, const Mix<T>& p, T& slope, 
 }
 
 // r += P s + σ(c)(M − P s) on n units
-template <class T, int64_t OP> void edge_forward(int64_t n, const T* __restrict c, const T* __restrict z, const T* __restrict s, Mix<T> p, T* __restrict r) {
+template <class T, int64_t OP>
+void edge_forward(int64_t n, const T* __restrict c, const T* __restrict z, const T* __restrict s, Mix<T> p, T* __restrict r) {
 #pragma omp simd
   for (int64_t u = 0; u < n; u++) {
     T slope, t, g;
@@ -142,7 +151,8 @@ template <class T, int64_t OP> void edge_forward(int64_t n, const T* __restrict 
 
 // c, z -> dc, dz; ds += dr P (1 − σ); with PROB the sums for dp
 template <class T, int64_t OP, bool PROB>
-void edge_backward(int64_t n, T* __restrict c, T* __restrict z, const T* __restrict s, const T* __restrict dr, Mix<T> p, T* __restrict ds, double* sums) {
+void edge_backward(int64_t n, T* __restrict c, T* __restrict z, const T* __restrict s, const T* __restrict dr, Mix<T> p,
+                   T* __restrict ds, double* sums) {
   T stay = 0, st = 0, sr = 0, ss = 0, si = 0;
 #pragma omp simd reduction(+ : stay, st, sr, ss, si)
   for (int64_t u = 0; u < n; u++) {
@@ -163,15 +173,23 @@ void edge_backward(int64_t n, T* __restrict c, T* __restrict z, const T* __restr
   if constexpr (PROB) sums[0] += stay, sums[1] += st, sums[2] += sr, sums[3] += ss, sums[4] += si;
 }
 
-template <class T> using GemmFunction = void (*)(const char*, const char*, const int*, const int*, const int*, const T*, const T*, const int*, const T*,
-                                                 const int*, const T*, T*, const int*);
+// What the next row needs, fetched while this one is computed: rows lie pages apart, and the hardware does not look across pages.
+template <class T> inline void fetch(const T* from, int64_t n) {
+  for (int64_t u = 0; u < n; u += int64_t(64 / sizeof(T))) __builtin_prefetch(from + u);
+  __builtin_prefetch(from + n - 1);
+}
+
+template <class T>
+using GemmFunction = void (*)(const char*, const char*, const int*, const int*, const int*, const T*, const T*, const int*, const T*, const int*,
+                              const T*, T*, const int*);
 
 template <class T> struct Sequence {
   const Cell& d;
   const int64_t S, B, H, N, BH;
   const T* mask;
 
-  explicit Sequence(const Cell& cell) : d(cell), S(cell.steps), B(cell.batch), H(cell.hidden), N(cell.nodes), BH(B * H), mask(static_cast<const T*>(cell.mask)) {}
+  explicit Sequence(const Cell& cell)
+      : d(cell), S(cell.steps), B(cell.batch), H(cell.hidden), N(cell.nodes), BH(B * H), mask(static_cast<const T*>(cell.mask)) {}
 
   // row-major C (m,n) = beta C + op(A) op(B); BLAS is column-major, so the operands trade places
   void gemm(bool ta, bool tb, int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, T beta, T* c, int64_t ldc) const {
@@ -198,6 +216,27 @@ template <class T> struct Sequence {
   Mix<T> mix(int64_t e) const {
     const T* p = static_cast<const T*>(d.p) + 4 * e;
     return {p[0], p[1], p[2], p[3], static_cast<const T*>(d.present)[e]};
+  }
+
+  // The edges into node i at step t, as addresses of row 0
+  struct Edge {
+    T* pre;
+    int64_t stride;  // from row to row of `pre`
+    T *state, *d_state;
+    Mix<T> p;
+    int64_t op;
+  };
+  std::vector<Edge> edges_into(int64_t i, int64_t t) const {
+    std::vector<Edge> edges;
+    if (i == 0) {
+      edges.push_back({pre0(t), 2 * H, const_cast<T*>(before(t)), static_cast<T*>(d.carry), {1, 0, 0, 0, 1}, TANH});
+      return edges;
+    }
+    for (int64_t e = d.incoming[i - 1]; e < d.incoming[i]; e++) {
+      const int64_t j = d.source[e];
+      edges.push_back({pre(j, t) + d.slot[e] * 2 * H, d.count[j] * 2 * H, state(j, t), static_cast<T*>(d.d_states) + j * BH, mix(e), d.op[e]});
+    }
+    return edges;
   }
 
   // run f(first column, last column, thread) with the columns shared out among threads
@@ -230,29 +269,23 @@ template <class T> struct Sequence {
   }
 
   void node_forward(int64_t i, int64_t t) const {
-    const int64_t from = i ? d.incoming[i - 1] : 0, to = i ? d.incoming[i] : 1;
-    columns(to - from, [&](int64_t lo, int64_t hi, int64_t) {
+    const std::vector<Edge> edges = edges_into(i, t);
+    columns(edges.size(), [&](int64_t lo, int64_t hi, int64_t) {
       const int64_t n = hi - lo;
       T* const r = state(i, t) + lo;
       std::vector<T> mean(n, T(0));
       for (int64_t b = 0; b < B; b++) {
         T* const row = r + b * H;
         std::fill(row, row + n, T(0));
-        if (i == 0) {
-          const T* c = pre0(t) + b * 2 * H + lo;
-          edge_forward<T, TANH>(n, c, c + H, before(t) + b * H + lo, {1, 0, 0, 0, 1}, row);
-        }
-        for (int64_t e = from; i && e < to; e++) {
-          const int64_t j = d.source[e];
-          const T* c = pre(j, t) + (b * d.count[j] + d.slot[e]) * 2 * H + lo;
-          const T* s = state(j, t) + b * H + lo;
-          const Mix<T> p = mix(e);
-          switch (d.op[e]) {
-            case TANH: edge_forward<T, TANH>(n, c, c + H, s, p, row); break;
-            case RELU: edge_forward<T, RELU>(n, c, c + H, s, p, row); break;
-            case SIGMOID: edge_forward<T, SIGMOID>(n, c, c + H, s, p, row); break;
-            case IDENTITY: edge_forward<T, IDENTITY>(n, c, c + H, s, p, row); break;
-            default: edge_forward<T, MIX>(n, c, c + H, s, p, row);
+        for (const Edge& e : edges) {
+          const T *c = e.pre + b * e.stride + lo, *sj = e.state + b * H + lo;
+          if (b + 1 < B) fetch(c + e.stride, n), fetch(c + e.stride + H, n);
+          switch (e.op) {
+            case TANH: edge_forward<T, TANH>(n, c, c + H, sj, e.p, row); break;
+            case RELU: edge_forward<T, RELU>(n, c, c + H, sj, e.p, row); break;
+            case SIGMOID: edge_forward<T, SIGMOID>(n, c, c + H, sj, e.p, row); break;
+            case IDENTITY: edge_forward<T, IDENTITY>(n, c, c + H, sj, e.p, row); break;
+            default: edge_forward<T, MIX>(n, c, c + H, sj, e.p, row);
           }
         }
         if (d.normalise)
@@ -323,9 +356,9 @@ template <class T> struct Sequence {
   }
 
   void node_backward(int64_t i, int64_t t, bool later, std::vector<double>& sums) const {
-    const int64_t from = i ? d.incoming[i - 1] : 0, to = i ? d.incoming[i] : 1;
+    const std::vector<Edge> edges = edges_into(i, t);
     T* const d_states = static_cast<T*>(d.d_states);
-    columns(to - from, [&](int64_t lo, int64_t hi, int64_t thread) {
+    columns(edges.size(), [&](int64_t lo, int64_t hi, int64_t thread) {
       const int64_t n = hi - lo;
       std::vector<T> mean(n, T(0)), along(n, T(0));
       for (int64_t b = 0; b < B; b++) gather_row(i, t, b, lo, n, later, mean.data(), along.data());
@@ -338,25 +371,20 @@ template <class T> struct Sequence {
 #pragma omp simd
           for (int64_t u = 0; u < n; u++) dr[u] = v[u] * (dr[u] - mean[u] - s[u] * along[u]);
         }
-        if (i == 0) {
-          T *c = pre0(t) + b * 2 * H + lo, *to_h = static_cast<T*>(d.carry) + b * H + lo;
-          std::fill(to_h, to_h + n, T(0));
-          edge_backward<T, TANH, false>(n, c, c + H, before(t) + b * H + lo, dr, {1, 0, 0, 0, 1}, to_h, nullptr);
-        }
-        for (int64_t e = from; i && e < to; e++) {
-          const int64_t j = d.source[e];
-          T* c = pre(j, t) + (b * d.count[j] + d.slot[e]) * 2 * H + lo;
-          const T* sj = state(j, t) + b * H + lo;
-          T* ds = d_states + j * BH + b * H + lo;
-          const Mix<T> p = mix(e);
-          switch (d.op[e]) {
-            case TANH: edge_backward<T, TANH, false>(n, c, c + H, sj, dr, p, ds, nullptr); break;
-            case RELU: edge_backward<T, RELU, false>(n, c, c + H, sj, dr, p, ds, nullptr); break;
-            case SIGMOID: edge_backward<T, SIGMOID, false>(n, c, c + H, sj, dr, p, ds, nullptr); break;
-            case IDENTITY: edge_backward<T, IDENTITY, false>(n, c, c + H, sj, dr, p, ds, nullptr); break;
+        if (i == 0) std::fill_n(static_cast<T*>(d.carry) + b * H + lo, n, T(0));
+        for (size_t k = 0; k < edges.size(); k++) {
+          const Edge& e = edges[k];
+          T *c = e.pre + b * e.stride + lo, *ds = e.d_state + b * H + lo;
+          const T* sj = e.state + b * H + lo;
+          if (b + 1 < B) fetch(c + e.stride, n), fetch(c + e.stride + H, n);
+          switch (e.op) {
+            case TANH: edge_backward<T, TANH, false>(n, c, c + H, sj, dr, e.p, ds, nullptr); break;
+            case RELU: edge_backward<T, RELU, false>(n, c, c + H, sj, dr, e.p, ds, nullptr); break;
+            case SIGMOID: edge_backward<T, SIGMOID, false>(n, c, c + H, sj, dr, e.p, ds, nullptr); break;
+            case IDENTITY: edge_backward<T, IDENTITY, false>(n, c, c + H, sj, dr, e.p, ds, nullptr); break;
             default:
-              if (d.d_p) edge_backward<T, MIX, true>(n, c, c + H, sj, dr, p, ds, &sums[(thread * d.edges + e) * 5]);
-              else edge_backward<T, MIX, false>(n, c, c + H, sj, dr, p, ds, nullptr);
+              if (d.d_p) edge_backward<T, MIX, true>(n, c, c + H, sj, dr, e.p, ds, &sums[(thread * d.edges + d.incoming[i - 1] + k) * 5]);
+              else edge_backward<T, MIX, false>(n, c, c + H, sj, dr, e.p, ds, nullptr);
           }
         }
       }
@@ -410,8 +438,10 @@ template <class T> struct Sequence {
   }
 };
 
-// logits (rows, V) without bias -> nll (rows); with scale != 0 the logits become scale·(softmax − onehot). Returns a row whose target is out of range, or −1.
-template <class T> int64_t softmax_rows(int64_t rows, int64_t V, T* logits, const T* bias, const int64_t* targets, double scale, double* nll, int64_t threads) {
+// logits (rows, V) without bias -> nll (rows); with scale != 0 the logits become scale·(softmax − onehot).
+// Returns a row whose target is out of range, or −1.
+template <class T>
+int64_t softmax_rows(int64_t rows, int64_t V, T* logits, const T* bias, const int64_t* targets, double scale, double* nll, int64_t threads) {
   for (int64_t r = 0; r < rows; r++)
     if (targets[r] < 0 || targets[r] >= V) return r;
   const int64_t n = std::max<int64_t>(1, std::min({threads, rows, rows * V / GRAIN}));
