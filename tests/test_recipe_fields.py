@@ -1,0 +1,99 @@
+"""Every field of a recipe reaches the place where it acts, through NNI's route and through fastai's; the named cells train and evaluate."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from nni_darts_rnn.corpus import Corpus, Vocabulary
+from nni_darts_rnn.genotype import NAMED
+from nni_darts_rnn.recipes import RetrainRecipe, SearchRecipe, get_recipe, override
+
+SEARCH = dict(hidden_size=6, n_nodes=2, batch_size=4, eval_batch_size=3, bptt=7, short_bptt_probability=0.4, lr=3.0, weight_decay=1e-3, clip=0.7,
+              dropout=0.11, dropout_h=0.12, dropout_x=0.13, dropout_i=0.14, dropout_e=0.15, ar=0.2, tar=0.3, epochs=9, arch_lr=0.02,
+              arch_weight_decay=0.03, arch_beta1=0.4, arch_beta2=0.5, hvp="exact", epsilon=0.06, unrolled_lr=0.07, neumann_terms=2, warmup_epochs=3,
+              reproduce_original=True)
+RETRAIN = dict(hidden_size=6, batch_size=4, eval_batch_size=3, test_batch_size=2, bptt=7, short_bptt_probability=0.4, bptt_std=1.5, min_bptt=3,
+               max_bptt_above=2, lr=3.0, weight_decay=1e-3, clip=0.7, dropout=0.11, dropout_h=0.12, dropout_x=0.13, dropout_i=0.14, dropout_e=0.15,
+               ar=0.2, tar=0.3, nonmono=4, epochs=1)
+
+
+def corpus(n: int = 200) -> Corpus:
+    words = ("<eos>", "<unk>", *(f"w{i}" for i in range(8)))
+    generator = torch.Generator().manual_seed(0)
+    return Corpus("made", Vocabulary(words), *(torch.randint(0, len(words), (k,), generator=generator) for k in (n, n // 2, n // 2)))
+
+
+def lm_fields(lm) -> dict:
+    """What a language model says of the fields that shape it."""
+    return {"hidden_size": lm.hidden_size, "dropout": lm.dropout, "dropout_i": lm.dropout_i, "dropout_e": lm.dropout_e,
+            "dropout_h": lm.rnn.dropout_h, "dropout_x": lm.rnn.dropout_x}
+
+
+def test_the_tables_name_every_field():
+    assert set(SEARCH) == {f.name for f in dataclasses.fields(SearchRecipe)} and set(RETRAIN) == {f.name for f in dataclasses.fields(RetrainRecipe)}
+    paper = get_recipe("penn")
+    assert all(SEARCH[k] != getattr(paper.search, k) for k in SEARCH) and all(RETRAIN[k] != getattr(paper.retrain, k) for k in RETRAIN)
+
+
+def test_search_through_nni():
+    from nni_darts_rnn.evaluator import SupernetReport, search_evaluator
+    from nni_darts_rnn.search import make_space, make_strategy
+
+    recipe = override(SearchRecipe(), SEARCH)
+    space, strategy = make_space(10, recipe), make_strategy(recipe)
+    evaluator = search_evaluator(corpus(), recipe, accelerator="cpu")
+    step = strategy.configure_oneshot_module(evaluator.module)
+    strategy.mutate_model(space)
+    step.set_model(space)
+    reporter = next(c for c in evaluator.trainer.callbacks if isinstance(c, SupernetReport))
+    adam, sgd = step.configure_architecture_optimizers().defaults, evaluator.module.configure_optimizers().defaults
+    train, valid = evaluator.train_dataloaders.batches, evaluator.val_dataloaders.batches
+    found = lm_fields(space.lm) | {
+        "n_nodes": space.lm.rnn.n_nodes, "batch_size": train.stream.shape[1], "eval_batch_size": reporter.recipe.eval_batch_size,
+        "bptt": train.rule.bptt, "short_bptt_probability": train.rule.short_probability, "lr": sgd["lr"], "weight_decay": sgd["weight_decay"],
+        "clip": step.gradient_clip_val, "ar": evaluator.module.ar, "tar": evaluator.module.tar, "epochs": evaluator.trainer.max_epochs,
+        "arch_lr": adam["lr"], "arch_weight_decay": adam["weight_decay"], "arch_beta1": adam["betas"][0], "arch_beta2": adam["betas"][1],
+        "hvp": step.hvp, "epsilon": step.epsilon, "unrolled_lr": step.unrolled_lr, "neumann_terms": step.neumann_terms,
+        "warmup_epochs": step.warmup_epochs, "reproduce_original": step.reproduce_original}
+    assert found == SEARCH
+    assert valid.rule == train.rule and valid.stream.shape[1] == 4 and evaluator.module.bptt == 7
+    assert evaluator.module.hidden_train.shape == evaluator.module.hidden_valid.shape == (4, 6)
+
+
+def test_retraining_through_fastai(tmp_path):
+    from fastai.callback.training import GradientClip
+
+    from nni_darts_rnn.callbacks import NTASGD, ActivationRegularizer, ScaleLRByLength
+    from nni_darts_rnn.learner import language_dls, lm_learner, retrain
+
+    recipe = override(RetrainRecipe(), RETRAIN)
+    learn = lm_learner(language_dls(corpus(), recipe, 0, "cpu", tmp_path), "DARTS_V1", recipe, path=tmp_path)
+    of = {kind: next(cb for cb in learn.cbs if isinstance(cb, kind)) for kind in (GradientClip, NTASGD, ActivationRegularizer, ScaleLRByLength)}
+    rule, valid = learn.dls.train.dataset.rule, learn.dls.valid.dataset
+    found = lm_fields(learn.model.lm) | {
+        "batch_size": learn.dls.train.dataset.stream.shape[1], "eval_batch_size": valid.stream.shape[1], "bptt": rule.bptt,
+        "short_bptt_probability": rule.short_probability, "bptt_std": rule.std, "min_bptt": rule.minimum, "max_bptt_above": rule.maximum - rule.bptt,
+        "lr": learn.lr, "weight_decay": learn.wd, "clip": of[GradientClip].max_norm, "ar": of[ActivationRegularizer].alpha,
+        "tar": of[ActivationRegularizer].beta, "nonmono": of[NTASGD].nonmono}
+    assert found == {k: v for k, v in RETRAIN.items() if k not in ("test_batch_size", "epochs")}
+    assert of[ScaleLRByLength].bptt == 7 and valid.rule.bptt == 7 and valid.rule.std == 0
+    # the two that only `retrain` sees: the test text in so many streams, for so many epochs
+    done = retrain(corpus(), "DARTS_V1", recipe, 0, tmp_path / "a")
+    assert done["epochs"] == 1
+    more = retrain(corpus(), "DARTS_V1", override(recipe, {"test_batch_size": 5}), 0, tmp_path / "b")
+    assert more["valid_perplexity"] == done["valid_perplexity"] and more["test_perplexity"] != done["test_perplexity"]
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_named_cells_train_and_evaluate(name, tmp_path):
+    from nni_darts_rnn.learner import retrain
+
+    recipe = get_recipe("tiny", {"retrain.epochs": 2, "retrain.lr": 2.0, "retrain.eval_batch_size": 4, "retrain.test_batch_size": 2,
+                                 "retrain.batch_size": 4}).retrain
+    rows = []
+    done = retrain(corpus(400), name, recipe, 0, tmp_path, rows.append)
+    assert done["model"].rnn.genotype == NAMED[name] and len(rows) == 2
+    assert 1 < done["test_perplexity"] < 20  # ten words at random
