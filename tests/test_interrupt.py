@@ -21,7 +21,9 @@ SMALL = ["--recipe", "tiny", "--threads", "1", "--set", "search.batch_size=64", 
 def interrupt_after(command: list[str], file: Path, lines: int) -> subprocess.CompletedProcess:
     """Runs the command, sends it SIGINT once `file` has that many lines, and waits for its end."""
     process = subprocess.Popen([sys.executable, "-m", "nni_darts_rnn.cli", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env=os.environ | {"PYTHONWARNINGS": "ignore"})
+                               env=os.environ | {"PYTHONWARNINGS": "ignore"},
+                               # as a terminal starts it: a script that runs in the background hands down an ignored SIGINT
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     end = time.monotonic() + 120
     while time.monotonic() < end and process.poll() is None:
         if file.is_file() and len(file.read_text().splitlines()) > lines:
