@@ -1,4 +1,4 @@
-"""The discrete recurrent cell and `DartsRNN`, the layer made of it, called like `nn.GRU`.
+"""The discrete recurrent cell, and the weights that a layer of it owns.
 
 Cell (DARTS, section 3.2 and appendix A.1.2; quark0/darts `rnn/model.py`), for one time step with input x and previous output h:
 
@@ -45,24 +45,40 @@ def checked_primitives(primitives) -> tuple[str, ...]:
     return names
 
 
+def cell_step(x: Tensor, h: Tensor, W0_h: Tensor, Ws: Tensor, genotype: Genotype, mask: Tensor | None = None) -> Tensor:
+    """One time step: x (B, 2H), the input's share of [x∘m_x, h∘m_h] W0; h (B, H), the output before; the rest as `discrete_cell` -> (B, H)."""
+    masked = (lambda s: s) if mask is None else (lambda s: s * mask)
+    c, z = (x + masked(h) @ W0_h).chunk(2, -1)  # (B, H) each
+    states = [h + torch.sigmoid(c) * (torch.tanh(z) - h)]
+    for W, (op, j) in zip(Ws.unbind(0), genotype.recurrent):
+        s = states[j]
+        c, z = (masked(s) @ W).chunk(2, -1)  # (B, H) each
+        states.append(s + torch.sigmoid(c) * (ACTIVATIONS[op](z) - s))
+    return torch.stack([states[i] for i in genotype.concat]).mean(0)  # (len(concat), B, H) -> (B, H)
+
+
 def discrete_cell(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, genotype: Genotype, mask: Tensor | None = None) -> Tensor:
     """Run the cell over a sequence; the readable form, for any device, dtype and order of derivative.
 
     x_proj (T, B, 2H): the input's share of [x∘m_x, h∘m_h] W0, for all time steps. h0 (B, H). W0_h (H, 2H): the rows of W0
     for h. Ws (N, H, 2H). mask (B, H): m_h, or None. Returns the outputs (T, B, H); the last is the next hidden state.
     """
-    masked = (lambda s: s) if mask is None else (lambda s: s * mask)
     h, outputs = h0, []
     for x in x_proj.unbind(0):
-        c, z = (x + masked(h) @ W0_h).chunk(2, -1)  # (B, H) each
-        states = [h + torch.sigmoid(c) * (torch.tanh(z) - h)]
-        for W, (op, j) in zip(Ws.unbind(0), genotype.recurrent):
-            s = states[j]
-            c, z = (masked(s) @ W).chunk(2, -1)  # (B, H) each
-            states.append(s + torch.sigmoid(c) * (ACTIVATIONS[op](z) - s))
-        h = torch.stack([states[i] for i in genotype.concat]).mean(0)  # (len(concat), B, H) -> (B, H)
+        h = cell_step(x, h, W0_h, Ws, genotype, mask)
         outputs.append(h)
     return torch.stack(outputs)  # (T, B, H)
+
+
+def scanned_cell(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, genotype: Genotype, mask: Tensor | None = None) -> Tensor:
+    """`discrete_cell` as one scan over time, which `torch.export` and ONNX keep as a loop: T may then differ from call to call."""
+    from torch._higher_order_ops.scan import scan  # a prototype in torch 2.14, not yet under a public name
+
+    def step(h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = cell_step(x, h, W0_h, Ws, genotype, mask)
+        return h, h.clone()  # a scan's two results may not be one tensor
+
+    return scan(step, h0, x_proj)[1]
 
 
 def variational_mask(like: Tensor, p: float, training: bool) -> Tensor | None:
@@ -111,6 +127,8 @@ class RecurrentWeights(nn.Module):
         from . import fused  # here, since it imports this module
 
         x_proj, h0, mask = self.project(x, h0)
+        if torch.compiler.is_exporting():
+            return scanned_cell(x_proj, h0, self.W0[self.input_size:], self.Ws, genotype, mask)
         return fused.discrete_cell(x_proj, h0, self.W0[self.input_size:], self.Ws, genotype, mask)
 
     def extra_repr(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ class DartsRNN(nn.Module):
 
     Arguments as in `nn.GRU`, after `genotype` (a `Genotype`, a name such as "DARTS_V2", or a file). The cell has no bias: `bias=True` is
     refused. `dropout` acts between layers; `dropout_x` and `dropout_h` are the cell's variational rates (one mask a sequence).
+    `torch.export.export` and `torch.onnx.export(dynamo=True)` take the layer as it is, with any axis of x dynamic; time becomes a scan.
     With D = 2 if bidirectional else 1 and L layers:
 
     x (T, B, I), or (B, T, I) with `batch_first`, or (T, I), or a `PackedSequence`; h_0 (L·D, B, H), or (L·D, H) for unbatched x, or None for zeros.
@@ -28,14 +31,19 @@ class DartsRNN(nn.Module):
                  batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False, dropout_x: float = 0.0, dropout_h: float = 0.0,
                  device=None, dtype=None):
         super().__init__()
+        if isinstance(genotype, int):
+            raise ValueError(f"genotype: {genotype!r} is a number; the third argument is the cell, num_layers the one after it")
         if bias:
             raise ValueError("bias: True is not possible, the DARTS cell has no bias terms; leave it False")
         if isinstance(num_layers, bool) or not isinstance(num_layers, int) or num_layers < 1:
             raise ValueError(f"num_layers: {num_layers!r} must be a whole number of at least 1")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout: {dropout!r} must be at least 0 and below 1")
+        if dropout and num_layers == 1:  # as nn.GRU does
+            warnings.warn(f"dropout: {dropout!r} acts between layers, and there is one; dropout_x and dropout_h act within it", stacklevel=2)
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.genotype, self.batch_first, self.dropout, self.bidirectional = load_genotype(genotype), batch_first, dropout, bidirectional
+        self.bias = False
         self.directions = 2 if bidirectional else 1
         self.layers = nn.ModuleList(
             DiscreteRNN(input_size if layer == 0 else self.directions * hidden_size, hidden_size, self.genotype, dropout_x, dropout_h)
@@ -45,6 +53,9 @@ class DartsRNN(nn.Module):
     def extra_repr(self) -> str:
         return (f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, batch_first={self.batch_first}, "
                 f"bidirectional={self.bidirectional}, genotype={self.genotype}")
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: `nn.GRU` has it for cuDNN, and code written for that calls it."""
 
     def forward(self, x: Tensor | PackedSequence, h_0: Tensor | None = None) -> tuple[Tensor | PackedSequence, Tensor]:
         if isinstance(x, PackedSequence):

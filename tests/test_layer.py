@@ -133,7 +133,8 @@ def test_dropout_between_layers_in_training_alone():
     assert not torch.equal(ours(x)[0], ours(x)[0])
     plain, _ = pair(2)
     assert torch.equal(ours.eval()(x)[0], plain(x)[0])
-    one, _ = pair(1, dropout=0.5)  # nothing is after the last layer
+    with pytest.warns(UserWarning, match="between layers"):  # nn.GRU warns too
+        one, _ = pair(1, dropout=0.5)  # nothing is after the last layer
     assert torch.equal(one(x)[0], one(x)[0])
 
 
@@ -173,6 +174,7 @@ def test_repr_names_what_it_was_built_with():
 
 @pytest.mark.parametrize("make, words", [
     (lambda: DartsRNN(I, H, bias=True), "bias: True"),
+    (lambda: DartsRNN(I, H, 2), "genotype: 2 is a number; the third argument is the cell"),
     (lambda: DartsRNN(I, H, num_layers=0), "num_layers: 0"),
     (lambda: DartsRNN(I, H, num_layers=1.0), "num_layers: 1.0"),
     (lambda: DartsRNN(I, H, num_layers=True), "num_layers: True"),
