@@ -7,6 +7,7 @@ With p = softmax(α[edge]) and the edge's c, z = (s_j∘m_h) W_i, primitive k co
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cell import ACTIVATIONS, RecurrentWeights, checked_primitives
@@ -27,25 +28,23 @@ def mixed_cell(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, probabiliti
     """
     N = Ws.shape[0]
     columns = [(k, ACTIVATIONS[name]) for k, name in enumerate(primitives) if name != "none"]
-    present = probabilities[:, [k for k, _ in columns]].sum(1)  # P = 1 − p_none, (E,)
+    rows = probabilities[:, :, None, None].split(list(range(1, N + 1)))  # one (i, K, 1, 1) a node; cut before the loop over time, as each cut
+    nodes = [(W, [p[:, k] for k, _ in columns]) for W, p in zip(Ws.unbind(0), rows)]  # has its own step in the backward pass
+    nodes = [(W, p, sum(p)) for W, p in nodes]  # P = 1 − p_none is the sum of the rest, (i, 1, 1)
 
-    def normalise(s: Tensor) -> Tensor:
-        centred = s - s.mean(0)  # (B, H)
-        return centred * torch.rsqrt(centred.pow(2).mean(0) + BATCHNORM_EPS)
+    def normalise(s: Tensor) -> Tensor:  # (B, H)
+        return F.batch_norm(s, None, None, training=True, eps=BATCHNORM_EPS)
 
     h, outputs = h0, []
     for x in x_proj.unbind(0):
         c, z = (x + (h if mask is None else h * mask) @ W0_h).chunk(2, -1)  # (B, H) each
         states = normalise(h + torch.sigmoid(c) * (torch.tanh(z) - h)).unsqueeze(0)  # (1, B, H)
-        row = 0
-        for i in range(1, N + 1):
-            c, z = ((states if mask is None else states * mask) @ Ws[i - 1]).chunk(2, -1)  # (i, B, H) each
-            p = probabilities[row:row + i]  # (i, K)
-            m = sum(p[:, k, None, None] * f(z) for k, f in columns)  # (i, B, H)
-            carried = present[row:row + i, None, None] * states
+        for W, p, present in nodes:
+            c, z = ((states if mask is None else states * mask) @ W).chunk(2, -1)  # (i, B, H) each
+            m = sum(p_k * f(z) for p_k, (_, f) in zip(p, columns))  # (i, B, H)
+            carried = present * states
             s = (carried + torch.sigmoid(c) * (m - carried)).sum(0)  # (i, B, H) -> (B, H)
             states = torch.cat([states, normalise(s).unsqueeze(0)])  # (i+1, B, H)
-            row += i
         h = states[1:].mean(0)  # (B, H)
         outputs.append(h)
     return torch.stack(outputs)  # (T, B, H)
