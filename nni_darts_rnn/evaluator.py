@@ -39,6 +39,15 @@ class TaggedBatches:
             yield batch.tokens, batch.targets, self.stream
 
 
+def training_part(batch):
+    """The (tokens, targets, stream) that the weights learn in a batch of any of NNI's one-shot strategies, or None where they learn nothing."""
+    if isinstance(batch, dict):  # the DARTS family: both streams at once
+        return batch["train"]
+    if len(batch) == 2:  # ENAS: one of them, with its name
+        return batch[0] if batch[1] == "train" else None
+    return batch
+
+
 @nni.trace
 class LanguageModelModule(LightningModule):
     """Trains a `DartsRnnSpace` or its supernet: SGD, learning rate × length/bptt, AR/TAR, hidden states carried from batch to batch.
@@ -65,6 +74,18 @@ class LanguageModelModule(LightningModule):
             return {"loss": nll, "data_loss": nll}
         return {"loss": nll + activation_regularisation(raw, dropped, self.ar, self.tar), "data_loss": nll}
 
+    @torch.no_grad()
+    def validation_step(self, batch, batch_idx: int) -> dict:
+        """Logs "default": minus the nats per token without dropout, the reward of a strategy that samples cells (ENAS)."""
+        tokens, targets, _ = batch
+        was_training = self.model.training
+        self.model.eval()
+        nll, _, _, after = self.model.loss(tokens, targets, self.hidden_valid.clone())
+        self.model.train(was_training)
+        self.hidden_valid.copy_(after)
+        self.log("default", -nll)
+        return {"loss": nll, "data_loss": nll}
+
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
 
@@ -74,7 +95,10 @@ class LanguageModelModule(LightningModule):
 
     def on_train_batch_start(self, batch, batch_idx: int) -> None:
         # before the architecture step too, which unrolls the step of this very length
-        tokens = (batch["train"] if isinstance(batch, dict) else batch)[0]
+        learned = training_part(batch)
+        if learned is None:
+            return
+        tokens = learned[0]
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = self.lr * len(tokens) / self.bptt
 
@@ -102,7 +126,10 @@ class SupernetReport(pl.Callback):
         self.began, self.tokens, self.nats = time.perf_counter(), 0, 0.0
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        tokens = batch["train"][0]
+        learned = training_part(batch)
+        if learned is None:
+            return
+        tokens = learned[0]
         self.tokens += tokens.numel()
         self.nats = self.nats + outputs["data_loss"].detach() * tokens.numel()  # stays on the device: no synchronisation each step
         if trainer.progress_bar_callback is not None and batch_idx % 10 == 0:
@@ -118,6 +145,7 @@ class SupernetReport(pl.Callback):
 
     def _finish(self, trainer, pl_module, epoch, train_loss, seconds):
         model = pl_module.training_module.model
+        pl_module.resample()  # a strategy that samples cells has none yet before the first batch; the others do nothing
         value = perplexity(model, self.corpus.valid, self.recipe.eval_batch_size, self.recipe.bptt)
         row = {"default": value, "phase": "search", "epoch": epoch, "perplexity": value}
         mixed = [m for m in model.modules() if hasattr(m, "probabilities")]

@@ -24,7 +24,7 @@ class Read(nn.Module):
         super().__init__()
         self.predecessor = predecessor
 
-    def forward(self, states: list[Tensor]) -> Tensor:
+    def forward(self, *states: Tensor) -> Tensor:
         return states[self.predecessor]
 
     def extra_repr(self) -> str:
@@ -46,11 +46,13 @@ class Apply(nn.Module):
 
 
 def _chosen(choice: nn.Module):
-    """What a choice stands for now: frozen, or sampled by a one-shot strategy; None while it is open or mixed."""
+    """What a choice stands for now: frozen, or sampled by a one-shot strategy; None while it is open, mixed, or has an α of its own to learn."""
     if isinstance(choice, Read):
         return choice.predecessor
     if isinstance(choice, Apply):
         return choice.op
+    if hasattr(choice, "_arch_alpha"):  # NNI's Proxyless samples a path too, but α's gradient comes through the choice itself
+        return None
     sampled = getattr(choice, "_sampled", None)  # NNI's PathSamplingLayer
     return sampled if isinstance(sampled, str) else None
 
@@ -89,7 +91,7 @@ class CellSpace(RecurrentWeights, MutableModule):
             c, z = (x_t + masked(h) @ W0_h).chunk(2, -1)  # (B, H) each
             states = [h + torch.sigmoid(c) * (torch.tanh(z) - h)]
             for W, read, op in zip(self.Ws.unbind(0), self.inputs, self.ops):
-                s = read(states)
+                s = read(*states)
                 c, z = (masked(s) @ W).chunk(2, -1)  # (B, H) each
                 states.append(s + torch.sigmoid(c) * (op(z) - s))
             h = torch.stack(states[1:]).mean(0)  # (N, B, H) -> (B, H)
@@ -108,6 +110,7 @@ class MixedCell(MixedRNN, BaseSuperNetModule):
         mixed = cls(module.input_size, module.hidden_size, module.n_nodes, module.primitives, module.dropout_x, module.dropout_h,
                     softmax=mutate_kwargs.get("softmax"))
         mixed.W0, mixed.Ws = module.W0, module.Ws
+        mixed.alpha = memo.setdefault("cell/alpha", mixed.alpha)  # layers whose choices have the same labels are one cell: one α
         for choice in [*module.inputs, *module.ops]:
             mixed.add_mutable(choice.choice)  # the labels stay in the space's description
         return mixed
@@ -128,7 +131,21 @@ class MixedCell(MixedRNN, BaseSuperNetModule):
         yield self.alpha
 
 
-class DartsRnnSpace(ModelSpace):
+class RecurrentSpace(ModelSpace):
+    """Base of a model space with one or more `CellSpace` layers anywhere in it: all of them are one cell, and every NNI strategy runs on it."""
+
+    def extra_oneshot_hooks(self, strategy) -> list:
+        """Differentiable strategies get the mixed cell with α per edge; those that sample paths use the choices as they are."""
+        from nni.nas.strategy import DARTS, Proxyless
+
+        return [MixedCell.mutate] if isinstance(strategy, DARTS) and not isinstance(strategy, Proxyless) else []
+
+    def genotype(self) -> Genotype | None:
+        """The cell of a frozen model, of one that a strategy has sampled, or that α stands for; None while choices are open."""
+        return next(m for m in self.modules() if isinstance(m, (CellSpace, MixedCell))).genotype()
+
+
+class DartsRnnSpace(RecurrentSpace):
     """AWD-LSTM's language model with an open DARTS cell: every sample is one `Genotype`, every label a plain categorical.
 
     vocab_size V, hidden_size H (the embedding's size too), n_nodes N; dropout rates as in `LanguageModel` and `RecurrentWeights`.
@@ -140,12 +157,6 @@ class DartsRnnSpace(ModelSpace):
         super().__init__()
         rnn = CellSpace(hidden_size, hidden_size, n_nodes, primitives, dropout_x, dropout_h)
         self.lm = LanguageModel(vocab_size, rnn, dropout, dropout_i, dropout_e)
-
-    def extra_oneshot_hooks(self, strategy) -> list:
-        """Differentiable strategies get the mixed cell with α per edge; those that sample paths use the choices as they are."""
-        from nni.nas.strategy import DARTS, Proxyless
-
-        return [MixedCell.mutate] if isinstance(strategy, DARTS) and not isinstance(strategy, Proxyless) else []
 
     def forward(self, tokens: Tensor, hidden: Tensor) -> LMOutput:
         return self.lm(tokens, hidden)

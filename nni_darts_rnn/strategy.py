@@ -55,6 +55,12 @@ def _mean_over_processes(tensors: list[Tensor | None]) -> list[Tensor | None]:
     return [None if t is None else next(parts).view_as(t).to(t.dtype) for t in tensors]
 
 
+def alpha_in_order(module: DartsLightningModule) -> list[nn.Parameter]:
+    """α in the order of the modules. NNI 3.0 returns `list(set(…))`, ordered by address, which a resumed Adam mismatches."""
+    found = [p for m in module.supernet_modules() if hasattr(m, "arch_parameters") for p in m.arch_parameters()]
+    return list(dict.fromkeys(found))
+
+
 class SecondOrderDartsModule(DartsLightningModule):
     """The search step of `SecondOrderDARTS`. See there.
 
@@ -72,9 +78,7 @@ class SecondOrderDartsModule(DartsLightningModule):
         self._step_module = (_TrainingStep(training_module),)  # in a tuple: not a submodule, or every weight would have two names
 
     def arch_parameters(self) -> list[nn.Parameter]:
-        """α in the order of the modules. NNI 3.0 returns `list(set(…))`, ordered by address, which a resumed Adam mismatches."""
-        found = [p for m in self.supernet_modules() if hasattr(m, "arch_parameters") for p in m.arch_parameters()]
-        return list(dict.fromkeys(found))
+        return alpha_in_order(self)
 
     def configure_architecture_optimizers(self):
         alphas = self.arch_parameters()

@@ -1,0 +1,54 @@
+"""A search by any of NNI's one-shot strategies, and the found cell retrained: `python examples/one_shot.py GumbelDARTS --corpus pydoc`."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from nni.nas.experiment import NasExperiment
+
+from nni_darts_rnn import Genotype, get_recipe, load_corpus, search_evaluator, strategies
+from nni_darts_rnn.learner import retrain
+from nni_darts_rnn.search import make_space
+
+NAMES = ("SecondOrderDARTS", "DARTS", "GumbelDARTS", "Proxyless", "RandomOneShot", "ENAS")
+
+
+def make_strategy(name: str, recipe):
+    """The strategy with the recipe's settings, and what Lightning's Trainer has to be told for it."""
+    if name == "RandomOneShot":
+        return strategies.RandomOneShot(), {"gradient_clip_val": recipe.clip}
+    if name == "ENAS":
+        return strategies.ENAS(gradient_clip_val=recipe.clip, batches_per_update=10), {}
+    return getattr(strategies, name)(arc_learning_rate=recipe.arch_lr, gradient_clip_val=recipe.clip), {}
+
+
+def search(name: str, corpus, recipe, seed: int = 0, folder: str | Path | None = None, **trainer_options):
+    """(genotype, the space whose weights the search has trained, its strategy). NNI keeps its log and checkpoint in `folder`."""
+    strategy, options = make_strategy(name, recipe)
+    space = make_space(len(corpus.vocab), recipe)
+    evaluator = search_evaluator(corpus, recipe, seed, print, **options | trainer_options)
+    experiment = NasExperiment(space, evaluator, strategy)
+    experiment.config.experiment_working_directory = folder or tempfile.mkdtemp()
+    experiment.run()
+    sample, = experiment.export_top_models(formatter="dict")
+    experiment.stop()
+    return Genotype.from_sample(sample), space, strategy
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("strategy", choices=NAMES)
+    parser.add_argument("--corpus", default="pydoc")
+    parser.add_argument("--recipe", default="small")
+    arguments = parser.parse_args(argv)
+    corpus, recipe = load_corpus(arguments.corpus), get_recipe(arguments.recipe)
+    genotype, _, _ = search(arguments.strategy, corpus, recipe.search)
+    print(genotype)
+    trained = retrain(corpus, genotype, recipe.retrain, folder=tempfile.mkdtemp(), report=print)
+    print(f"test perplexity {trained['test_perplexity']:.1f}")
+
+
+if __name__ == "__main__":
+    main()
