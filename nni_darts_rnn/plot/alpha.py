@@ -1,0 +1,99 @@
+"""α over the epochs as heat maps, one for each primitive."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from ..genotype import PRIMITIVES, derive, number_of_nodes
+from .canvas import GREY, mix, new_figure, op_colours, save, style, target
+
+
+def probabilities(history, primitives) -> np.ndarray:
+    """`history` as probabilities (epochs, E, K): as it is if its rows are distributions already, otherwise their softmax."""
+    try:
+        a = np.asarray(history, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError("history: expected an array of numbers (epochs, E, K), each epoch of the same shape") from None
+    if a.ndim != 3 or not a.size or a.shape[2] != len(primitives):
+        raise ValueError(f"history has shape {a.shape}; expected (epochs, E, {len(primitives)}) for {', '.join(primitives)}")
+    number_of_nodes(a.shape[1])
+    if not np.isfinite(a).all():
+        raise ValueError("history holds NaN or infinite values; the search has diverged")
+    if (a >= 0).all() and np.allclose(a.sum(-1), 1, atol=1e-3):
+        return a
+    a = np.exp(a - a.max(-1, keepdims=True))
+    return a / a.sum(-1, keepdims=True)
+
+
+def plot_alpha(history, path, primitives=PRIMITIVES) -> Path:
+    """Heat map of the architecture's probabilities over the epochs, to `path` (.svg or .png).
+
+    `history` is (epochs, E, K), α or probabilities (α is shown through softmax). One column of maps per primitive, one block of
+    rows per node, one row per state it may read. A frame marks the op and the state that each node would take after the last epoch.
+    """
+    path = target(path)
+    p = probabilities(history, primitives)
+    epochs, n_edges, n_ops = p.shape
+    n_nodes = number_of_nodes(n_edges)
+    final = derive(p[-1], primitives)
+    first, k = {}, 0  # each node's first row in the picture, with one row's gap between nodes
+    for node in range(1, n_nodes + 1):
+        first[node], k = k, k + node + 1
+    n_rows = k - 1
+    rows = np.full((epochs, n_rows, n_ops), np.nan)
+    for node in range(1, n_nodes + 1):
+        e = node * (node - 1) // 2
+        rows[:, first[node]:first[node] + node] = p[:, e:e + node]
+
+    row_h = min(0.155, 14 / n_rows)  # inches; a very large cell gets thinner rows, not a poster
+    cell_w, gap, left, right, top, bottom = 1.45, 0.12, 0.95, 0.95, 0.95, 0.55
+    width, high = left + n_ops * (cell_w + gap) - gap + right, max(n_rows * row_h, 0.9)
+    height = top + high + bottom
+    low, up = float(p.min()), float(p.max())
+    if up - low < 0.02:  # next to nothing has moved yet; full contrast would pretend otherwise
+        low, up = (low + up) / 2 - 0.01, (low + up) / 2 + 0.01
+    colours = op_colours(primitives)
+    with style():
+        from matplotlib.patches import Rectangle
+        from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+        figure = new_figure(width, height)
+        for op in range(n_ops):
+            axes = figure.add_axes(((left + op * (cell_w + gap)) / width, bottom / height, cell_w / width, high / height))
+            image = axes.imshow(rows[:, :, op].T, aspect="auto", interpolation="none", cmap="Blues", vmin=low, vmax=up,
+                                extent=(0.5, epochs + 0.5, n_rows - 0.5, -0.5))
+            axes.set_title(primitives[op], fontsize=10, fontweight="bold", color=mix(colours[primitives[op]], "#000000", 0.2), pad=5,
+                           parse_math=False)
+            for side in axes.spines.values():
+                side.set_visible(False)
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True, min_n_ticks=1, steps=(1, 2, 5, 10)))
+            axes.tick_params(labelsize=8, length=2.5, color=GREY)
+            if op == n_ops // 2:
+                axes.set_xlabel("epoch", fontsize=9)
+            axes.set_yticks([])
+            for node, (chosen, j) in enumerate(final.recurrent, start=1):
+                axes.add_patch(Rectangle((0.5, first[node] - 0.5), epochs, node, fill=False, edgecolor="#C9CED6", linewidth=0.6, clip_on=False))
+                if chosen == primitives[op]:
+                    axes.add_patch(Rectangle((0.5, first[node] + j - 0.5), epochs, 1, fill=False, edgecolor="#D55E00", linewidth=1.5,
+                                             clip_on=False, zorder=4))
+            if op == 0:
+                if row_h > 0.1:
+                    axes.set_yticks([row + j for node, row in first.items() for j in range(node)], [str(j) for node in first for j in range(node)])
+                    axes.tick_params(axis="y", labelsize=7, length=0, pad=3)
+                for node, row in first.items():
+                    axes.annotate(f"node {node}", (0, row + (node - 1) / 2), xycoords=("axes fraction", "data"), xytext=(-20, 0),
+                                  textcoords="offset points", ha="right", va="center", fontsize=9, fontweight="bold", annotation_clip=False)
+                axes.annotate("reads", (0, 1), xycoords="axes fraction", xytext=(-3, 6), textcoords="offset points", ha="right", fontsize=7.5,
+                              color=GREY)
+        bar_h = min(high, 2.4)
+        bar = figure.add_axes(((width - right + 0.2) / width, (bottom + high - bar_h) / height, 0.14 / width, bar_h / height))
+        figure.colorbar(image, cax=bar, format=FuncFormatter(lambda v, _: f"{v:.3g}"))
+        bar.tick_params(labelsize=8, length=2.5, color=GREY)
+        bar.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=(1, 2, 5, 10)))
+        bar.set_title("prob.", fontsize=8, pad=5)
+        bar.spines["outline"].set_visible(False)
+        figure.text(0.12 / width, 1 - 0.2 / height, "Probability of each op on each edge", fontsize=11, fontweight="bold", va="center")
+        figure.text(0.12 / width, 1 - 0.42 / height, "framed: taken after the last epoch", fontsize=8.5, va="center", color="#B34F00")
+        return save(figure, path)

@@ -1,0 +1,72 @@
+"""What all pictures share: colours, fonts, a figure without pyplot, and a file that is written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+
+from ..files import whole
+
+OP_COLOURS = {"tanh": "#0072B2", "relu": "#D55E00", "sigmoid": "#009E73", "identity": "#A8528C", "none": "#8A8A8A"}
+"""Colour of each primitive: Okabe and Ito's palette, told apart by colour-blind readers too (its purple darkened for contrast)."""
+
+_OTHER_COLOURS = ("#B87900", "#2B8CC4", "#5B4FA2", "#7A5C3E")  # for registered primitives, in order of name
+INK, GREY, LANE = "#2B2F36", "#7B828C", "#A3ABB6"
+_RC = {"svg.fonttype": "none", "svg.hashsalt": "nni_darts_rnn", "font.family": "sans-serif", "mathtext.fontset": "dejavusans",
+       "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial", "Helvetica"],
+       "axes.edgecolor": GREY, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK}
+
+
+def mix(colour: str, other: str, part: float) -> str:
+    """`colour` with `part` of `other` in it."""
+    pairs = [(int(colour[k:k + 2], 16), int(other[k:k + 2], 16)) for k in (1, 3, 5)]
+    return "#" + "".join(f"{round(a + (b - a) * part):02x}" for a, b in pairs)
+
+
+def op_colours(ops) -> dict[str, str]:
+    """A colour for each op, those of registered primitives in order of name."""
+    others = sorted({op for op in ops if op not in OP_COLOURS})
+    return {**OP_COLOURS, **{op: _OTHER_COLOURS[k % len(_OTHER_COLOURS)] for k, op in enumerate(others)}}
+
+
+def target(path, allowed: tuple[str, ...] = (".svg", ".png")) -> Path:
+    """`path`, refused with `ValueError` where its suffix is another."""
+    path = Path(path)
+    if path.suffix.lower() not in allowed:
+        raise ValueError(f"{path}: a picture is written as {' or '.join(allowed)}, not {path.suffix or 'without a suffix'}")
+    return path
+
+
+@contextlib.contextmanager
+def style():
+    """Matplotlib's defaults and ours for the time of one picture, whatever the caller's rcParams say."""
+    import matplotlib.style
+
+    with matplotlib.style.context(["default", _RC]):
+        yield
+
+
+def new_figure(width: float, height: float):
+    """A figure of that many inches, outside pyplot."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save(figure, path: Path, few_colours: bool = False) -> Path:
+    """Writes the figure, whole or not at all: no date and no program version, which would make two equal pictures differ."""
+    with whole(path) as temporary:
+        if path.suffix.lower() == ".svg":
+            figure.savefig(temporary, format="svg", metadata={"Date": None, "Creator": None})
+            return path
+        figure.savefig(temporary, format="png", dpi=160, metadata={"Software": None})
+        if few_colours:  # a palette instead of 24 bits: a third of the size, and no difference to see in line art
+            from PIL import Image
+
+            image = Image.open(io.BytesIO(temporary.read_bytes())).convert("RGB")
+            image.quantize(256, dither=Image.Dither.NONE).save(temporary, format="png", optimize=True, dpi=(160, 160))
+    return path
