@@ -9,11 +9,10 @@ from pathlib import Path
 from .genotype import Genotype, load_genotype
 
 SOURCES = ("genotype.json", "model.json", "alpha.json", "search.csv", "retrain.csv", "history.csv")
-PICTURES = ("cell.svg", "cell.png", "alpha.svg", "alpha.png", "curves.svg")  # what a trial leaves: cheap, a second or so in all
-EVERY = (*PICTURES, "curves.png", "cell.gif")
+EVERY = ("cell.svg", "cell.png", "cell.gif", "alpha.svg", "alpha.png", "curves.svg", "curves.png")
 
 
-def draw(folder: str | Path, names=PICTURES, out: str | Path | None = None) -> tuple[list[Path], dict[str, str]]:
+def draw(folder: str | Path, names=EVERY, out: str | Path | None = None) -> tuple[list[Path], dict[str, str]]:
     """Draws the named pictures from the files in `folder` into `out` (default: there). Returns those written, and name -> why not for the others.
 
     A source that is missing or damaged is a reason, not an exception; only that `out` cannot be written is (`OSError`).

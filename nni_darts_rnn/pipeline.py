@@ -13,6 +13,7 @@ from .corpus import Corpus
 from .files import write_csv, write_json
 from .genotype import Genotype
 from .recipes import Recipe, RetrainRecipe, SearchRecipe
+from .tensorboard import watched
 
 
 def package_versions() -> dict[str, str]:
@@ -63,8 +64,9 @@ def search_phase(corpus: Corpus, recipe: SearchRecipe, seed: int, folder: Path, 
     from .search import search
 
     take_fast_path(corpus, recipe)
-    result = search(corpus, recipe, seed, report, progress, device, folder)
-    _draw(folder, "cell.svg", "cell.png", "alpha.svg", "alpha.png", "curves.svg")
+    with watched(folder, "search", report) as report:
+        result = search(corpus, recipe, seed, report, progress, device, folder)
+        _draw(folder, "cell.svg", "cell.png", "cell.gif", "alpha.svg", "alpha.png", "curves.svg", "curves.png")
     return {"genotype": result.genotype, "supernet_valid_perplexity": result.rows[-1]["perplexity"], "search_seconds": result.seconds,
             "rows": result.rows}
 
@@ -89,12 +91,13 @@ def retrain_phase(corpus: Corpus, genotype: Genotype, recipe: RetrainRecipe, see
             report(row)
 
     take_fast_path(corpus, recipe, genotype.n_nodes)
-    outcome = retrain(corpus, genotype, recipe, seed, folder, keep, progress, device)
+    with watched(folder, "retrain", report) as report:
+        outcome = retrain(corpus, genotype, recipe, seed, folder, keep, progress, device)
+        _draw(folder, "cell.svg", "cell.png", "curves.svg", "curves.png")
     model = outcome.pop("model")
     summary = {"valid_perplexity": outcome["valid_perplexity"], "test_perplexity": outcome["test_perplexity"],
                "parameters": outcome["parameters"], "retrain_seconds": outcome["seconds"], "epochs": outcome["epochs"]}
     save_trained(folder, model, corpus.vocab.words, {"corpus": corpus.name, "seed": seed, "recipe": asdict(recipe), "result": summary})
-    _draw(folder, "cell.svg", "cell.png", "curves.svg")
     if outcome["interrupted"]:
         raise KeyboardInterrupt
     return summary | {"rows": rows}

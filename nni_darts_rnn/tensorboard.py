@@ -1,0 +1,70 @@
+"""TensorBoard's view of a run, where the package `tensorboard` is installed; nothing where it is not.
+
+A run's folder gets `tensorboard/search` and `tensorboard/retrain`, which NNI's web page opens too (it looks for that folder in a trial's).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+FOLDER = "tensorboard"
+PICTURES = {"search": ("cell.png", "alpha.png", "curves.png"), "retrain": ("cell.png", "curves.png")}
+
+
+@contextlib.contextmanager
+def watched(folder: Path, phase: str, report: Callable[[dict], None] | None) -> Iterator[Callable[[dict], None] | None]:
+    """`report` with each row's numbers put before TensorBoard too, and at the end the pictures that lie in `folder`.
+
+    A run that goes on after a stop takes up where its rows do: TensorBoard leaves out what an earlier part wrote from that epoch on.
+    """
+    if importlib.util.find_spec("tensorboard") is None:
+        yield report
+        return
+    log = _Log(folder, phase)
+
+    def both(row: dict) -> None:
+        log(row)
+        if report is not None:
+            report(row)
+
+    try:
+        yield both
+        log.add_pictures()
+    finally:
+        log.close()
+
+
+class _Log:
+    def __init__(self, folder: Path, phase: str):
+        self.folder, self.phase, self.epoch = folder, phase, 0
+
+    @functools.cached_property
+    def writer(self):
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(self.folder / FOLDER / self.phase), purge_step=self.epoch)
+
+    def __call__(self, row: dict) -> None:
+        self.epoch = row["epoch"]
+        for name, value in row.items():
+            if name not in ("default", "epoch") and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+                self.writer.add_scalar(name, value, self.epoch)
+        self.writer.flush()  # an epoch can take minutes, and the writer's own clock is of another kind
+
+    def add_pictures(self) -> None:
+        import numpy as np
+        from PIL import Image
+
+        for name in PICTURES[self.phase]:
+            if (self.folder / name).is_file():
+                with Image.open(self.folder / name) as image:
+                    self.writer.add_image(name.partition(".")[0], np.asarray(image.convert("RGB")), self.epoch, dataformats="HWC")
+
+    def close(self) -> None:
+        if "writer" in vars(self):
+            self.writer.close()

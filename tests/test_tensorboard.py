@@ -1,0 +1,51 @@
+"""What TensorBoard is told, read back from its own files; and that a run without it is the same run."""
+
+import pytest
+
+from nni_darts_rnn.genotype import DARTS_V2
+from nni_darts_rnn.plot import plot_cell
+from nni_darts_rnn.tensorboard import watched
+
+
+def rows(first, last):
+    return [{"default": 50.0 - e, "phase": "search", "epoch": e, "perplexity": 50.0 - e, "asgd": False, "lr": 0.5} for e in range(first, last)]
+
+
+def read(folder):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed")
+    found = accumulator.EventAccumulator(str(folder / "tensorboard" / "search"), {"images": 0})
+    return found.Reload()
+
+
+def test_rows_and_pictures_reach_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    plot_cell(DARTS_V2, tmp_path / "cell.png")
+    heard = []
+    with watched(tmp_path, "search", heard.append) as report:
+        for row in rows(0, 3):
+            report(row)
+            assert read(tmp_path).Scalars("perplexity")[-1].value == row["perplexity"]  # while the run goes on
+    found = read(tmp_path)
+    assert heard == rows(0, 3) and found.Tags()["scalars"] == ["perplexity", "lr"] and found.Tags()["images"] == ["cell"]
+    assert [(e.step, e.value) for e in found.Scalars("perplexity")] == [(0, 50.0), (1, 49.0), (2, 48.0)]
+    assert found.Images("cell")[0].width > 500 and found.Images("cell")[0].step == 2
+
+
+def test_a_run_that_goes_on_shows_each_epoch_once(tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    for first, last in ((0, 4), (2, 5)):  # cut off after epoch 3, gone on with after epoch 1
+        with pytest.raises(KeyboardInterrupt), watched(tmp_path, "search", None) as report:
+            for row in rows(first, last):
+                report(row)
+            raise KeyboardInterrupt
+    assert [e.step for e in read(tmp_path).Scalars("perplexity")] == [0, 1, 2, 3, 4]
+
+
+def test_without_tensorboard_nothing_is_written(tmp_path, monkeypatch):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    heard = []
+    with watched(tmp_path, "search", heard.append) as report:
+        report(rows(0, 1)[0])
+    assert heard == rows(0, 1) and not list(tmp_path.iterdir())
