@@ -41,8 +41,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--genotype", default="DARTS_V2", help="a name, or the genotype.json of a search")
     parser.add_argument("--epochs", type=int, default=6, help="of the language model; a classifier gets three times as many")
-    parser.add_argument("--paragraphs", type=int, default=800, help="of each package, without labels")
-    parser.add_argument("--labels", type=int, default=60, help="paragraphs of each package with a label")
+    parser.add_argument("--paragraphs", type=int, default=1500, help="of each package, without labels")
+    parser.add_argument("--labels", type=int, default=20, help="paragraphs of each package with a label")
     parser.add_argument("--units", type=int, default=128)
     arguments = parser.parse_args(argv)
     rng, sizes = random.Random(0), dict(emb_sz=arguments.units, n_hid=arguments.units, genotype=arguments.genotype)
@@ -57,17 +57,17 @@ def main(argv=None):
         lm.fit_one_cycle(arguments.epochs, 5e-3)
         lm.save_encoder("docstrings")
         print(lm.predict("This function returns", 12, temperature=0.7))
-        dls = TextDataLoaders.from_df(labelled, folder, text_col="text", label_col="package", valid_col="is_valid", text_vocab=dls.vocab, bs=32)
+        dls = TextDataLoaders.from_df(labelled, folder, text_col="text", label_col="package", valid_col="is_valid", text_vocab=dls.vocab, bs=16)
         found = {}
         for name in ("with the encoder", "from scratch"):
             set_seed(0)
-            learn = text_classifier_learner(dls, AWD_DARTS, config=awd_darts_clas_config | sizes, drop_mult=0.2, pretrained=False,
+            learn = text_classifier_learner(dls, AWD_DARTS, config=awd_darts_clas_config | sizes, drop_mult=0.6, pretrained=False,
                                             metrics=accuracy, path=folder)
             if name == "with the encoder":
                 learn.load_encoder("docstrings")  # and freezes it: the head learns first
             learn.fit_one_cycle(arguments.epochs, 1e-2)
             learn.unfreeze()
-            learn.fit_one_cycle(2 * arguments.epochs, slice(1e-3, 1e-2))
+            learn.fit_one_cycle(2 * arguments.epochs, slice(3e-4, 3e-3))
             found[name] = float(learn.validate()[1])
         for name, value in found.items():
             print(f"accuracy {name}: {value:.3f} (chance {1 / len(PACKAGES):.3f})")

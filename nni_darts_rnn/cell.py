@@ -71,8 +71,11 @@ def discrete_cell(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, genotype
 
 
 def scanned_cell(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, genotype: Genotype, mask: Tensor | None = None) -> Tensor:
-    """`discrete_cell` as one scan over time, which `torch.export` and ONNX keep as a loop: T may then differ from call to call."""
+    """`discrete_cell` as one scan over time, which `torch.export` and ONNX keep as a loop: T may then differ from call to call. Without gradients."""
     from torch._higher_order_ops.scan import scan  # a prototype in torch 2.14, not yet under a public name
+
+    # torch 2.14's ONNX exporter fails on the scan of what needs a gradient, and its export on the scan of a detached view
+    x_proj, h0, W0_h, Ws = (t.detach().clone() for t in (x_proj, h0, W0_h, Ws))
 
     def step(h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         h = cell_step(x, h, W0_h, Ws, genotype, mask)

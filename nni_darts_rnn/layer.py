@@ -18,7 +18,7 @@ class DartsRNN(nn.Module):
 
     Arguments as in `nn.GRU`, after `genotype` (a `Genotype`, a name such as "DARTS_V2", or a file). The cell has no bias: `bias=True` is
     refused. `dropout` acts between layers; `dropout_x` and `dropout_h` are the cell's variational rates (one mask a sequence).
-    `torch.export.export` and `torch.onnx.export(dynamo=True)` take the layer as it is, with any axis of x dynamic; time becomes a scan.
+    `torch.export.export` and `torch.onnx.export(dynamo=True)` take the layer as it is, for inference, with any axis of x dynamic; time becomes a scan.
     With D = 2 if bidirectional else 1 and L layers:
 
     x (T, B, I), or (B, T, I) with `batch_first`, or (T, I), or a `PackedSequence`; h_0 (L·D, B, H), or (L·D, H) for unbatched x, or None for zeros.

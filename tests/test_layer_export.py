@@ -50,7 +50,6 @@ def to_onnx(model, args, path, **dynamic):
 
 
 @needs_scan
-@torch.no_grad()
 def test_two_layers_both_ways_of_any_length_and_batch(tmp_path):
     rnn, T, B = layer(2, bidirectional=True, batch_first=True), Dim("T", min=1), Dim("B", min=1)
     program = torch.export.export(rnn, inputs(rnn, 5, 2, True), dynamic_shapes=({0: B, 1: T}, {1: B}))
@@ -63,7 +62,7 @@ def test_two_layers_both_ways_of_any_length_and_batch(tmp_path):
     run = to_onnx(program, (), tmp_path / "rnn.onnx")
     for args in cases:
         for ours, theirs in zip(rnn(*args), run(*args), strict=True):
-            torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-13)
+            torch.testing.assert_close(theirs, ours.detach(), rtol=0, atol=1e-13)
 
 
 @needs_scan
@@ -87,14 +86,11 @@ def test_language_model_in_onnx(tmp_path):
 
 
 @needs_scan
-def test_the_scan_is_the_cell_with_a_mask_and_its_gradient_too():
+def test_the_scan_is_the_cell_with_a_mask_too():
     torch.manual_seed(0)
-    weights = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((6, 2, 2 * H), (2, H), (H, 2 * H), (4, H, 2 * H))]
+    weights = [torch.randn(*s, dtype=torch.float64) for s in ((6, 2, 2 * H), (2, H), (H, 2 * H), (4, H, 2 * H))]
     mask = torch.tensor([[0.0, 2.0, 2.0, 0.0], [2.0, 0.0, 2.0, 2.0]], dtype=torch.float64)
-    a, b = (cell(*weights, SMALL, mask) for cell in (discrete_cell, scanned_cell))
-    torch.testing.assert_close(b, a, rtol=0, atol=1e-14)
-    for ours, theirs in zip(*(torch.autograd.grad(o.pow(2).sum(), weights) for o in (a, b)), strict=True):
-        torch.testing.assert_close(theirs, ours, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(scanned_cell(*weights, SMALL, mask), discrete_cell(*weights, SMALL, mask), rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("dtype, atol", [(torch.float16, 5e-3), (torch.bfloat16, 4e-2), (torch.float32, 1e-6)])
