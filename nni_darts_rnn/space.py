@@ -24,8 +24,8 @@ class Read(nn.Module):
         super().__init__()
         self.predecessor = predecessor
 
-    def forward(self, *states: Tensor) -> Tensor:
-        return states[self.predecessor]
+    def forward(self, states: Tensor) -> Tensor:
+        return states[self.predecessor]  # (i, B, H) -> (B, H); one tensor, as NNI's choices take one argument and Proxyless takes no list
 
     def extra_repr(self) -> str:
         return str(self.predecessor)
@@ -89,12 +89,13 @@ class CellSpace(RecurrentWeights, MutableModule):
         masked = (lambda s: s) if mask is None else (lambda s: s * mask)
         for x_t in x_proj.unbind(0):
             c, z = (x_t + masked(h) @ W0_h).chunk(2, -1)  # (B, H) each
-            states = [h + torch.sigmoid(c) * (torch.tanh(z) - h)]
+            states = (h + torch.sigmoid(c) * (torch.tanh(z) - h)).unsqueeze(0)  # (1, B, H)
             for W, read, op in zip(self.Ws.unbind(0), self.inputs, self.ops):
-                s = read(*states)
+                s = read(states)
                 c, z = (masked(s) @ W).chunk(2, -1)  # (B, H) each
-                states.append(s + torch.sigmoid(c) * (op(z) - s))
-            h = torch.stack(states[1:]).mean(0)  # (N, B, H) -> (B, H)
+                s = s + torch.sigmoid(c) * (op(z) - s)
+                states = torch.cat([states, s.unsqueeze(0)])  # (i+1, B, H)
+            h = states[1:].mean(0)  # (N, B, H) -> (B, H)
             outputs.append(h)
         return torch.stack(outputs)  # (T, B, H)
 
