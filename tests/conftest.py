@@ -1,3 +1,50 @@
+"""What several test modules share: an experiment of nnictl, run to its end once, and a browser."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from nnictl import Experiment
+
+ROOT = Path(__file__).parents[1]
+TINY = "--recipe tiny --set search.bptt=64 --set search.batch_size=64 --set retrain.epochs=1"
+
+
 def pytest_addoption(parser):
     parser.addoption("--golden", action="append", default=[], metavar="FILE",
                      help="check this file of reference figures in place of those in tests/golden (may be given several times)")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """The example with the tiny recipe, typed inside examples/, run to its end."""
+    folder = tmp_path_factory.mktemp("nni")
+    for name in ("examples", "search_spaces"):
+        shutil.copytree(ROOT / name, folder / name)
+    config = folder / "examples" / "darts_rnn.yml"
+    text = config.read_text()
+    assert "--recipe small" in text
+    config.write_text(text.replace("--recipe small", TINY))
+    experiment = Experiment(Path("darts_rnn.yml"), folder, config.parent)
+    try:
+        yield experiment, experiment.wait(300), folder
+    finally:
+        experiment.stop()
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """Headless Chromium, or a skip that says what is missing. Whatever a test changes it has to set itself."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    chromium, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("chromium or its chromedriver is not on this machine")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+                     "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path_factory.mktemp('browser')}"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield driver
+    driver.quit()

@@ -3,82 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
-import pytest
+from nnictl import Experiment
 
 ROOT = Path(__file__).parents[1]
-NNICTL = Path(sys.executable).parent / "nnictl"
-TINY = "--recipe tiny --set search.bptt=64 --set search.batch_size=64 --set retrain.epochs=1"
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-class Experiment:
-    """A running NNI experiment, asked through its REST API."""
-
-    def __init__(self, config: Path, folder: Path, cwd: Path):
-        # NNI keeps everything below the home folder; python3 in the trial command has to be this one
-        self.env = os.environ | {"HOME": str(folder), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-        for attempt in range(3):  # nnictl at times asks its server before that listens
-            self.port = free_port()
-            done = subprocess.run([NNICTL, "create", "--config", config, "--port", str(self.port)], cwd=cwd, env=self.env, capture_output=True,
-                                  text=True, timeout=120)
-            found = re.search(r"Experiment ID: \S*?([a-z0-9]{8})\b", re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr))
-            if done.returncode == 0 and found:
-                break
-        assert done.returncode == 0, done.stdout + done.stderr
-        self.id = found.group(1)
-
-    def get(self, what: str):
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/api/v1/nni/{what}", timeout=20) as answer:
-            return json.load(answer)
-
-    def wait(self, seconds: float) -> list[dict]:
-        """The trials, once the experiment is done."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            try:
-                if self.get("check-status")["status"] in ("DONE", "ERROR"):
-                    break
-            except (urllib.error.URLError, ConnectionError):
-                pass
-            time.sleep(1)
-        assert self.get("check-status")["status"] == "DONE"
-        return self.get("trial-jobs")
-
-    def stop(self) -> None:
-        subprocess.run([NNICTL, "stop", self.id], env=self.env, capture_output=True, timeout=60)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The example with the tiny recipe, typed inside examples/, run to its end."""
-    folder = tmp_path_factory.mktemp("nni")
-    for name in ("examples", "search_spaces"):
-        shutil.copytree(ROOT / name, folder / name)
-    config = folder / "examples" / "darts_rnn.yml"
-    text = config.read_text()
-    assert "--recipe small" in text
-    config.write_text(text.replace("--recipe small", TINY))
-    experiment = Experiment(Path("darts_rnn.yml"), folder, config.parent)
-    try:
-        yield experiment, experiment.wait(300), folder
-    finally:
-        experiment.stop()
 
 
 def test_all_trials_succeed_and_report(finished):

@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-import shutil
 from html.parser import HTMLParser
 from urllib.parse import quote
 
@@ -164,23 +163,6 @@ def test_ids_of_inline_pictures_do_not_meet():
     svg = '<?xml version="1.0"?><svg width="72pt" height="36pt"><metadata>x</metadata><g id="a"/><use xlink:href="#a" clip-path="url(#a)"/></svg>'
     assert inline_svg(svg, "k", 'a "b"') == ('<svg role="img" aria-label="a &quot;b&quot;" style="--w:96px;aspect-ratio:72/36"><g id="k-a"/>'
                                              '<use xlink:href="#k-a" clip-path="url(#k-a)"/></svg>')
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    chromium, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.skip("chromium or its chromedriver is not on this machine")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-                     "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path_factory.mktemp('browser')}"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield driver
-    driver.quit()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

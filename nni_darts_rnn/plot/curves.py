@@ -29,7 +29,10 @@ def plot_curves(rows, path) -> Path:
         from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
         panel, left, gap, right, top, bottom = 4.2, 0.75, 0.3, 0.25, 0.5, 0.55
-        width, height = left + len(phases) * (panel + gap) - gap + right, 3.6
+        many = max(map(len, phases.values()))
+        below = 0.22 * many + 0.1 if many > 2 else 0.0  # a legend of many lines would lie on them
+        width, height = left + len(phases) * (panel + gap) - gap + right, 3.6 + below
+        bottom += below
         figure = new_figure(width, height)
         for k, (phase, lines) in enumerate(phases.items()):
             axes = figure.add_axes(((left + k * (panel + gap)) / width, bottom / height, panel / width, (height - top - bottom) / height))
@@ -55,7 +58,8 @@ def plot_curves(rows, path) -> Path:
             axes.set_title(phase, fontsize=11, fontweight="bold", loc="left", parse_math=False)
             if k == 0:
                 axes.set_ylabel("perplexity", fontsize=10)
-            legend = axes.legend(fontsize=9, loc="upper right", framealpha=0.85, edgecolor="none")
+            where = dict(loc="upper left", bbox_to_anchor=(-0.02, -0.16), borderaxespad=0) if below else dict(loc="upper right")
+            legend = axes.legend(fontsize=9, framealpha=0.85, edgecolor="none", **where)
             legend.set_zorder(6)
         return save(figure, path)
 
