@@ -17,6 +17,7 @@ _WHERE = {
     "space": ("DartsRnnSpace", "load_searched_model"),
     "strategy": ("SecondOrderDARTS",),
     "evaluator": ("search_evaluator",),
+    "fastai_evaluator": ("FastaiEvaluator",),
     "callbacks": ("ArchParamUpdate", "NTASGD", "PrintGenotype", "NNIReporter"),
     "learner": ("lm_learner", "search_learner"),
 }

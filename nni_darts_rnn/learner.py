@@ -225,18 +225,21 @@ def _vocab_size(dls, vocab_size: int | None) -> int:
     return vocab_size
 
 
-def lm_learner(dls, genotype: Genotype | str, recipe: RetrainRecipe | Recipe | str = "penn", *, seed: int = 0, path: str | Path | None = None,
-               cbs=(), vocab_size: int | None = None, metrics_file: str | None = "history.csv") -> Learner:
+def lm_learner(dls, genotype: Genotype | str | LanguageModel, recipe: RetrainRecipe | Recipe | str = "penn", *, seed: int = 0,
+               path: str | Path | None = None, cbs=(), vocab_size: int | None = None, metrics_file: str | None = "history.csv") -> Learner:
     """A Learner that trains the genotype's cell as a tied AWD language model by the recipe, up to `learn.fit(recipe.epochs)`.
 
-    `dls`: from `language_dls`, or any fastai language-model DataLoaders. `genotype` and `recipe` may be names. After `fit` the model is the
-    best one on validation (averaged weights, once NT-ASGD averages); it is also in `path/models/best.pth`, metrics in `path/history.csv`.
+    `dls`: from `language_dls`, or any fastai language-model DataLoaders. `genotype` and `recipe` may be names; a `LanguageModel` in the place
+    of a genotype is trained as it is, with its own size and dropout rates. After `fit` the model is the best one on validation (averaged
+    weights, once NT-ASGD averages); it is also in `path/models/best.pth`, metrics in `path/history.csv`.
     torch's random state is set to `seed` before the model is made.
     """
     recipe = recipe if isinstance(recipe, RetrainRecipe) else get_recipe(recipe).retrain
-    genotype, V = load_genotype(genotype), _vocab_size(dls, vocab_size)
+    if not isinstance(genotype, LanguageModel):
+        genotype, V = load_genotype(genotype), _vocab_size(dls, vocab_size)
     torch.manual_seed(seed)
-    lm = LanguageModel.from_genotype(V, recipe.hidden_size, genotype, dropout_h=recipe.dropout_h, dropout_x=recipe.dropout_x, **_dropouts(recipe))
+    lm = genotype if isinstance(genotype, LanguageModel) else LanguageModel.from_genotype(
+        V, recipe.hidden_size, genotype, dropout_h=recipe.dropout_h, dropout_x=recipe.dropout_x, **_dropouts(recipe))
     return _learner(dls, lm, recipe, path, [BestModel(), NTASGD(recipe.nonmono), *cbs], metrics_file)
 
 

@@ -8,6 +8,7 @@
 | `ENAS` | makes a new, untrained controller to export from; never clips the gradient | keeps the controller in `set_model` |
 | `ENAS`, `PolicyBasedRL` | without a fitting tianshou fail with advice to install one that does not fit | says `tianshou<0.5` |
 | `TPE` | raises on an `InputChoice`, and takes the smallest metric for the best where every other strategy takes the largest | gives `CategoricalMultiple` an `as_legacy_dict` |
+| `GridSearch` | hands out one dictionary as the sample of all models in format "raw", and empties it | copies it |
 | `PolicyBasedRL` | trains a sample again as often as its policy draws it | gives it the `dedup` of the other strategies |
 
 All take the largest metric for the best.
@@ -26,13 +27,17 @@ from nni.nas.execution.event import ModelEventType
 from nni.nas.oneshot.pytorch.supermodule.differentiable import DifferentiableMixedInput, DifferentiableMixedLayer
 from nni.nas.oneshot.pytorch.supermodule.proxyless import ProxylessMixedInput, ProxylessMixedLayer
 from nni.nas.space import ModelStatus
-from nni.nas.strategy import GridSearch, Random, RandomOneShot, RegularizedEvolution
+from nni.nas.strategy import Random, RandomOneShot, RegularizedEvolution
 from nni.nas.strategy.middleware import Deduplication
 
 from .strategy import SecondOrderDARTS, alpha_in_order
 
 __all__ = ["DARTS", "ENAS", "GridSearch", "GumbelDARTS", "PolicyBasedRL", "Proxyless", "Random", "RandomOneShot", "RegularizedEvolution",
            "SecondOrderDARTS", "TPE"]
+
+
+PATIENCE = 100
+"""Known samples in a row after which `PolicyBasedRL` stops: its policy has settled, or the space holds no other."""
 
 
 class _InOrder:
@@ -127,11 +132,20 @@ def _set_model_once(module, model) -> None:
         module.training_module.set_model(model)
 
 
+class GridSearch(nni_strategy.GridSearch):
+    """NNI's `GridSearch`."""
+
+    def _grid_generator(self, model_space):
+        for model in super()._grid_generator(model_space):
+            model.sample = dict(model.sample)
+            yield model
+
+
 class _Replay(Deduplication):
     """NNI's middleware that gives a sample tried before the metrics it had. NNI's own passes on the missing metric of one that still runs."""
 
     def __init__(self):
-        super().__init__("replay")
+        super().__init__("replay", patience=PATIENCE)
 
     def handle_duplicate_model(self, model) -> bool:
         while True:

@@ -1,0 +1,78 @@
+"""Cells sampled by one of NNI's multi-trial strategies, each trained in a fastai Learner: `python examples/multi_trial.py RegularizedEvolution`.
+
+With `--engine ts` every cell is a trial of NNI's local training service, several at a time, with NNI's web page at `--port`.
+`--shared` first trains the weights of all cells together, on randomly sampled ones (RandomOneShot), and then judges each cell with them as they
+are: weight-sharing random search (Li and Talwalkar 2019), a strong baseline on this space.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from nni.nas.experiment import NasExperiment
+from nni.nas.experiment.config import NasExperimentConfig
+
+from nni_darts_rnn import FastaiEvaluator, Genotype, get_recipe, load_corpus, strategies
+from nni_darts_rnn.search import make_space
+
+NAMES = ("Random", "GridSearch", "RegularizedEvolution", "TPE", "PolicyBasedRL")
+
+
+def make_strategy(name: str, trials: int, seed: int = 0):
+    options = {"RegularizedEvolution": dict(population_size=max(2, trials // 3), sample_size=max(1, trials // 6), mutation_prob=0.2, seed=seed),
+               "PolicyBasedRL": dict(samples_per_update=max(1, trials // 5))}
+    return getattr(strategies, name)(**options.get(name, {"seed": seed}))
+
+
+def run(space, evaluator, strategy, trials: int, engine: str = "sequential", port: int = 8080, concurrency: int = 2,
+        folder: str | Path | None = None) -> list[tuple[Genotype, float]]:
+    """The cells that were trained and their results, best first. Engines: "sequential" in this process, "ts" in the local training service.
+
+    In the sequential engine the space keeps its weights (format "raw"); a trial of the training service makes it anew from its arguments.
+    """
+    config = NasExperimentConfig("sequential", "raw") if engine == "sequential" else NasExperimentConfig("ts", "simplified", "local")
+    config.max_trial_number = trials
+    config.experiment_working_directory = folder or tempfile.mkdtemp()
+    if engine == "ts":
+        config.trial_concurrency = concurrency
+        config.trial_code_directory = Path(__file__).parent
+    experiment = NasExperiment(space, evaluator, strategy, config)
+    experiment.run(port)
+    found = [(Genotype.from_sample(model.sample), model.metric) for model in strategy.list_models()]
+    experiment.stop()
+    return found
+
+
+def shared_weights(corpus, recipe, trials: int, folder: str | Path | None = None, **trainer_options) -> list[tuple[Genotype, float]]:
+    """Regularized evolution on the weights that RandomOneShot has trained."""
+    import one_shot
+
+    _, space, _ = one_shot.search("RandomOneShot", corpus, recipe.search, folder=folder, **trainer_options)
+    return run(space, FastaiEvaluator(corpus, recipe, epochs=0), make_strategy("RegularizedEvolution", trials), trials, folder=folder)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("strategy", choices=NAMES)
+    parser.add_argument("--corpus", default="pydoc")
+    parser.add_argument("--recipe", default="small")
+    parser.add_argument("--trials", type=int, default=10)
+    parser.add_argument("--engine", choices=("sequential", "ts"), default="sequential")
+    parser.add_argument("--port", type=int, default=8080)
+    parser.add_argument("--shared", action="store_true")
+    arguments = parser.parse_args(argv)
+    corpus, recipe = load_corpus(arguments.corpus), get_recipe(arguments.recipe)
+    if arguments.shared:
+        found = shared_weights(corpus, recipe, arguments.trials)
+    else:
+        evaluator = FastaiEvaluator(arguments.corpus, arguments.recipe)
+        found = run(make_space(len(corpus.vocab), recipe.search), evaluator, make_strategy(arguments.strategy, arguments.trials), arguments.trials,
+                    arguments.engine, arguments.port)
+    for genotype, result in found:
+        print(f"{result:.4f} {genotype}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""`FastaiEvaluator`: what NNI's multi-trial strategies train and judge a sampled model with."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import nni
+import torch
+from fastai.callback.core import Callback
+from fastai.callback.tracker import TerminateOnNaNCallback
+from fastai.learner import Learner
+from nni.nas.evaluator import Evaluator
+
+from .corpus import Corpus, load_corpus
+from .files import write_text
+from .learner import language_dls, lm_learner
+from .pipeline import check_fits, take_fast_path
+from .recipes import Recipe, get_recipe
+from .space import RecurrentSpace
+
+OF_THE_SPACE = ("hidden_size", "dropout", "dropout_h", "dropout_x", "dropout_i", "dropout_e")  # the model is NNI's, with sizes of its own
+
+
+class _Report(Callback):
+    """After every epoch an intermediate result: `default` (minus the validation loss, so that more is better), `epoch` from 1, the Learner's
+    metrics under their names."""
+
+    order = 90  # after the Recorder and whatever changes the weights for validation
+
+    def after_epoch(self):
+        names, values = self.recorder.metric_names[1:-1], self.recorder.values[-1]  # without epoch and time
+        row = dict(zip(names, map(float, values)))
+        if math.isfinite(row.get("valid_loss", math.nan)):
+            nni.report_intermediate_result({"default": -row["valid_loss"], "epoch": self.epoch + 1, **row})
+
+
+@nni.trace
+class FastaiEvaluator(Evaluator):
+    """Trains each model that a strategy samples in a fastai `Learner`; the result is minus the validation loss (for a language model the
+    log likelihood in nats per token), because NNI's strategies look for the largest.
+
+    By default the model is a `DartsRnnSpace`'s, trained as a language model on a corpus:
+
+    corpus, corpus_folder, corpus_mirror
+        As in `load_corpus`; each process loads it for itself ("pydoc" where none is named). A `Corpus` itself in the sequential engine alone.
+    recipe, settings
+        A named recipe ("small" where none is named) whose `retrain` part is used, with fields replaced: `settings={"lr": 5.0, "epochs": 2}`. The model's size and its dropout
+        rates are the space's.
+    epochs
+        Passes over the text; None: the recipe's. 0: the weights are judged as they come, for a space that a one-shot strategy has trained.
+    seed
+        Of the weights where NNI makes the model anew (format "simplified"; in format "raw" they are the space's own), of dropout and of batches.
+    learner
+        For any other space: a function of an importable module, `learner(model) -> Learner`; it goes with `epochs` and without a corpus.
+
+    Raises `ValueError` with one line for what is not allowed, and `FloatingPointError` where training ends without a finite loss.
+    """
+
+    def __init__(self, corpus: str | Corpus | None = None, recipe: str | Recipe | None = None, settings: dict | None = None, *, epochs: int | None = None, seed: int = 0,
+                 corpus_folder: str | None = None, corpus_mirror: str | None = None, device: str = "auto",
+                 learner: Callable[..., Learner] | None = None):
+        if epochs is not None and (isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0):
+            raise ValueError(f"epochs: {epochs!r} must be a whole number of at least 0")
+        settings = dict(settings or {})
+        for name in OF_THE_SPACE:
+            if name in settings:
+                raise ValueError(f"settings: {name} is the model space's; give it there")
+        if learner is not None and (epochs is None or settings or any(v is not None for v in (corpus, recipe, corpus_folder, corpus_mirror))):
+            raise ValueError("learner: a learner of your own goes with epochs, and without corpus, recipe and settings")
+        self.recipe = get_recipe("small" if recipe is None else recipe, {f"retrain.{name}": value for name, value in settings.items()}).retrain
+        self.epochs = self.recipe.epochs if epochs is None else epochs
+        self.corpus, self.corpus_folder, self.corpus_mirror = "pydoc" if corpus is None else corpus, corpus_folder, corpus_mirror
+        self.seed, self.device, self.learner = seed, device, learner
+
+    def _execute(self, model):
+        torch.manual_seed(self.seed)  # before the model is made
+        return super()._execute(model)
+
+    def evaluate(self, model) -> float:
+        """Trains `model`, reports to NNI, and returns the final result."""
+        output = os.environ.get("NNI_OUTPUT_DIR")
+        genotype = model.genotype() if isinstance(model, RecurrentSpace) else None
+        if output is not None and genotype is not None:
+            write_text(Path(output) / "genotype.json", genotype.to_json() + "\n")
+        with tempfile.TemporaryDirectory() as folder:
+            learn = self._language_learner(model, folder) if self.learner is None else self.learner(model)
+            torch.manual_seed(self.seed)
+            with learn.no_bar(), learn.no_logging():
+                if self.epochs:
+                    learn.fit(self.epochs, cbs=[_Report(), TerminateOnNaNCallback()])
+                loss = float(learn.validate()[0])
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the validation loss is {loss}; lower the learning rate or the clipping norm")
+        nni.report_final_result({"default": -loss, "valid_loss": loss})
+        return -loss
+
+    def _language_learner(self, model, folder: str) -> Learner:
+        if not isinstance(self.corpus, Corpus):
+            self.corpus = load_corpus(self.corpus, folder=self.corpus_folder, mirror=self.corpus_mirror)
+        corpus, lm = self.corpus, model.lm
+        if lm.vocab_size != len(corpus.vocab):
+            raise ValueError(f"the model space has vocab_size {lm.vocab_size}, the corpus {corpus.name} has {len(corpus.vocab)} words")
+        check_fits(corpus, self.recipe)
+        take_fast_path(corpus, self.recipe, model.genotype().n_nodes)
+        return lm_learner(language_dls(corpus, self.recipe, self.seed, self.device, path=folder), lm, self.recipe, seed=self.seed, path=folder,
+                          metrics_file=None)

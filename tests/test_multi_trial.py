@@ -1,0 +1,115 @@
+"""NNI's multi-trial strategies with `FastaiEvaluator`: in the sequential engine and as trials of NNI's local training service."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from nni.nas.evaluator import Evaluator
+from nni.nas.space import RawFormatModelSpace
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+import multi_trial  # noqa: E402
+
+from nni_darts_rnn import strategies  # noqa: E402
+from nni_darts_rnn.corpus import load_corpus  # noqa: E402
+from nni_darts_rnn.fastai_evaluator import FastaiEvaluator  # noqa: E402
+from nni_darts_rnn.model import perplexity  # noqa: E402
+from nni_darts_rnn.recipes import get_recipe  # noqa: E402
+from nni_darts_rnn.search import make_space  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # NNI's and fastai's advice
+SETTINGS = {"bptt": 16, "max_bptt_above": 8, "batch_size": 16, "eval_batch_size": 16, "test_batch_size": 16}
+RECIPE = get_recipe("tiny", {"retrain": SETTINGS, "search": {"bptt": 16, "batch_size": 16, "eval_batch_size": 16, "n_nodes": 2}})
+NO_TIANSHOU = find_spec("tianshou") is None
+NAMES = [pytest.param(name, marks=pytest.mark.skipif(NO_TIANSHOU, reason="tianshou>=0.4.8,<0.5 is not installed (the extra `rl`)"))
+         if name == "PolicyBasedRL" else name for name in multi_trial.NAMES]
+
+
+@pytest.fixture(scope="module")
+def text():
+    whole = load_corpus("pydoc")
+    return dataclasses.replace(whole, train=whole.train[:4000], valid=whole.valid[:1000], test=whole.test[:1000])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_in_the_sequential_engine(name, text, tmp_path):
+    torch.manual_seed(0)
+    strategy = multi_trial.make_strategy(name, 4)
+    found = multi_trial.run(make_space(len(text.vocab), RECIPE.search), FastaiEvaluator(text, RECIPE, device="cpu"), strategy, 4, folder=tmp_path)
+    cells, results = zip(*found)
+    assert len(found) >= 4 and list(results) == sorted(results, reverse=True)
+    assert all(-math.log(len(text.vocab)) < r < 0 for r in results)  # nats per token
+    assert len(set(cells)) > 1
+    if name != "PolicyBasedRL":  # whose policy may draw a cell again, which is then there with the result that it had
+        assert len(found) == len(set(cells)) == 4
+    for model in strategy.list_models():
+        assert len(model.metrics.intermediates) == RECIPE.retrain.epochs and max(model.metrics.intermediates) == pytest.approx(model.metric)
+
+
+def test_a_result_is_minus_the_nats_of_the_best_epoch_and_repeats(text, monkeypatch):
+    monkeypatch.setattr("nni.trial._params", None)  # what NNI's sequential engine leaves behind
+    space = make_space(len(text.vocab), RECIPE.search)
+    sample = {label: choice.values[-1] for label, choice in space.simplify().items()}
+    evaluator, results = FastaiEvaluator(text, RECIPE, {"epochs": 1}, seed=3, device="cpu"), []
+    for _ in range(2):
+        model = RawFormatModelSpace(space, evaluator).freeze(sample)
+        frozen = model.executable_model()
+        with Evaluator.mock_runtime(model):
+            results.append(evaluator.evaluate(frozen))
+        assert model.metric == results[-1] == pytest.approx(-math.log(perplexity(frozen.lm, text.valid, 16, RECIPE.retrain.bptt)), rel=1e-6)
+    assert results[0] == results[1]
+
+
+def test_shared_weights(text, tmp_path):
+    """RandomOneShot, then RegularizedEvolution on its weights: nothing is trained any more, and judging a cell twice gives the same."""
+    found = multi_trial.shared_weights(text, RECIPE, 6, folder=tmp_path, accelerator="cpu", enable_progress_bar=False)
+    untrained = math.log(len(text.vocab))
+    assert len({cell for cell, _ in found}) == 6 and all(-result < untrained - 0.5 for _, result in found)
+
+
+@pytest.mark.skipif(NO_TIANSHOU, reason="tianshou>=0.4.8,<0.5 is not installed (the extra `rl`)")
+@pytest.mark.parametrize("dedup", [True, False])
+def test_a_cell_tried_before_is_trained_again_only_when_asked(dedup, text, tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(FastaiEvaluator, "evaluate", lambda self, model: trained.append(model.genotype()) or report(trained))
+    space = make_space(len(text.vocab), dataclasses.replace(RECIPE.search, n_nodes=1))  # four cells
+    strategy = strategies.PolicyBasedRL(dedup=dedup, samples_per_update=3)
+    found = multi_trial.run(space, FastaiEvaluator(text, RECIPE), strategy, 12, folder=tmp_path)
+    if dedup:
+        assert len(trained) == len(set(trained)) <= 4 and len(found) > len(trained)  # the others have the metrics that they had
+        assert len({(cell, result) for cell, result in found}) == len(trained)
+    else:
+        assert len(trained) == 12 and len(set(trained)) <= 4
+
+
+def report(trained: list) -> None:
+    import nni
+
+    nni.report_final_result(float(len(trained)))
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (dict(settings={"hidden_size": 3}), "hidden_size is the model space's"), (dict(epochs=-1), "epochs: -1"), (dict(recipe="tin"), "did you mean 'tiny'"),
+    (dict(settings={"epoch": 3}), "did you mean 'retrain.epochs'"), (dict(learner=print), "goes with epochs"),
+    (dict(learner=print, epochs=1, corpus="pydoc"), "without corpus")])
+def test_refusals(arguments, words):
+    with pytest.raises(ValueError) as error:
+        FastaiEvaluator(**arguments)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_refuses_a_space_of_another_vocabulary(text):
+    space = make_space(len(text.vocab) + 1, RECIPE.search)
+    sample = {label: choice.values[0] for label, choice in space.simplify().items()}
+    with pytest.raises(ValueError, match="vocab_size"):
+        FastaiEvaluator(text, RECIPE).evaluate(space.freeze(sample))
