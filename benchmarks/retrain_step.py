@@ -19,13 +19,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from search_step import Size, gemm_peak, machine
 from torch import Tensor, nn
 
 from nni_darts_rnn import fused
 from nni_darts_rnn.cell import ACTIVATIONS, DiscreteRNN, variational_mask
 from nni_darts_rnn.genotype import DARTS_V2, Genotype
 from nni_darts_rnn.model import LanguageModel
-from search_step import Size, gemm_peak, machine
 
 RESULTS = Path(__file__).parent / "results" / "retrain_step.json"
 SIZES = {"small": Size(35, 32, 64, 2000), "paper": Size(35, 64, 850, 10000)}

@@ -321,7 +321,7 @@ class ArchParamUpdate(_FitOnly):
                  warmup_epochs: int = 0, reproduce_original: bool = False):
         self.valid_batches, self.hvp, self.epsilon, self.unrolled_lr = valid_batches, hvp, epsilon, unrolled_lr
         self.neumann_terms, self.warmup_epochs, self.reproduce_original = neumann_terms, warmup_epochs, reproduce_original
-        self.adam = dict(lr=arch_lr, betas=tuple(arch_betas), weight_decay=arch_weight_decay)
+        self.adam: dict = dict(lr=arch_lr, betas=tuple(arch_betas), weight_decay=arch_weight_decay)
         self.arch_opt: torch.optim.Adam | None = None
         self.epochs_done = 0
         self.last: AlphaGradient | None = None

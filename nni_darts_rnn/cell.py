@@ -99,9 +99,9 @@ class RecurrentWeights(nn.Module):
         for name, value in (("input_size", input_size), ("hidden_size", hidden_size), ("n_nodes", n_nodes)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: {value!r} must be a whole number of at least 1")
-        for name, value in (("dropout_x", dropout_x), ("dropout_h", dropout_h)):
-            if not 0 <= value < 1:
-                raise ValueError(f"{name}: {value!r} must be at least 0 and below 1")
+        for name, rate in (("dropout_x", dropout_x), ("dropout_h", dropout_h)):
+            if not 0 <= rate < 1:
+                raise ValueError(f"{name}: {rate!r} must be at least 0 and below 1")
         self.input_size, self.hidden_size, self.n_nodes = input_size, hidden_size, n_nodes
         self.dropout_x, self.dropout_h = dropout_x, dropout_h
         self.W0 = nn.Parameter(torch.empty(input_size + hidden_size, 2 * hidden_size))

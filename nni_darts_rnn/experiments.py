@@ -6,6 +6,7 @@ experiment runs and after it has ended. Nothing in a trial's folder is trusted o
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import json
@@ -49,7 +50,7 @@ class Trial:
     id: str
     folder: Path
     status: str
-    options: object
+    options: argparse.Namespace
     result: Result | None = None
     seed: int | None = None
     recipe: Recipe | None = None
@@ -80,7 +81,7 @@ class Experiment:
     status: str
     started: float | None
     ended: float | None
-    options: object
+    options: argparse.Namespace
     trials: tuple[Trial, ...]
 
     def ranking(self) -> list[Trial]:

@@ -116,7 +116,7 @@ class Genotype:
             raise ValueError(f"sample: label {error} is missing") from None
         if not recurrent:
             raise ValueError("sample: no label cell/node_<i>/op; is this a sample of DartsRnnSpace?")
-        return cls(recurrent)
+        return cls(tuple(recurrent))
 
 
 def _integer(value) -> int:

@@ -25,8 +25,17 @@ from fastai.metrics import Perplexity
 from fastai.optimizer import OptimWrapper
 from torch import Tensor, nn
 
-from .callbacks import (NTASGD, ActivationRegularizer, ArchParamUpdate, BestModel, EpochReport, MetricsCSV, PerplexityInBar, ScaleLRByLength,
-                        weight_parameters)
+from .callbacks import (
+    NTASGD,
+    ActivationRegularizer,
+    ArchParamUpdate,
+    BestModel,
+    EpochReport,
+    MetricsCSV,
+    PerplexityInBar,
+    ScaleLRByLength,
+    weight_parameters,
+)
 from .corpus import BpttBatches, Corpus, fixed_length, retrain_lengths, search_lengths, streams
 from .fused import linear_cross_entropy
 from .genotype import Genotype, load_genotype

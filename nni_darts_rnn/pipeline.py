@@ -50,10 +50,10 @@ def take_fast_path(corpus: Corpus, recipe: SearchRecipe | RetrainRecipe, n_nodes
     """
     from . import fused
 
-    search = isinstance(recipe, SearchRecipe)
+    search, n_nodes = (True, recipe.n_nodes) if isinstance(recipe, SearchRecipe) else (False, n_nodes)
     steps = recipe.epochs * len(corpus.train) / (recipe.batch_size * recipe.bptt)
     # a search step is worth 13 forward passes (four gradients and one of the weights), a training step 3
-    work = fused.eager_seconds(recipe.bptt, recipe.batch_size, recipe.hidden_size, len(corpus.vocab), recipe.n_nodes if search else n_nodes,
+    work = fused.eager_seconds(recipe.bptt, recipe.batch_size, recipe.hidden_size, len(corpus.vocab), n_nodes,
                                passes=steps * (13 if search else 3), edges=None if search else n_nodes)
     fused.prepare(work)
     return fused.why_not()
@@ -93,11 +93,11 @@ def retrain_phase(corpus: Corpus, genotype: Genotype, recipe: RetrainRecipe, see
     take_fast_path(corpus, recipe, genotype.n_nodes)
     with watched(folder, "retrain", report) as report:
         outcome = retrain(corpus, genotype, recipe, seed, folder, keep, progress, device)
+        model = outcome.pop("model")
+        summary = {"valid_perplexity": outcome["valid_perplexity"], "test_perplexity": outcome["test_perplexity"],
+                   "parameters": outcome["parameters"], "retrain_seconds": outcome["seconds"], "epochs": outcome["epochs"]}
+        save_trained(folder, model, corpus.vocab.words, {"corpus": corpus.name, "seed": seed, "recipe": asdict(recipe), "result": summary})
         _draw(folder, "cell.svg", "cell.png", "curves.svg", "curves.png")
-    model = outcome.pop("model")
-    summary = {"valid_perplexity": outcome["valid_perplexity"], "test_perplexity": outcome["test_perplexity"],
-               "parameters": outcome["parameters"], "retrain_seconds": outcome["seconds"], "epochs": outcome["epochs"]}
-    save_trained(folder, model, corpus.vocab.words, {"corpus": corpus.name, "seed": seed, "recipe": asdict(recipe), "result": summary})
     if outcome["interrupted"]:
         raise KeyboardInterrupt
     return summary | {"rows": rows}
@@ -110,7 +110,7 @@ def _draw(folder: Path, *names: str) -> None:
     try:
         missing = draw(folder, names)[1]
     except OSError as error:
-        missing = {folder.name: error}
+        missing = {folder.name: str(error)}
     for name, why in missing.items():
         warnings.warn(f"{name} was not drawn: {why}", stacklevel=2)
 

@@ -78,7 +78,7 @@ class CellSpace(RecurrentWeights, MutableModule):
     def genotype(self) -> Genotype | None:
         """The cell that the decided choices spell, or None while one is open."""
         pairs = [(_chosen(op), _chosen(read)) for op, read in zip(self.ops, self.inputs)]
-        return None if any(x is None for pair in pairs for x in pair) else Genotype(pairs)
+        return None if any(x is None for pair in pairs for x in pair) else Genotype(tuple(pairs))
 
     def forward(self, x: Tensor, h0: Tensor | None = None) -> Tensor:
         genotype = self.genotype()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 
 import torch
 import torch.distributed
@@ -44,7 +45,7 @@ def _fixed(parameters: list[nn.Parameter]):
             p.requires_grad_(require)
 
 
-def _mean_over_processes(tensors: list[Tensor | None]) -> list[Tensor | None]:
+def _mean_over_processes(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The mean of each tensor over the processes, in one message."""
     present = [t for t in tensors if t is not None]
     if not present:
@@ -244,7 +245,7 @@ class SecondOrderDARTS(DARTS):
             raise ValueError("reproduce_original: the published code always clips; give gradient_clip_val (the paper's is 0.25)")
         super().__init__(arc_learning_rate=arc_learning_rate, gradient_clip_val=gradient_clip_val,
                          log_prob_every_n_step=log_prob_every_n_step, warmup_epochs=warmup_epochs, **kwargs)
-        self.second_order = dict(arc_weight_decay=arc_weight_decay, arc_betas=tuple(arc_betas), epsilon=epsilon, hvp=hvp,
+        self.second_order: dict = dict(arc_weight_decay=arc_weight_decay, arc_betas=tuple(arc_betas), epsilon=epsilon, hvp=hvp,
                                  unrolled_lr=unrolled_lr, neumann_terms=neumann_terms, reproduce_original=reproduce_original)
 
     def configure_oneshot_module(self, training_module) -> SecondOrderDartsModule:

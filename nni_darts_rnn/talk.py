@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 
 
 class Talk:
@@ -34,7 +35,7 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def answer(arguments, data: dict, words: str, then: list[str] = ()) -> None:
+def answer(arguments, data: dict, words: str, then: Sequence[object] = ()) -> None:
     """The result, and the command that a person is likely to want next: `then`, its words."""
     command = shlex.join([str(word) for word in then])
     if arguments.json:

@@ -232,7 +232,7 @@ def test_plot(mixed, capsys):
     out = folder.parents[4] / "pictures"
     assert run("plot", trial_folder(mixed, "ccccc"), "--out", out) == 0
     text = capsys.readouterr()
-    assert sorted(os.listdir(out)) == ["curves.png", "curves.svg"] and "not drawn: alpha.svg, alpha.png, cell.gif: there is no alpha.json" in text.err
+    assert sorted(os.listdir(out)) == ["curves.png", "curves.svg"] and "not drawn: cell.gif, alpha.svg, alpha.png: there is no alpha.json" in text.err
 
 
 def test_plot_reads_what_fastai_wrote(tmp_path):

@@ -1,17 +1,24 @@
 """A found cell among fastai's own: its tokenizers, its text learners, text generation, transfer, export; and a search on its DataLoaders."""
 
 import json
+from pydoc_data.topics import topics
 
 import pandas as pd
 import pytest
 import torch
 from fastai.learner import load_learner
 from fastai.text.all import BaseTokenizer, SubwordTokenizer, TextDataLoaders, WordTokenizer, language_model_learner, set_seed, text_classifier_learner
-from pydoc_data.topics import topics
 
 from nni_darts_rnn.callbacks import PrintGenotype
-from nni_darts_rnn.fastai_text import (AWD_DARTS, awd_darts_clas_config, awd_darts_clas_split, awd_darts_lm_config, awd_darts_lm_split, config_of,
-                                       load_trained_encoder)
+from nni_darts_rnn.fastai_text import (
+    AWD_DARTS,
+    awd_darts_clas_config,
+    awd_darts_clas_split,
+    awd_darts_lm_config,
+    awd_darts_lm_split,
+    config_of,
+    load_trained_encoder,
+)
 from nni_darts_rnn.genotype import ENAS, Genotype
 from nni_darts_rnn.learner import lm_learner, search_learner
 from nni_darts_rnn.model import LanguageModel

@@ -12,13 +12,13 @@ import torch
 from nni.nas import strategy as nni_strategy
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import one_shot  # noqa: E402
+import one_shot
 
-from nni_darts_rnn import strategies  # noqa: E402
-from nni_darts_rnn.corpus import load_corpus  # noqa: E402
-from nni_darts_rnn.learner import retrain  # noqa: E402
-from nni_darts_rnn.recipes import get_recipe  # noqa: E402
-from nni_darts_rnn.space import CellSpace, DartsRnnSpace, MixedCell, RecurrentSpace  # noqa: E402
+from nni_darts_rnn import strategies
+from nni_darts_rnn.corpus import load_corpus
+from nni_darts_rnn.learner import retrain
+from nni_darts_rnn.recipes import get_recipe
+from nni_darts_rnn.space import CellSpace, DartsRnnSpace, MixedCell, RecurrentSpace
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # NNI's and Lightning's advice
 RECIPE = get_recipe("tiny", {"search": {"bptt": 16, "batch_size": 16, "eval_batch_size": 16, "arch_lr": 0.05, "epochs": 2},

@@ -31,7 +31,7 @@ def animate_cell(history, path, primitives=PRIMITIVES, fps: float = 4, max_frame
         from matplotlib.patches import Rectangle
 
         figure = new_figure(width, height + room)
-        writer = PillowWriter(fps=fps)
+        writer = PillowWriter(fps=fps)  # type: ignore[arg-type]  # parts of a frame are fine
         dpi = min(80, 900 / width)
         hold = max(1, round(2 * fps))  # the last cell stays for two seconds
         with writer.saving(figure, temporary, dpi):
