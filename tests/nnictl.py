@@ -13,8 +13,6 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-NNICTL = Path(sys.executable).parent / "nnictl"
-
 
 def free_port() -> int:
     with socket.socket() as s:
@@ -25,12 +23,13 @@ def free_port() -> int:
 class Experiment:
     """A running NNI experiment, asked through its REST API."""
 
-    def __init__(self, config: Path, folder: Path, cwd: Path):
-        # NNI keeps everything below the home folder; python3 in the trial command has to be this one
-        self.env = os.environ | {"HOME": str(folder), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    def __init__(self, config: Path, folder: Path, cwd: Path, bin_folder: Path = Path(sys.executable).parent):
+        # NNI keeps everything below the home folder; python3 in the trial command has to be that of `bin_folder`
+        self.nnictl = bin_folder / "nnictl"
+        self.env = os.environ | {"HOME": str(folder), "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
         for attempt in range(3):  # nnictl at times asks its server before that listens
             self.port = free_port()
-            done = subprocess.run([NNICTL, "create", "--config", config, "--port", str(self.port)], cwd=cwd, env=self.env, capture_output=True,
+            done = subprocess.run([self.nnictl, "create", "--config", config, "--port", str(self.port)], cwd=cwd, env=self.env, capture_output=True,
                                   text=True, timeout=120)
             found = re.search(r"Experiment ID: \S*?([a-z0-9]{8})\b", re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr))
             if done.returncode == 0 and found:
@@ -56,4 +55,4 @@ class Experiment:
         return self.get("trial-jobs")
 
     def stop(self) -> None:
-        subprocess.run([NNICTL, "stop", self.id], env=self.env, capture_output=True, timeout=60)
+        subprocess.run([self.nnictl, "stop", self.id], env=self.env, capture_output=True, timeout=60)

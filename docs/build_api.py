@@ -1,0 +1,36 @@
+"""The API reference from the docstrings, by pdoc: `python docs/build_api.py FOLDER`, then open FOLDER/index.html.
+
+Any warning of pdoc's (a name that cannot be imported, an annotation that cannot be read) ends it with an error.
+"""
+
+import pkgutil
+import re
+import sys
+import warnings
+from pathlib import Path
+
+import pdoc
+
+import nni_darts_rnn
+from nni_darts_rnn.trial import quiet_hosts
+
+# names of NNI's own that need an optional package, and what `NamedTuple` generates, which does not know its module's names
+THEIRS = re.compile(r"annotation .*\bfor (nni\.|nni_darts_rnn\.\S+\.__init__\. Import of Tensor)")
+
+
+def main(folder: Path) -> None:
+    quiet_hosts()
+    modules = [m.name for m in pkgutil.walk_packages(nni_darts_rnn.__path__, "nni_darts_rnn.") if not m.name.rpartition(".")[2].startswith("_")]
+    pdoc.render.configure(docformat="markdown", math=True, footer_text=f"nni_darts_rnn {nni_darts_rnn.__version__}")
+    with warnings.catch_warnings(record=True) as found:
+        quiet_hosts()
+        pdoc.pdoc("nni_darts_rnn", *modules, output_directory=folder)
+    ours = [str(w.message) for w in found if not issubclass(w.category, (DeprecationWarning, FutureWarning)) and not THEIRS.search(str(w.message))]
+    if ours:
+        sys.exit("\n".join(ours))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__.splitlines()[0])
+    main(Path(sys.argv[1]))
