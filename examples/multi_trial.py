@@ -27,8 +27,8 @@ def make_strategy(name: str, trials: int, seed: int = 0):
 
 
 def run(space, evaluator, strategy, trials: int, engine: str = "sequential", port: int = 8080, concurrency: int = 2,
-        folder: str | Path | None = None) -> list[tuple[Genotype, float]]:
-    """The cells that were trained and their results, best first. Engines: "sequential" in this process, "ts" in the local training service.
+        folder: str | Path | None = None) -> list[tuple[Genotype, float, list[float]]]:
+    """Each cell that was trained, its result and that of every epoch; best first. Engines: "sequential" in this process, "ts" in the local training service.
 
     In the sequential engine the space keeps its weights (format "raw"); a trial of the training service makes it anew from its arguments.
     """
@@ -37,16 +37,15 @@ def run(space, evaluator, strategy, trials: int, engine: str = "sequential", por
     config.experiment_working_directory = folder or tempfile.mkdtemp()
     if engine == "ts":
         config.trial_concurrency = concurrency
-        config.trial_code_directory = Path(__file__).parent
     experiment = NasExperiment(space, evaluator, strategy, config)
     experiment.run(port)
-    found = [(Genotype.from_sample(model.sample), model.metric) for model in strategy.list_models()]
+    found = [(Genotype.from_sample(model.sample), model.metric, list(model.metrics.intermediates)) for model in strategy.list_models()]
     experiment.stop()
     return found
 
 
-def shared_weights(corpus, recipe, trials: int, folder: str | Path | None = None, **trainer_options) -> list[tuple[Genotype, float]]:
-    """Regularized evolution on the weights that RandomOneShot has trained."""
+def shared_weights(corpus, recipe, trials: int, folder: str | Path | None = None, **trainer_options) -> list:
+    """As `run`: regularized evolution on the weights that RandomOneShot has trained."""
     import one_shot
 
     _, space, _ = one_shot.search("RandomOneShot", corpus, recipe.search, folder=folder, **trainer_options)
@@ -70,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         evaluator = FastaiEvaluator(arguments.corpus, arguments.recipe)
         found = run(make_space(len(corpus.vocab), recipe.search), evaluator, make_strategy(arguments.strategy, arguments.trials), arguments.trials,
                     arguments.engine, arguments.port)
-    for genotype, result in found:
+    for genotype, result, _ in found:
         print(f"{result:.4f} {genotype}")
 
 

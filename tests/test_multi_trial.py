@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import subprocess
+import socket
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,6 +22,7 @@ import multi_trial  # noqa: E402
 from nni_darts_rnn import strategies  # noqa: E402
 from nni_darts_rnn.corpus import load_corpus  # noqa: E402
 from nni_darts_rnn.fastai_evaluator import FastaiEvaluator  # noqa: E402
+from nni_darts_rnn.genotype import Genotype  # noqa: E402
 from nni_darts_rnn.model import perplexity  # noqa: E402
 from nni_darts_rnn.recipes import get_recipe  # noqa: E402
 from nni_darts_rnn.search import make_space  # noqa: E402
@@ -46,14 +46,14 @@ def test_each_in_the_sequential_engine(name, text, tmp_path):
     torch.manual_seed(0)
     strategy = multi_trial.make_strategy(name, 4)
     found = multi_trial.run(make_space(len(text.vocab), RECIPE.search), FastaiEvaluator(text, RECIPE, device="cpu"), strategy, 4, folder=tmp_path)
-    cells, results = zip(*found)
+    cells, results, epochs = zip(*found)
     assert len(found) >= 4 and list(results) == sorted(results, reverse=True)
     assert all(-math.log(len(text.vocab)) < r < 0 for r in results)  # nats per token
     assert len(set(cells)) > 1
     if name != "PolicyBasedRL":  # whose policy may draw a cell again, which is then there with the result that it had
         assert len(found) == len(set(cells)) == 4
-    for model in strategy.list_models():
-        assert len(model.metrics.intermediates) == RECIPE.retrain.epochs and max(model.metrics.intermediates) == pytest.approx(model.metric)
+    for result, each in zip(results, epochs):
+        assert len(each) == RECIPE.retrain.epochs and max(each) == pytest.approx(result)  # the best epoch's weights are the model's
 
 
 def test_a_result_is_minus_the_nats_of_the_best_epoch_and_repeats(text, monkeypatch):
@@ -74,7 +74,37 @@ def test_shared_weights(text, tmp_path):
     """RandomOneShot, then RegularizedEvolution on its weights: nothing is trained any more, and judging a cell twice gives the same."""
     found = multi_trial.shared_weights(text, RECIPE, 6, folder=tmp_path, accelerator="cpu", enable_progress_bar=False)
     untrained = math.log(len(text.vocab))
-    assert len({cell for cell, _ in found}) == 6 and all(-result < untrained - 0.5 for _, result in found)
+    assert len({cell for cell, *_ in found}) == 6 and all(-result < untrained - 0.5 for _, result, _ in found)
+
+
+@pytest.fixture(scope="module")
+def folder(text, tmp_path_factory):
+    """The same text as a folder, which the process of each trial can read."""
+    folder = tmp_path_factory.mktemp("text")
+    for split in ("train", "valid", "test"):
+        words = " ".join(text.vocab.words[i] for i in getattr(text, split).tolist())
+        (folder / f"{split}.txt").write_text(words.replace(" <eos> ", "\n") + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_through_the_local_training_service(name, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr("nni.trial._params", None)
+    V = len(load_corpus(folder).vocab)
+    evaluator = FastaiEvaluator(str(folder), "tiny", SETTINGS, epochs=2, device="cpu")
+    strategy = multi_trial.make_strategy(name, 2)
+    found = multi_trial.run(make_space(V, RECIPE.search), evaluator, strategy, 2, "ts", free_port(), 2, tmp_path)
+    assert len(found) >= 2 and all(-math.log(V) < result < 0 and len(each) == 2 for _, result, each in found)
+    trials = list(tmp_path.glob("*/environments/local-env/trials/*/genotype.json"))
+    assert {Genotype.from_json(t.read_text()) for t in trials} == {cell for cell, *_ in found}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 @pytest.mark.skipif(NO_TIANSHOU, reason="tianshou>=0.4.8,<0.5 is not installed (the extra `rl`)")
@@ -87,7 +117,7 @@ def test_a_cell_tried_before_is_trained_again_only_when_asked(dedup, text, tmp_p
     found = multi_trial.run(space, FastaiEvaluator(text, RECIPE), strategy, 12, folder=tmp_path)
     if dedup:
         assert len(trained) == len(set(trained)) <= 4 and len(found) > len(trained)  # the others have the metrics that they had
-        assert len({(cell, result) for cell, result in found}) == len(trained)
+        assert len({(cell, result) for cell, result, _ in found}) == len(trained)
     else:
         assert len(trained) == 12 and len(set(trained)) <= 4
 
