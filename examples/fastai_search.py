@@ -1,30 +1,35 @@
-"""A search and a retraining, each one `Learner.fit`, with no NNI in sight.
+"""A search and a retraining, each one `Learner.fit`, no NNI in sight. Stopped and run again, the search goes on: python examples/fastai_search.py"""
 
-    python examples/fastai_search.py [--recipe small] [--corpus pydoc] [--folder runs/fastai]
-"""
-
-import argparse
+import sys
 from pathlib import Path
+
+import torch
+from fastai.callback.core import Callback
 
 from nni_darts_rnn import PrintGenotype, get_recipe, lm_learner, load_corpus, search_learner
 from nni_darts_rnn.learner import language_dls
-from nni_darts_rnn.plot import plot_cell
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (("--recipe", "small"), ("--corpus", "pydoc"), ("--folder", "runs/fastai")):
-        parser.add_argument(name, default=default)
-    arguments = parser.parse_args(argv)
-    corpus, recipe, folder = load_corpus(arguments.corpus), get_recipe(arguments.recipe), Path(arguments.folder)
+class Keep(Callback):  # after each epoch, what a search needs to go on: weights and α, α's Adam, random numbers
+    def after_epoch(self):
+        state = {"epoch": self.epoch + 1, "model": self.model.state_dict(), "adam": self.learn.arch_param_update.state_dict()}
+        torch.save(state | {"random": torch.get_rng_state()}, self.path / "search.partial")
+        (self.path / "search.partial").replace(self.path / "search.pt")
 
-    # ArchParamUpdate, hidden-state reset, AR/TAR, clipping and the learning rate by length are among the learner's callbacks
-    search = search_learner(language_dls(corpus, recipe.search), recipe, seed=1, path=folder, cbs=[PrintGenotype()])
-    search.fit(recipe.search.epochs)
-    cell = search.model.genotype()
-    plot_cell(cell, folder / "cell.svg")
 
-    learn = lm_learner(language_dls(corpus, recipe.retrain), cell, recipe, seed=1, path=folder)  # NT-ASGD, the best epoch saved
+def search(corpus, recipe, folder, first=0):  # among the callbacks: ArchParamUpdate, hidden-state reset, AR/TAR, clipping, lr by length
+    learn = search_learner(language_dls(corpus, recipe.search), recipe, seed=1, path=folder, cbs=[PrintGenotype(), Keep()])
+    if (folder / "search.pt").is_file():
+        kept = torch.load(folder / "search.pt", weights_only=True)
+        learn.model.load_state_dict(kept["model"])
+        learn.arch_param_update.load_state_dict(kept["adam"])
+        learn.dls.train.set_epoch(first := kept["epoch"])
+        torch.set_rng_state(kept["random"])
+    learn.fit(recipe.search.epochs, start_epoch=first)
+    return learn.model.genotype()
+
+
+if __name__ == "__main__":
+    corpus, recipe, folder = load_corpus("pydoc"), get_recipe(*sys.argv[1:] or ["small"]), Path("runs/fastai")
+    learn = lm_learner(language_dls(corpus, recipe.retrain), search(corpus, recipe, folder), recipe, seed=1, path=folder)  # with NT-ASGD
     learn.fit(recipe.retrain.epochs)
-    print(f"{cell}: validation perplexity {learn.validate()[1]:.2f}")
-    return cell

@@ -105,7 +105,7 @@ class TokenLoss(AvgLoss):
 
     def accumulate(self, learn):
         n = learn.yb[0].numel()
-        self.total += float(learn.loss.mean()) * n
+        self.total += float(learn.loss.detach().mean()) * n
         self.count += n
 
 
@@ -118,7 +118,7 @@ class SmoothLoss(AvgSmoothLoss):
 
     def accumulate(self, learn):
         self.count += 1
-        self.val = (1 - self.beta) * float(learn.loss.mean()) + self.beta * self.val
+        self.val = (1 - self.beta) * float(learn.loss.detach().mean()) + self.beta * self.val
 
     @property
     def value(self):

@@ -17,14 +17,23 @@ def corpus(n: int) -> Corpus:
 
 
 @pytest.mark.parametrize("settings", [{}, {"search.unrolled_lr": 0.5, "search.warmup_epochs": 1}, {"search.hvp": "first_order", "search.ar": 0.1}])
-def test_nni_and_fastai_give_the_same_alpha(tmp_path, settings):
+def test_nni_and_fastai_give_the_same_alpha_step_for_step(tmp_path, settings, monkeypatch):
     from nni_darts_rnn.learner import language_dls, search_learner
     from nni_darts_rnn.search import search
 
     recipe = get_recipe("tiny", {"search.epochs": 2, "search.bptt": 6, "search.batch_size": 4, "search.eval_batch_size": 4} | settings).search
+    steps: list[torch.Tensor] = []  # α after each of Adam's steps; the weights have SGD
+
+    def step(self, *args, **kwargs):
+        adam_step(self, *args, **kwargs)
+        steps.append(self.param_groups[0]["params"][0].detach().clone())
+
+    adam_step = torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
     torch.set_default_dtype(torch.float64)
     try:
         through_nni = search(corpus(400), recipe, seed=5, device="cpu")
+        through_strategy, steps[:] = list(steps), []
         learn = search_learner(language_dls(corpus(400), recipe, seed=5, device="cpu"), recipe, seed=5, path=tmp_path)
         alphas = [learn.model.lm.rnn.alpha.detach().clone()]
         with learn.no_bar(), learn.no_logging():
@@ -37,3 +46,5 @@ def test_nni_and_fastai_give_the_same_alpha(tmp_path, settings):
     moved = (ours[-1] - ours[0]).abs().max()
     assert moved > 1e-3
     assert torch.allclose(ours, torch.stack(alphas), rtol=0, atol=1e-8)  # fastai takes AR and TAR in float32
+    assert len(steps) == len(through_strategy) > 10
+    assert torch.allclose(torch.stack(steps), torch.stack(through_strategy), rtol=0, atol=1e-8)

@@ -1,0 +1,66 @@
+"""The scripts under examples/ at tiny sizes: they do what they say."""
+
+import importlib.util
+import math
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nni_darts_rnn.genotype import Genotype
+from nni_darts_rnn.recipes import get_recipe
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def example(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_fastai_search_stopped_and_run_again_is_the_whole_search(tmp_path):
+    from test_routes import corpus
+
+    assert len((EXAMPLES / "fastai_search.py").read_text().splitlines()) < 40
+    script = example("fastai_search")
+    settings = {"search.bptt": 6, "search.batch_size": 4, "search.eval_batch_size": 4}
+    kept = {}
+    for folder, epochs in (("whole", (3,)), ("parts", (1, 3))):
+        (tmp_path / folder).mkdir()
+        for n in epochs:
+            cell = script.search(corpus(400), get_recipe("tiny", settings | {"search.epochs": n}), tmp_path / folder)
+        kept[folder] = torch.load(tmp_path / folder / "search.pt", weights_only=True)
+    assert isinstance(cell, Genotype) and kept["whole"]["epoch"] == kept["parts"]["epoch"] == 3
+    for name, tensor in kept["whole"]["model"].items():
+        assert torch.equal(tensor, kept["parts"]["model"][name]), name
+    assert torch.equal(kept["whole"]["random"], kept["parts"]["random"])
+    assert "nni" not in re.findall(r"^(?:from|import) (\w+)", (EXAMPLES / "fastai_search.py").read_text(), re.M)
+
+
+def test_time_series_learns_on_a_real_record(capsys):
+    script = example("time_series")
+    x, cut = script.eeg()
+    assert x.shape == (800, 4) and torch.isfinite(x).all() and cut == 640
+    found = script.main(["--steps", "120"])
+    assert found["DartsRNN"] < found["the sample before"] and math.isfinite(found["nn.GRU"])
+    assert "DartsRNN" in capsys.readouterr().out
+
+
+def test_transfer_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    script = example("transfer")
+    monkeypatch.setattr(script, "PACKAGES", ("matplotlib", "pandas"))
+    found = script.main(["--epochs", "1", "--paragraphs", "120", "--labels", "8", "--units", "12"])
+    assert set(found) == {"with the encoder", "from scratch"} and all(0 < value < 1 for value in found.values())
+    assert "This function returns" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))
+def test_importing_an_example_runs_nothing(name, capsys):
+    before = set(sys.modules)
+    example(name)
+    assert not capsys.readouterr().out and before <= set(sys.modules)
