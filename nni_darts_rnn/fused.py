@@ -131,13 +131,13 @@ class _Unavailable(Exception):
 class _Cell(ctypes.Structure):
     """struct Cell of cells.cpp; shapes are given there."""
 
-    _fields_ = ([(name, ctypes.c_int64) for name in ("steps", "batch", "hidden", "nodes", "edges", "threads", "normalise", "keep", "columns")]
+    _fields_ = ([(name, ctypes.c_int64) for name in ("steps", "batch", "hidden", "nodes", "edges", "threads", "normalise", "keep")]
                 + [("eps", ctypes.c_double)]
                 + [(name, ctypes.c_void_p) for name in (
-                    "first", "count", "incoming", "source", "slot", "op", "gemm",
-                    "x_proj", "h0", "W0_h", "W_cat", "mask", "p", "present", "average",
-                    "pre0", "pre", "states", "masked", "previous", "outputs", "scale",
-                    "d_outputs", "d_states", "scratch", "carry", "d_h", "d_h0", "d_W0_h", "d_W_cat", "d_p")])
+                    "order", "first", "count", "incoming", "source", "slot", "op", "gemm",
+                    "x_proj", "h0", "W0_h", "Ws", "mask", "p", "present", "average",
+                    "pre0", "pre", "states", "masked", "previous", "outputs", "scale", "W_own", "W_back", "W0_back",
+                    "d_outputs", "d_states", "scratch", "carry", "d_h", "d_h0", "d_W0_h", "d_Ws", "d_W_own", "d_p")])
 
 
 class _Library:
@@ -281,21 +281,21 @@ def _checked(library: _Library) -> _Library:
 
 
 class Graph(NamedTuple):
-    """The edges of a cell as cells.cpp reads them; `order` lists the nodes as their weights lie side by side in W_cat."""
+    """The edges of a cell as cells.cpp reads them."""
 
     n_nodes: int
     mixed: bool
-    order: tuple[int, ...]  # (N)
     average: tuple[float, ...]  # (N+1)
     n_edges: int
-    arrays: dict[str, ctypes.Array]  # first, count (N), incoming (N+1), source, slot, op (E)
+    arrays: dict[str, ctypes.Array]  # order, first, count (N), incoming (N+1), source, slot, op (E)
 
     @classmethod
     def of(cls, edges: list[tuple[int, int, int]], order: list[int], concat: tuple[int, ...], n_nodes: int) -> Graph:
-        """From edges (node, state it reads, op), node by node; the nodes that read one state are neighbours in `order`."""
+        """From edges (node, state it reads, op), node by node; `order` has the nodes that read one state side by side."""
         columns = [sorted(order.index(node) for node, j, _ in edges if j == state) for state in range(n_nodes)]
         first = [c[0] if c else 0 for c in columns]
         integers = {
+            "order": [node - 1 for node in order],
             "first": first,
             "count": [len(c) for c in columns],
             "incoming": [sum(node <= i for node, _, _ in edges) for i in range(n_nodes + 1)],
@@ -305,7 +305,7 @@ class Graph(NamedTuple):
         }
         average = tuple(1 / len(concat) if i in concat else 0.0 for i in range(n_nodes + 1))
         arrays = {name: (ctypes.c_int64 * len(values))(*values) for name, values in integers.items()}
-        return cls(n_nodes, edges[0][2] == MIX, tuple(order), average, len(edges), arrays)
+        return cls(n_nodes, edges[0][2] == MIX, average, len(edges), arrays)
 
 
 @functools.lru_cache(maxsize=64)
@@ -391,7 +391,7 @@ class _Forward(NamedTuple):
     """What a forward pass leaves: its results, and the buffers the backward pass reads."""
 
     outputs: Tensor  # (T, B, H)
-    W_cat: Tensor  # (H, N·2H)
+    threads: int  # the layout of some buffers depends on it
     workspace: Tensor  # the memory of the larger buffers
     buffers: dict[str, Tensor | None]  # by the names that cells.cpp has for them
 
@@ -409,18 +409,17 @@ def _run_forward(graph: Graph, x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Ten
     """Run the cell; with `keep` the buffers hold every time step, for `_run_backward`. p (E, 4) for a mixed cell, None for a discrete one."""
     T, B, H, N, E = len(x_proj), *h0.shape, graph.n_nodes, graph.n_edges
     steps, new = (T if keep else 1), x_proj.new_empty
-    detached = [t.detach().contiguous() for t in (x_proj, h0, W0_h)]
-    nodes = torch.tensor([node - 1 for node in graph.order])
-    W_cat = Ws.detach().index_select(0, nodes).transpose(0, 1).reshape(H, N * 2 * H)  # (N, H, 2H) -> (H, N·2H)
-    workspace, large = _take({"pre": steps * B * E * 2 * H, "states": (N + 1) * steps * B * H, "scale": steps * (N + 1) * H}
+    inputs = {name: t.detach().contiguous() for name, t in (("x_proj", x_proj), ("h0", h0), ("W0_h", W0_h), ("Ws", Ws))}
+    workspace, large = _take({"pre": steps * B * E * 2 * H, "states": (N + 1) * steps * B * H, "scale": steps * (N + 1) * H, "W_own": N * 2 * H * H}
+                             | ({"W_back": N * 2 * H * H, "W0_back": 2 * H * H} if keep else {})
                              | ({} if mask is None else {"masked": N * steps * B * H, "previous": steps * B * H}), x_proj.dtype)
     buffers = {
-        "x_proj": detached[0], "h0": detached[1], "W0_h": detached[2], "mask": None if mask is None else mask.detach().contiguous(),
+        **inputs, "mask": None if mask is None else mask.detach().contiguous(),
         "p": new(E, 4).zero_() if p is None else p.detach().contiguous(),
         "present": new(E).fill_(1) if p is None else p.detach().sum(1), "average": torch.tensor(graph.average, dtype=x_proj.dtype),
         "pre0": new(steps, B, 2 * H), **large,
     }
-    result = _Forward(new(T, B, H), W_cat, workspace, buffers)
+    result = _Forward(new(T, B, H), torch.get_num_threads(), workspace, buffers)
     arguments = _arguments(graph, result, keep)
     _State.library.forward[x_proj.dtype](ctypes.byref(arguments))
     if not keep:
@@ -431,25 +430,21 @@ def _run_forward(graph: Graph, x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Ten
 def _run_backward(graph: Graph, saved: _Forward, d_outputs: Tensor, needs: tuple[bool, ...]) -> list[Tensor | None]:
     """Gradients of x_proj, h0, W0_h, Ws where `needs` says so and d_p (E, 5) or None. Uses up the buffers: pre-activations become their gradients."""
     N, (B, H), new = graph.n_nodes, d_outputs.shape[1:], d_outputs.new_empty
-    d_h0, d_W0_h, d_W_cat = (new(B, H) if needs[1] else None, new(H, 2 * H) if needs[2] else None,
-                             torch.zeros_like(saved.W_cat) if needs[3] else None)
+    d_h0, d_W0_h, d_Ws, d_W_own = (new(shape) if need else None for need, shape in zip(
+        (needs[1], needs[2], needs[3], needs[3]), ((B, H), (H, 2 * H), (N, H, 2 * H), (N, H, 2 * H))))
     d_p = torch.zeros(graph.n_edges, 5, dtype=torch.float64) if needs[4] else None
     scratch = {"d_outputs": d_outputs.contiguous(), "d_states": new(N + 1, B, H), "scratch": new(B, H), "carry": new(B, H).zero_(), "d_h": new(B, H)}
-    arguments = _arguments(graph, saved, True, **scratch, d_h0=d_h0, d_W0_h=d_W0_h, d_W_cat=d_W_cat, d_p=d_p)
+    arguments = _arguments(graph, saved, True, **scratch, d_h0=d_h0, d_W0_h=d_W0_h, d_Ws=d_Ws, d_W_own=d_W_own, d_p=d_p)
     _State.library.backward[d_outputs.dtype](ctypes.byref(arguments))
     _give(saved.workspace)
-    d_Ws = None
-    if d_W_cat is not None:
-        d_Ws = new(N, H, 2 * H)
-        d_Ws[[node - 1 for node in graph.order]] = d_W_cat.view(H, N, 2 * H).transpose(0, 1)  # (H, N·2H) -> (N, H, 2H)
     return [saved.buffers["pre0"] if needs[0] else None, d_h0, d_W0_h, d_Ws, d_p]
 
 
 def _arguments(graph: Graph, run: _Forward, keep: bool, **more: Tensor | None) -> _Cell:
     """The struct that cells.cpp reads. Addresses only: the caller's tensors must outlive the call."""
-    tensors = {**run.buffers, "W_cat": run.W_cat, "outputs": run.outputs, **more}
+    tensors = {**run.buffers, "outputs": run.outputs, **more}
     T, B, H = run.outputs.shape
-    return _Cell(T, B, H, graph.n_nodes, graph.n_edges, torch.get_num_threads(), graph.mixed, keep, graph.n_nodes, supernet.BATCHNORM_EPS,
+    return _Cell(T, B, H, graph.n_nodes, graph.n_edges, run.threads, graph.mixed, keep, supernet.BATCHNORM_EPS,
                  gemm=_State.library.gemm[run.outputs.dtype], **{name: ctypes.addressof(array) for name, array in graph.arrays.items()},
                  **{name: t.data_ptr() for name, t in tensors.items() if t is not None})
 

@@ -9,11 +9,11 @@
 //   s_i   = norm(r_i),  norm(r) = (r − μ)/√(v + eps) with μ, v the batch's mean and biased variance of each column
 //   h'    = Σ_i a_i s_i      (a_i: 1/len(concat) for the states that are averaged, else 0)
 //
-// All edges that leave state j share one GEMM, (s_j∘m) times the columns of all W_i that read s_j, which lie side by side in W_cat.
+// All edges that leave state j share one GEMM, (s_j∘m) times the columns of all W_i that read s_j, which lie side by side.
 //
 // Backward, from dh' (the gradient of h' from outside plus what the next step sends back), nodes i = N … 0. Write ds_i for the gradient of s_i:
 //
-//   ds_i = a_i dh' + Σ_{edges i -> k} ( dr_k∘P∘(1 − σ(c)) + m∘(dpre W_k^T) )        the last for all k at once: one GEMM against W_cat^T
+//   ds_i = a_i dh' + Σ_{edges i -> k} ( dr_k∘P∘(1 − σ(c)) + m∘(dpre W_k^T) )        the last for all k at once: one GEMM
 //   dr_i = (ds_i − mean(ds_i) − s_i mean(ds_i∘s_i)) / √(v + eps)
 //          since ∂s_b/∂r_a = (δ_ab − 1/B − s_a s_b/B)/√(v + eps)
 //   and for each edge (j -> i), with σ = σ(c):
@@ -21,38 +21,48 @@
 //   dp_k = Σ dr∘( s_j∘(1 − σ) + σ∘f_k(z) )                                          summed over time, batch and units
 //   s_0's r_0 = h + σ(tanh z − h): the same with P = 1, M = tanh z; it gives dx = dpre and dh = dr_0∘(1 − σ) + m∘(dx W0_h^T).
 //
-// Weight gradients wait until the loop over time is done: dW_cat's columns of state j are (s_j∘m)^T dpre over all T·B rows, one GEMM a state.
+// Weight gradients wait until the loop over time is done: those of the nodes that read s_j are (s_j∘m)^T dpre over all T·B rows, one GEMM.
 // Kept from the forward pass: pre-activations, states, 1/√(v + eps). Nonlinearities are computed again: one exp serves tanh and sigmoid.
 //
-// Each node is one parallel region in which a thread owns a block of columns, so that batch statistics need no barrier and sums have one order.
+// One parallel region runs the whole sequence. A thread owns a block of units: their columns of every pre-activation, state and weight, so that batch
+// statistics and sums stay within a thread and have one order, and what a thread computes it finds in its own cache. Threads meet once a node, since
+// a GEMM reads all units of a state. A thread's columns of all W_i are copied side by side first, for the forward GEMMs and, transposed, for the
+// backward ones; GEMMs of small matrices are twice as fast on such rows.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <thread>
 #include <type_traits>
 #include <vector>
+
+#include <omp.h>
+#include <sched.h>
 
 extern "C" {
 struct Cell {  // mirrored, field by field, in fused.py
   int64_t steps, batch, hidden, nodes, edges, threads;
   int64_t normalise;  // 1: with the batch's statistics, 0: not at all
   int64_t keep;       // 1: pre0, pre, states, masked have all time steps, for the backward pass; 0: one step, used again and again
-  int64_t columns;    // W_cat's width in units of 2H
   double eps;
-  const int64_t *first, *count;    // (N): state j's nodes are the columns first[j] … first[j] + count[j] of W_cat, in units of 2H
+  const int64_t *order;            // (N): the nodes, counted from 0, in the order in which their weights lie side by side
+  const int64_t *first, *count;    // (N): the nodes that read state j have the places first[j] … first[j] + count[j] in that order
   const int64_t *incoming;         // (N+1): node i's edges are incoming[i-1] … incoming[i]
   const int64_t *source, *slot;    // (E): the state an edge reads, and its place among the `count` of that state
   const int64_t *op;               // (E): MIX or one nonlinearity
   void* gemm;                      // sgemm_ or dgemm_
-  const void *x_proj, *h0, *W0_h, *W_cat, *mask;  // (T,B,2H) (B,H) (H,2H) (H,columns·2H) (B,H) or null
+  const void *x_proj, *h0, *W0_h, *Ws, *mask;     // (T,B,2H) (B,H) (H,2H) (N,H,2H) (B,H) or null
   const void *p, *present, *average;              // (E,4) in the order tanh relu sigmoid identity; (E); (N+1)
-  void *pre0, *pre, *states, *masked, *previous;  // (T,B,2H); one block (T,B,count·2H) a state; (N+1,T,B,H); (N,T,B,H), (T,B,H) or null without mask
+  void *pre0, *pre, *states, *masked, *previous;  // (T,B,2H); one block (T,B,count·2·own) a state and thread; (N+1,T,B,H); (N,T,B,H), (T,B,H) or null
   void *outputs, *scale;                          // (T,B,H); 1/√(v + eps) (T,N+1,H)
+  void *W_own, *W_back, *W0_back;                 // one block (H,N·2·own) a thread; one (N·2·own,H) a thread; (2H,H); the last two if `keep`
   // backward only; a null pointer is a gradient that nobody asked for
   const void* d_outputs;                          // (T,B,H)
   void *d_states, *scratch, *carry, *d_h;         // (N+1,B,H); (B,H); (B,H); (B,H)
-  void *d_h0, *d_W0_h, *d_W_cat;                  // as the inputs
+  void *d_h0, *d_W0_h, *d_Ws;                     // as the inputs
+  void *d_W_own;                                  // as W_own
   double* d_p;                                    // (E,5): Σ dr∘s_j∘(1−σ), then Σ dr∘σ∘f_k
 };
 int64_t cell_struct_size() { return sizeof(Cell); }
@@ -61,8 +71,8 @@ int64_t cell_struct_size() { return sizeof(Cell); }
 namespace {
 
 enum Op : int64_t { TANH, RELU, SIGMOID, IDENTITY, MIX };
-constexpr int64_t BLOCK = 16;       // columns a thread owns come in multiples of a cache line
-constexpr int64_t GRAIN = 4096;     // edge elements for which starting another thread pays
+constexpr int64_t BLOCK = 8;        // units that a thread owns come in multiples of this
+constexpr int64_t GRAIN = 4096;     // numbers for which another thread pays
 
 template <class T> struct Limits;
 template <> struct Limits<float> {
@@ -183,19 +193,48 @@ template <class T>
 using GemmFunction = void (*)(const char*, const char*, const int*, const int*, const int*, const T*, const T*, const int*, const T*, const int*,
                               const T*, T*, const int*);
 
+// All threads of a region wait here for the last one. Spins, as a node takes microseconds, but lets others run where there are more threads than cores.
+class Meeting {
+  const int64_t threads;
+  alignas(64) std::atomic<int64_t> arrived{0};
+  alignas(64) std::atomic<int64_t> round{0};
+
+ public:
+  explicit Meeting(int64_t n) : threads(n) {}
+  void wait() {
+    if (threads == 1) return;
+    const int64_t now = round.load(std::memory_order_acquire);
+    if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
+      arrived.store(0, std::memory_order_relaxed);
+      round.store(now + 1, std::memory_order_release);
+      return;
+    }
+    for (int64_t spins = 0; round.load(std::memory_order_acquire) == now; spins++) {
+      if (spins > 2000) sched_yield();
+#if defined(__x86_64__)
+      else __builtin_ia32_pause();
+#endif
+    }
+  }
+};
+
+// What one thread knows: the cell, and the units lo … lo + n that it owns.
 template <class T> struct Sequence {
   const Cell& d;
-  const int64_t S, B, H, N, BH;
+  Meeting& meeting;
+  double* const sums;  // (E,5), this thread's share of d_p
+  const int64_t S, B, H, N, BH, lo, n;
   const T* mask;
 
-  explicit Sequence(const Cell& cell)
-      : d(cell), S(cell.steps), B(cell.batch), H(cell.hidden), N(cell.nodes), BH(B * H), mask(static_cast<const T*>(cell.mask)) {}
+  Sequence(const Cell& cell, Meeting& m, double* s, int64_t from, int64_t to)
+      : d(cell), meeting(m), sums(s), S(cell.steps), B(cell.batch), H(cell.hidden), N(cell.nodes), BH(B * H), lo(from), n(to - from),
+        mask(static_cast<const T*>(cell.mask)) {}
 
-  // row-major C (m,n) = beta C + op(A) op(B); BLAS is column-major, so the operands trade places
-  void gemm(bool ta, bool tb, int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, T beta, T* c, int64_t ldc) const {
-    const int M = int(m), Nn = int(n), K = int(k), LA = int(lda), LB = int(ldb), LC = int(ldc);
+  // row-major C (m,k) = beta C + op(A) op(B); BLAS is column-major, so the operands trade places
+  void gemm(bool ta, int64_t m, int64_t columns, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, T beta, T* c, int64_t ldc) const {
+    const int M = int(m), C = int(columns), K = int(k), LA = int(lda), LB = int(ldb), LC = int(ldc);
     const T one = 1;
-    reinterpret_cast<GemmFunction<T>>(d.gemm)(tb ? "T" : "N", ta ? "T" : "N", &Nn, &M, &K, &one, b, &LB, a, &LA, &beta, c, &LC);
+    reinterpret_cast<GemmFunction<T>>(d.gemm)("N", ta ? "T" : "N", &C, &M, &K, &one, b, &LB, a, &LA, &beta, c, &LC);
   }
 
   int64_t kept(int64_t t) const { return d.keep ? t : 0; }
@@ -203,25 +242,26 @@ template <class T> struct Sequence {
   T* state(int64_t i, int64_t t) const { return static_cast<T*>(d.states) + (i * kept_steps() + kept(t)) * BH; }
   T* masked(int64_t i, int64_t t) const { return mask ? static_cast<T*>(d.masked) + (i * kept_steps() + kept(t)) * BH : state(i, t); }
   T* pre0(int64_t t) const { return static_cast<T*>(d.pre0) + kept(t) * B * 2 * H; }
-  T* pre(int64_t j, int64_t t) const {  // the block of state j at step t, (B, count·2H)
+  // a thread's block of state j at step t, (B, count·2·own): the c of its units, then their z, node after node
+  T* pre(int64_t j, int64_t t, int64_t from, int64_t own) const {
     int64_t before = 0;
     for (int64_t k = 0; k < j; k++) before += d.count[k];
-    return static_cast<T*>(d.pre) + (before * kept_steps() + d.count[j] * kept(t)) * B * 2 * H;
+    return static_cast<T*>(d.pre) + (before * H + d.count[j] * from) * 2 * kept_steps() * B + d.count[j] * 2 * own * kept(t) * B;
   }
   T* output(int64_t t) const { return static_cast<T*>(d.outputs) + t * BH; }
   const T* before(int64_t t) const { return t ? output(t - 1) : static_cast<const T*>(d.h0); }
   const T* masked_before(int64_t t) const { return mask ? static_cast<const T*>(d.previous) + kept(t) * BH : before(t); }
-  const T* W(int64_t j) const { return static_cast<const T*>(d.W_cat) + d.first[j] * 2 * H; }
   T a(int64_t i) const { return static_cast<const T*>(d.average)[i]; }
+  T* scale(int64_t i, int64_t t) const { return static_cast<T*>(d.scale) + (kept(t) * (N + 1) + i) * H; }
   Mix<T> mix(int64_t e) const {
     const T* p = static_cast<const T*>(d.p) + 4 * e;
     return {p[0], p[1], p[2], p[3], static_cast<const T*>(d.present)[e]};
   }
 
-  // The edges into node i at step t, as addresses of row 0
+  // The edges into node i at step t, as addresses of this thread's part of row 0
   struct Edge {
-    T* pre;
-    int64_t stride;  // from row to row of `pre`
+    T *c, *z;
+    int64_t stride;  // from row to row of c and z
     T *state, *d_state;
     Mix<T> p;
     int64_t op;
@@ -229,83 +269,99 @@ template <class T> struct Sequence {
   std::vector<Edge> edges_into(int64_t i, int64_t t) const {
     std::vector<Edge> edges;
     if (i == 0) {
-      edges.push_back({pre0(t), 2 * H, const_cast<T*>(before(t)), static_cast<T*>(d.carry), {1, 0, 0, 0, 1}, TANH});
+      T* const c = pre0(t) + lo;
+      edges.push_back({c, c + H, 2 * H, const_cast<T*>(before(t)) + lo, static_cast<T*>(d.carry) + lo, {1, 0, 0, 0, 1}, TANH});
       return edges;
     }
     for (int64_t e = d.incoming[i - 1]; e < d.incoming[i]; e++) {
       const int64_t j = d.source[e];
-      edges.push_back({pre(j, t) + d.slot[e] * 2 * H, d.count[j] * 2 * H, state(j, t), static_cast<T*>(d.d_states) + j * BH, mix(e), d.op[e]});
+      T* const c = pre(j, t, lo, n) + d.slot[e] * 2 * n;
+      edges.push_back({c, c + n, d.count[j] * 2 * n, state(j, t) + lo, static_cast<T*>(d.d_states) + j * BH + lo, mix(e), d.op[e]});
     }
     return edges;
   }
 
-  // run f(first column, last column, thread) with the columns shared out among threads
-  template <class F> void columns(int64_t edges, const F& f) const {
-    const int64_t blocks = (H + BLOCK - 1) / BLOCK;
-    const int64_t n = std::max<int64_t>(1, std::min({d.threads, blocks, edges * BH / GRAIN}));
-    if (n == 1) return f(0, H, 0);
-#pragma omp parallel for num_threads(n) schedule(static, 1)
-    for (int64_t k = 0; k < n; k++) f(blocks * k / n * BLOCK, std::min(H, blocks * (k + 1) / n * BLOCK), k);
+  // this thread's units of the node with place k: W (H,2H) <-> its columns in a block (H,N·2n)
+  T* own(void* block) const { return static_cast<T*>(block) + H * N * 2 * lo; }
+
+  void lay_out_weights() const {
+    T *const W_own = own(d.W_own), *const W_back = d.keep ? own(d.W_back) : nullptr;
+    for (int64_t k = 0; k < N; k++) {
+      const T* const W = static_cast<const T*>(d.Ws) + d.order[k] * H * 2 * H;
+      for (int64_t r = 0; r < H; r++)
+        for (int64_t half = 0; half < 2; half++) {
+          const T* const from = W + r * 2 * H + half * H + lo;
+          T* const to = W_own + (r * N + k) * 2 * n + half * n;
+          std::memcpy(to, from, sizeof(T) * n);
+          if (W_back)
+            for (int64_t u = 0; u < n; u++) W_back[((2 * k + half) * n + u) * H + r] = from[u];
+        }
+    }
+    if (d.keep)
+      for (int64_t r = 0; r < H; r++)
+        for (int64_t half = 0; half < 2; half++)
+          for (int64_t u = lo; u < lo + n; u++) static_cast<T*>(d.W0_back)[(half * H + u) * H + r] = static_cast<const T*>(d.W0_h)[(r * 2 + half) * H + u];
   }
 
-  T* scale(int64_t i, int64_t t) const { return static_cast<T*>(d.scale) + (kept(t) * (N + 1) + i) * H; }
-
   void forward() const {
-    if (mask) multiply(static_cast<const T*>(d.h0), static_cast<T*>(d.previous));
+    lay_out_weights();
+    if (mask)
+      for (int64_t b = 0; b < B; b++)
+        for (int64_t u = b * H + lo; u < b * H + lo + n; u++) static_cast<T*>(d.previous)[u] = static_cast<const T*>(d.h0)[u] * mask[u];
+    meeting.wait();
     for (int64_t t = 0; t < S; t++) {
-      std::memcpy(pre0(t), static_cast<const T*>(d.x_proj) + t * B * 2 * H, sizeof(T) * B * 2 * H);
-      gemm(false, false, B, 2 * H, H, masked_before(t), H, static_cast<const T*>(d.W0_h), 2 * H, 1, pre0(t), 2 * H);
+      for (int64_t half = 0; half < 2; half++) {
+        T* const to = pre0(t) + half * H + lo;
+        const T* const x = static_cast<const T*>(d.x_proj) + t * B * 2 * H + half * H + lo;
+        for (int64_t b = 0; b < B; b++) std::memcpy(to + b * 2 * H, x + b * 2 * H, sizeof(T) * n);
+        gemm(false, B, n, H, masked_before(t), H, static_cast<const T*>(d.W0_h) + half * H + lo, 2 * H, 1, to, 2 * H);
+      }
       node_forward(0, t);
+      meeting.wait();
       for (int64_t j = 0; j < N; j++) {
-        const int64_t width = d.count[j] * 2 * H;
-        if (width) gemm(false, false, B, width, H, masked(j, t), H, W(j), d.columns * 2 * H, 0, pre(j, t), width);
+        const int64_t width = d.count[j] * 2 * n;
+        if (width) gemm(false, B, width, H, masked(j, t), H, own(d.W_own) + d.first[j] * 2 * n, N * 2 * n, 0, pre(j, t, lo, n), width);
         node_forward(j + 1, t);
+        if (j + 1 == N || d.count[j + 1]) meeting.wait();  // whoever multiplies the state next reads all of its units
       }
     }
   }
 
-  void multiply(const T* h, T* to) const {
-    for (int64_t k = 0; k < BH; k++) to[k] = h[k] * mask[k];
-  }
-
   void node_forward(int64_t i, int64_t t) const {
     const std::vector<Edge> edges = edges_into(i, t);
-    columns(edges.size(), [&](int64_t lo, int64_t hi, int64_t) {
-      const int64_t n = hi - lo;
-      T* const r = state(i, t) + lo;
-      std::vector<T> mean(n, T(0));
-      for (int64_t b = 0; b < B; b++) {
-        T* const row = r + b * H;
-        std::fill(row, row + n, T(0));
-        for (const Edge& e : edges) {
-          const T *c = e.pre + b * e.stride + lo, *sj = e.state + b * H + lo;
-          if (b + 1 < B) fetch(c + e.stride, n), fetch(c + e.stride + H, n);
-          switch (e.op) {
-            case TANH: edge_forward<T, TANH>(n, c, c + H, sj, e.p, row); break;
-            case RELU: edge_forward<T, RELU>(n, c, c + H, sj, e.p, row); break;
-            case SIGMOID: edge_forward<T, SIGMOID>(n, c, c + H, sj, e.p, row); break;
-            case IDENTITY: edge_forward<T, IDENTITY>(n, c, c + H, sj, e.p, row); break;
-            default: edge_forward<T, MIX>(n, c, c + H, sj, e.p, row);
-          }
+    T* const r = state(i, t) + lo;
+    std::vector<T> mean(n, T(0));
+    for (int64_t b = 0; b < B; b++) {
+      T* const row = r + b * H;
+      std::fill(row, row + n, T(0));
+      for (const Edge& e : edges) {
+        const T *c = e.c + b * e.stride, *z = e.z + b * e.stride, *sj = e.state + b * H;
+        if (b + 1 < B) fetch(c + e.stride, n), fetch(z + e.stride, n);
+        switch (e.op) {
+          case TANH: edge_forward<T, TANH>(n, c, z, sj, e.p, row); break;
+          case RELU: edge_forward<T, RELU>(n, c, z, sj, e.p, row); break;
+          case SIGMOID: edge_forward<T, SIGMOID>(n, c, z, sj, e.p, row); break;
+          case IDENTITY: edge_forward<T, IDENTITY>(n, c, z, sj, e.p, row); break;
+          default: edge_forward<T, MIX>(n, c, z, sj, e.p, row);
         }
-        if (d.normalise)
-#pragma omp simd
-          for (int64_t u = 0; u < n; u++) mean[u] += row[u];
       }
-      if (d.normalise) {
-        T* const v = scale(i, t) + lo;
-        for (int64_t u = 0; u < n; u++) mean[u] /= T(B), v[u] = 0;
-        for (int64_t b = 0; b < B; b++)
+      if (d.normalise)
 #pragma omp simd
-          for (int64_t u = 0; u < n; u++) v[u] += (r[b * H + u] - mean[u]) * (r[b * H + u] - mean[u]);
-        for (int64_t u = 0; u < n; u++) v[u] = T(1) / std::sqrt(v[u] / T(B) + T(d.eps));
-      }
-      for (int64_t b = 0; b < B; b++) finish_row(i, t, b, lo, n, mean.data());
-    });
+        for (int64_t u = 0; u < n; u++) mean[u] += row[u];
+    }
+    if (d.normalise) {
+      T* const v = scale(i, t) + lo;
+      for (int64_t u = 0; u < n; u++) mean[u] /= T(B), v[u] = 0;
+      for (int64_t b = 0; b < B; b++)
+#pragma omp simd
+        for (int64_t u = 0; u < n; u++) v[u] += (r[b * H + u] - mean[u]) * (r[b * H + u] - mean[u]);
+      for (int64_t u = 0; u < n; u++) v[u] = T(1) / std::sqrt(v[u] / T(B) + T(d.eps));
+    }
+    for (int64_t b = 0; b < B; b++) finish_row(i, t, b, mean.data());
   }
 
   // what becomes of a state's row: normalised, masked for the GEMM, added to the output
-  void finish_row(int64_t i, int64_t t, int64_t b, int64_t lo, int64_t n, const T* __restrict mean) const {
+  void finish_row(int64_t i, int64_t t, int64_t b, const T* __restrict mean) const {
     T* __restrict row = state(i, t) + b * H + lo;
     T* __restrict out = output(t) + b * H + lo;
     if (d.normalise) {
@@ -330,69 +386,66 @@ template <class T> struct Sequence {
     }
   }
 
-  void backward() const {
-    std::vector<double> sums(d.d_p ? d.threads * d.edges * 5 : 0, 0.0);
-    T *const g = static_cast<T*>(d.scratch), *const carry = static_cast<T*>(d.carry);
+  void backward(const std::vector<int64_t>& bounds) const {
+    T *const g = static_cast<T*>(d.scratch), *const carry = static_cast<T*>(d.carry), *const dh = static_cast<T*>(d.d_h);
     for (int64_t t = S - 1; t >= 0; t--) {
       for (int64_t i = N; i >= 0; i--) {
-        const int64_t width = i < N ? d.count[i] * 2 * H : 0;
-        if (width) gemm(false, true, B, H, width, pre(i, t), width, W(i), d.columns * 2 * H, 0, g, H);
-        node_backward(i, t, width > 0, sums);
-      }
-      // what reaches h beside `carry`, which node 0 has written
-      gemm(false, true, B, H, 2 * H, pre0(t), 2 * H, static_cast<const T*>(d.W0_h), 2 * H, 0, static_cast<T*>(d.d_h), H);
-      columns(1, [&](int64_t lo, int64_t hi, int64_t) {
-        for (int64_t b = 0; b < B; b++) {
-          T *dh = static_cast<T*>(d.d_h) + b * H, *c = carry + b * H;
-          for (int64_t u = lo; u < hi; u++) c[u] += mask ? dh[u] * mask[b * H + u] : dh[u];
+        const bool read = i < N && d.count[i];
+        if (read) {
+          meeting.wait();  // until dpre of all units is there
+          for (size_t k = 0; k + 1 < bounds.size(); k++) {
+            const int64_t from = bounds[k], own = bounds[k + 1] - from, width = d.count[i] * 2 * own;
+            const T* const W = static_cast<const T*>(d.W_back) + (H * N * from + H * d.first[i] * own) * 2;
+            gemm(false, B, n, width, pre(i, t, from, own), width, W + lo, H, k ? 1 : 0, g + lo, H);
+          }
         }
-      });
+        node_backward(i, t, read);
+      }
+      meeting.wait();
+      gemm(false, B, n, 2 * H, pre0(t), 2 * H, static_cast<const T*>(d.W0_back) + lo, H, 0, dh + lo, H);
+      for (int64_t b = 0; b < B; b++)  // what reaches h beside `carry`, which node 0 has written
+        for (int64_t u = b * H + lo; u < b * H + lo + n; u++) carry[u] += mask ? dh[u] * mask[u] : dh[u];
     }
-    if (d.d_h0) std::memcpy(d.d_h0, carry, sizeof(T) * BH);
-    if (d.d_p)
-      for (int64_t k = 0; k < d.threads; k++)
-        for (int64_t e = 0; e < d.edges * 5; e++) d.d_p[e] += sums[k * d.edges * 5 + e];
+    if (T* to = static_cast<T*>(d.d_h0))
+      for (int64_t b = 0; b < B; b++) std::memcpy(to + b * H + lo, carry + b * H + lo, sizeof(T) * n);
     weight_gradients();
   }
 
-  void node_backward(int64_t i, int64_t t, bool later, std::vector<double>& sums) const {
+  void node_backward(int64_t i, int64_t t, bool later) const {
     const std::vector<Edge> edges = edges_into(i, t);
     T* const d_states = static_cast<T*>(d.d_states);
-    columns(edges.size(), [&](int64_t lo, int64_t hi, int64_t thread) {
-      const int64_t n = hi - lo;
-      std::vector<T> mean(n, T(0)), along(n, T(0));
-      for (int64_t b = 0; b < B; b++) gather_row(i, t, b, lo, n, later, mean.data(), along.data());
-      for (int64_t u = 0; u < n; u++) mean[u] /= T(B), along[u] /= T(B);
-      for (int64_t b = 0; b < B; b++) {
-        T* __restrict dr = d_states + i * BH + b * H + lo;
-        const T* __restrict s = state(i, t) + b * H + lo;
-        if (d.normalise) {
-          const T* __restrict v = scale(i, t) + lo;
+    std::vector<T> mean(n, T(0)), along(n, T(0));
+    for (int64_t b = 0; b < B; b++) gather_row(i, t, b, later, mean.data(), along.data());
+    for (int64_t u = 0; u < n; u++) mean[u] /= T(B), along[u] /= T(B);
+    for (int64_t b = 0; b < B; b++) {
+      T* __restrict dr = d_states + i * BH + b * H + lo;
+      const T* __restrict s = state(i, t) + b * H + lo;
+      if (d.normalise) {
+        const T* __restrict v = scale(i, t) + lo;
 #pragma omp simd
-          for (int64_t u = 0; u < n; u++) dr[u] = v[u] * (dr[u] - mean[u] - s[u] * along[u]);
-        }
-        if (i == 0) std::fill_n(static_cast<T*>(d.carry) + b * H + lo, n, T(0));
-        for (size_t k = 0; k < edges.size(); k++) {
-          const Edge& e = edges[k];
-          T *c = e.pre + b * e.stride + lo, *ds = e.d_state + b * H + lo;
-          const T* sj = e.state + b * H + lo;
-          if (b + 1 < B) fetch(c + e.stride, n), fetch(c + e.stride + H, n);
-          switch (e.op) {
-            case TANH: edge_backward<T, TANH, false>(n, c, c + H, sj, dr, e.p, ds, nullptr); break;
-            case RELU: edge_backward<T, RELU, false>(n, c, c + H, sj, dr, e.p, ds, nullptr); break;
-            case SIGMOID: edge_backward<T, SIGMOID, false>(n, c, c + H, sj, dr, e.p, ds, nullptr); break;
-            case IDENTITY: edge_backward<T, IDENTITY, false>(n, c, c + H, sj, dr, e.p, ds, nullptr); break;
-            default:
-              if (d.d_p) edge_backward<T, MIX, true>(n, c, c + H, sj, dr, e.p, ds, &sums[(thread * d.edges + d.incoming[i - 1] + k) * 5]);
-              else edge_backward<T, MIX, false>(n, c, c + H, sj, dr, e.p, ds, nullptr);
-          }
+        for (int64_t u = 0; u < n; u++) dr[u] = v[u] * (dr[u] - mean[u] - s[u] * along[u]);
+      }
+      if (i == 0) std::fill_n(static_cast<T*>(d.carry) + b * H + lo, n, T(0));
+      for (size_t k = 0; k < edges.size(); k++) {
+        const Edge& e = edges[k];
+        T *c = e.c + b * e.stride, *z = e.z + b * e.stride, *ds = e.d_state + b * H;
+        const T* sj = e.state + b * H;
+        if (b + 1 < B) fetch(c + e.stride, n), fetch(z + e.stride, n);
+        switch (e.op) {
+          case TANH: edge_backward<T, TANH, false>(n, c, z, sj, dr, e.p, ds, nullptr); break;
+          case RELU: edge_backward<T, RELU, false>(n, c, z, sj, dr, e.p, ds, nullptr); break;
+          case SIGMOID: edge_backward<T, SIGMOID, false>(n, c, z, sj, dr, e.p, ds, nullptr); break;
+          case IDENTITY: edge_backward<T, IDENTITY, false>(n, c, z, sj, dr, e.p, ds, nullptr); break;
+          default:
+            if (d.d_p) edge_backward<T, MIX, true>(n, c, z, sj, dr, e.p, ds, sums + (d.incoming[i - 1] + k) * 5);
+            else edge_backward<T, MIX, false>(n, c, z, sj, dr, e.p, ds, nullptr);
         }
       }
-    });
+    }
   }
 
   // ds_i's row complete, and for batch statistics its sums over the batch
-  void gather_row(int64_t i, int64_t t, int64_t b, int64_t lo, int64_t n, bool later, T* __restrict mean, T* __restrict along) const {
+  void gather_row(int64_t i, int64_t t, int64_t b, bool later, T* __restrict mean, T* __restrict along) const {
     T* const d_states = static_cast<T*>(d.d_states);
     T* __restrict ds = d_states + i * BH + b * H + lo;
     T* __restrict dh = static_cast<T*>(d.d_h) + b * H + lo;
@@ -422,21 +475,68 @@ template <class T> struct Sequence {
   }
 
   void weight_gradients() const {
-    if (T* dw = static_cast<T*>(d.d_W0_h)) {
-      if (mask) {
-        gemm(true, false, H, 2 * H, S * B, static_cast<const T*>(d.previous), H, pre0(0), 2 * H, 0, dw, 2 * H);
-      } else {
-        gemm(true, false, H, 2 * H, B, before(0), H, pre0(0), 2 * H, 0, dw, 2 * H);
-        if (S > 1) gemm(true, false, H, 2 * H, (S - 1) * B, output(0), H, pre0(1), 2 * H, 1, dw, 2 * H);
+    if (d.d_W0_h)
+      for (int64_t half = 0; half < 2; half++) {
+        T* const dw = static_cast<T*>(d.d_W0_h) + half * H + lo;
+        const int64_t at = half * H + lo;
+        if (mask) {
+          gemm(true, H, n, S * B, static_cast<const T*>(d.previous), H, pre0(0) + at, 2 * H, 0, dw, 2 * H);
+        } else {
+          gemm(true, H, n, B, before(0), H, pre0(0) + at, 2 * H, 0, dw, 2 * H);
+          if (S > 1) gemm(true, H, n, (S - 1) * B, output(0), H, pre0(1) + at, 2 * H, 1, dw, 2 * H);
+        }
       }
-    }
-    if (T* dw = static_cast<T*>(d.d_W_cat)) {  // starts at zero: the mixed cell's column ranges overlap
-      for (int64_t j = 0; j < N; j++)
-        if (const int64_t width = d.count[j] * 2 * H)
-          gemm(true, false, H, width, S * B, masked(j, 0), H, pre(j, 0), width, 1, dw + d.first[j] * 2 * H, d.columns * 2 * H);
-    }
+    if (!d.d_Ws) return;
+    T* const block = own(d.d_W_own);  // the ranges of two states overlap in the mixed cell, hence sums
+    std::fill_n(block, H * N * 2 * n, T(0));
+    for (int64_t j = 0; j < N; j++)
+      if (const int64_t width = d.count[j] * 2 * n)
+        gemm(true, H, width, S * B, masked(j, 0), H, pre(j, 0, lo, n), width, 1, block + d.first[j] * 2 * n, N * 2 * n);
+    for (int64_t k = 0; k < N; k++)
+      for (int64_t r = 0; r < H; r++)
+        for (int64_t half = 0; half < 2; half++)
+          std::memcpy(static_cast<T*>(d.d_Ws) + (d.order[k] * H + r) * 2 * H + half * H + lo, block + (r * N + k) * 2 * n + half * n, sizeof(T) * n);
   }
 };
+
+// Where each thread's units begin, and the last's end. The same for the forward and the backward pass of a sequence, which share a layout.
+std::vector<int64_t> shares(const Cell& d) {
+  const int64_t blocks = (d.hidden + BLOCK - 1) / BLOCK, work = d.batch * d.hidden * (1 + d.hidden / 64) * d.edges / d.nodes;
+  const int64_t threads = std::max<int64_t>(1, std::min({d.threads, blocks / 2, work / GRAIN}));
+  std::vector<int64_t> bounds;
+  for (int64_t k = 0; k <= threads; k++) bounds.push_back(std::min(d.hidden, blocks * k / threads * BLOCK));
+  return bounds;
+}
+
+// run f(k) on every thread k of a team that is there as a whole
+template <class F> void together(int64_t threads, const F& f) {
+  if (threads == 1) return f(0);
+  bool complete = true;
+#pragma omp parallel num_threads(int(threads))
+  if (omp_get_num_threads() == threads) f(omp_get_thread_num());
+  else if (omp_get_thread_num() == 0) complete = false;  // OpenMP may give fewer than asked for
+  if (complete) return;
+  std::vector<std::thread> team;
+  for (int64_t k = 0; k < threads; k++) team.emplace_back(f, k);
+  for (std::thread& thread : team) thread.join();
+}
+
+template <class T> void run_forward(const Cell& d) {
+  const std::vector<int64_t> bounds = shares(d);
+  Meeting meeting(bounds.size() - 1);
+  together(bounds.size() - 1, [&](int64_t k) { Sequence<T>(d, meeting, nullptr, bounds[k], bounds[k + 1]).forward(); });
+}
+
+template <class T> void run_backward(const Cell& d) {
+  const std::vector<int64_t> bounds = shares(d);
+  const int64_t threads = bounds.size() - 1, width = (d.edges * 5 + 15) / 8 * 8;  // no two threads in one cache line
+  std::vector<double> sums(threads * width, 0.0);
+  Meeting meeting(threads);
+  together(threads, [&](int64_t k) { Sequence<T>(d, meeting, &sums[k * width], bounds[k], bounds[k + 1]).backward(bounds); });
+  if (d.d_p)
+    for (int64_t k = 0; k < threads; k++)
+      for (int64_t e = 0; e < d.edges * 5; e++) d.d_p[e] += sums[k * width + e];
+}
 
 // logits (rows, V) without bias -> nll (rows); with scale != 0 the logits become scale·(softmax − onehot).
 // Returns a row whose target is out of range, or −1.
@@ -474,10 +574,10 @@ int64_t softmax_rows(int64_t rows, int64_t V, T* logits, const T* bias, const in
 }  // namespace
 
 extern "C" {
-void cell_forward_float(const Cell* cell) { Sequence<float>(*cell).forward(); }
-void cell_forward_double(const Cell* cell) { Sequence<double>(*cell).forward(); }
-void cell_backward_float(const Cell* cell) { Sequence<float>(*cell).backward(); }
-void cell_backward_double(const Cell* cell) { Sequence<double>(*cell).backward(); }
+void cell_forward_float(const Cell* cell) { run_forward<float>(*cell); }
+void cell_forward_double(const Cell* cell) { run_forward<double>(*cell); }
+void cell_backward_float(const Cell* cell) { run_backward<float>(*cell); }
+void cell_backward_double(const Cell* cell) { run_backward<double>(*cell); }
 int64_t softmax_rows_float(int64_t rows, int64_t V, float* x, const float* b, const int64_t* y, double scale, double* nll, int64_t threads) {
   return softmax_rows(rows, V, x, b, y, scale, nll, threads);
 }
