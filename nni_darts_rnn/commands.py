@@ -19,7 +19,8 @@ def search(arguments) -> None:
     talk(f"corpus {corpus.describe()}")
     folder = _out(arguments, Path(corpus.name).name, seed)
     s = recipe.search
-    talk(f"searching {s.n_nodes} nodes of {s.hidden_size} units for {s.epochs} epochs, recipe {recipe.name}, seed {seed}; results in {folder}")
+    talk(f"searching {s.n_nodes} nodes of {s.hidden_size} units for {s.epochs} epochs, recipe {recipe.name}, seed {seed}; "
+         f"{_size(corpus, s.hidden_size, s.n_nodes)} and α on {_machine(arguments)}; results in {folder}")
     talk.epochs = s.epochs
     found = search_phase(corpus, s, seed, folder, talk.epoch, talk.progress, arguments.device)
     talk(f"found {found['genotype']} in {found['search_seconds']:.0f} s")
@@ -40,7 +41,7 @@ def retrain(arguments) -> None:
     folder = _out(arguments, name or Path(corpus.name).name, seed)
     r = recipe.retrain
     talk(f"training {arguments.genotype} with {r.hidden_size} units for up to {r.epochs} epochs, recipe {recipe.name}, seed {seed}; "
-         f"results in {folder}")
+         f"{_size(corpus, r.hidden_size, arguments.genotype.n_nodes)} on {_machine(arguments)}; results in {folder}")
     talk.epochs = r.epochs
     done = retrain_phase(corpus, arguments.genotype, r, seed, folder, talk.epoch, talk.progress, arguments.device)
     done.pop("rows")
@@ -93,6 +94,23 @@ def _start(arguments):
         arguments.genotype = load_genotype(arguments.genotype)
     prepare_torch(arguments)
     return recipe, seed, open_corpus(arguments), Talk(arguments)
+
+
+def _size(corpus, H: int, N: int) -> str:
+    """The weights of a language model of N nodes: V·H of the embedding, V of the decoder, 2H·2H of W0, N·H·2H of the nodes."""
+    V = len(corpus.vocab)
+    return f"{V * H + V + 4 * H * H + 2 * N * H * H:,} parameters"
+
+
+def _machine(arguments) -> str:
+    import torch
+
+    from .model import choose_device
+
+    if choose_device(arguments.device).type == "cuda":
+        return torch.cuda.get_device_name()
+    n = torch.get_num_threads()
+    return f"the CPU, {n} thread{'s' * (n > 1)}"
 
 
 def _out(arguments, name: str, seed: int) -> Path:

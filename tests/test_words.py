@@ -1,0 +1,44 @@
+"""What the commands say: on what they work and what they found to people, on standard error; nothing but JSON to machines."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from test_cli import SMALL, place, status  # noqa: F401 (place is a fixture)
+
+from nni_darts_rnn import cli
+
+
+@pytest.fixture
+def corpus(place):  # noqa: F811
+    return ["--corpus", str(place.parent / "corpus"), *SMALL]
+
+
+def test_each_phase_says_on_what_it_works_and_the_next_command_works(corpus, capsys):
+    assert status(cli.main, "search", *corpus, "--out", "found") == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["recurrent"]
+    for words in (r"corpus corpus: 280 training, 112 validation, 112 test tokens; 8 words", r"searching 2 nodes of 8 units for 1 epochs, recipe tiny, seed 0",
+                  r"584 parameters and α on the CPU, \d+ threads?", "results in found", r"search epoch 1: validation perplexity [\d.]+, [\d,]+ tokens/s",
+                  r"found \[.*\] in \d+ s", "next: nni-darts-rnn retrain"):
+        assert re.search(words, said.err), words
+    follow = said.err.splitlines()[-1].removeprefix("next: nni-darts-rnn ").split()
+    assert status(cli.main, *follow, "--out", "trained") == 0
+    said = capsys.readouterr()
+    parameters = re.search(r"; ([\d,]+) parameters on the CPU", said.err).group(1)
+    assert f"{parameters} parameters; of the same test text: unigram" in said.out  # what it said before is what it trained
+    follow = said.err.splitlines()[-1].removeprefix("next: nni-darts-rnn ").split()
+    assert follow[0] == "evaluate" and status(cli.main, *follow) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("test perplexity ") and said.err.splitlines()[-1].startswith("next: nni-darts-rnn plot trained")
+
+
+def test_machines_get_one_line_of_json_and_no_other_word(corpus, place):  # noqa: F811
+    for command in (["search", *corpus, "--out", "found"], ["retrain", *corpus, "--genotype", "found", "--out", "trained"],
+                    ["evaluate", "trained", *corpus], ["plot", "found"]):
+        done = subprocess.run([sys.executable, "-m", "nni_darts_rnn.cli", *command, "--json"], capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0 and not done.stderr, done.stderr  # the hosts' warnings that mean nothing are silent too
+        (line,) = done.stdout.splitlines()
+        assert json.loads(line)["next"].startswith("nni-darts-rnn ")
