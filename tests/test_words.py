@@ -36,8 +36,7 @@ def test_each_phase_says_on_what_it_works_and_the_next_command_works(corpus, cap
 
 
 def test_machines_get_one_line_of_json_and_no_other_word(corpus, place):  # noqa: F811
-    for command in (["search", *corpus, "--out", "found"], ["retrain", *corpus, "--genotype", "found", "--out", "trained"],
-                    ["evaluate", "trained", *corpus], ["plot", "found"]):
+    for command in (["search", *corpus, "--out", "found"], ["plot", "found"]):  # the one that imports every host, and a light one
         done = subprocess.run([sys.executable, "-m", "nni_darts_rnn.cli", *command, "--json"], capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0 and not done.stderr, done.stderr  # the hosts' warnings that mean nothing are silent too
         (line,) = done.stdout.splitlines()
