@@ -1,4 +1,5 @@
-"""One whole second-order search step, three ways in one process: as published code computes it, with the readable cell, and with the fast one.
+"""One whole search step, several ways in one process: second order as published code computes it, with the readable cell and with the fast one,
+NNI's stock first-order `DARTS` on the same space, and the package's strategy, these two in Lightning's loop.
 
     python benchmarks/search_step.py --size paper --rounds 5 --save
     python benchmarks/search_step.py --growth
@@ -205,7 +206,19 @@ class _LossModule(nn.Module):
         return self.model.loss(tokens, targets, hidden)[0]
 
 
-VERSIONS = {"original": Original, "readable": lambda size: Ours(size, False), "fused": lambda size: Ours(size, True)}
+def through_nni(size: Size, **options):
+    from through_nni import ThroughNNI  # NNI and Lightning take memory, which is not that of the other versions
+
+    return ThroughNNI(size, **options)
+
+
+VERSIONS = {
+    "original": Original,
+    "readable": lambda size: Ours(size, False),
+    "fused": lambda size: Ours(size, True),
+    "nni-first-order": lambda size: through_nni(size, first_order=True, fast=False),  # as NNI computes it: with autograd
+    "nni-second-order": lambda size: through_nni(size, first_order=False, fast=True),  # the whole product
+}
 
 
 def seconds(step, train, valid) -> float:
@@ -253,13 +266,13 @@ def measure(size_name: str, names: list[str], rounds: int, threads: int) -> dict
     peak = max(before, after)
     print(f"\n{size_name}: {size._asdict()}, {size.flops() / 1e9:,.1f} GFLOP a step, GEMM peak {peak / 1e9:,.0f} GFLOP/s "
           f"(before {before / 1e9:,.0f}, after {after / 1e9:,.0f}), load average at the start {load:.1f}")
-    print(f"{'version':>10} {'ms/step':>10} {'ratio':>7} {'of peak':>8} {'peak GB':>8}")
+    print(f"{'version':>16} {'ms/step':>10} {'ratio':>7} {'of peak':>8} {'peak GB':>8}")
     rows = {}
     for name in names:
         share = size.flops() / best[name] / peak
         rows[name] = {"ms": 1e3 * best[name], "ratio": best[names[0]] / best[name], "share_of_peak": share,
                       "peak_gb": peak_memory(name, size_name, threads)}
-        print(f"{name:>10} {rows[name]['ms']:>10,.1f} {rows[name]['ratio']:>6.2f}x {share:>8.0%} {rows[name]['peak_gb']:>8.2f}")
+        print(f"{name:>16} {rows[name]['ms']:>10,.1f} {rows[name]['ratio']:>6.2f}x {share:>8.0%} {rows[name]['peak_gb']:>8.2f}")
     return {"size": size._asdict(), "flops": size.flops(), "gemm_peak_flops": peak, "load_average": load, "rounds": rounds, "versions": rows}
 
 
@@ -309,15 +322,21 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if not fused.available():
         print(f"the fast version is the readable one here: {fused.why_not()}")
-    result = {"command": "python benchmarks/search_step.py " + " ".join(sys.argv[1:] if arguments is None else arguments),
-              "date": date.today().isoformat(), "machine": machine(), "threads": options.threads}
+    made = {"command": "python benchmarks/search_step.py " + " ".join(sys.argv[1:] if arguments is None else arguments),
+            "date": date.today().isoformat(), "machine": machine(), "threads": options.threads}
     if options.growth:
-        result["growth"] = growth(SIZES["small"], options.rounds)
-    else:
-        result["sizes"] = {name: measure(name, options.versions, options.rounds, options.threads) for name in options.size}
-    if options.save:
-        options.save.parent.mkdir(parents=True, exist_ok=True)
-        options.save.write_text(json.dumps(result, indent=2) + "\n")
+        save(options.save, {"growth": growth(SIZES["small"], options.rounds) | made})
+        return
+    for name in options.size:
+        save(options.save, {name: measure(name, options.versions, options.rounds, options.threads) | made})
+
+
+def save(path: Path | None, found: dict) -> None:
+    """Add what was found to the file, where other sizes may stand."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        before = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(before | found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

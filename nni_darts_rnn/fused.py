@@ -560,9 +560,11 @@ def _cross_entropy(dropped: Tensor, weight: Tensor, bias: Tensor | None, targets
         d_w = torch.zeros(V, H, dtype=w.dtype if dtype.itemsize >= 4 else torch.float32, device=w.device) if needs[1] else None
         d_b = torch.zeros(V, dtype=torch.float32 if dtype.itemsize < 4 else dtype, device=w.device) if needs[2] else None
         nats = torch.zeros((), dtype=torch.float64, device=x.device)
+        space = x.new_empty(min(rows, R), V)  # one block of logits, used again and again
         for start in range(0, R, rows):
             part, y = x[start:start + rows], targets[start:start + rows]
-            nll, d = _softmax_rows(part @ w.t(), b, y, 1 / R if any(needs[:3]) else 0.0)  # (rows,), (rows, V)
+            logits = torch.mm(part, w.t(), out=space[:len(part)])  # (rows, H) (H, V) -> (rows, V)
+            nll, d = _softmax_rows(logits, b, y, 1 / R if any(needs[:3]) else 0.0)  # (rows,), (rows, V)
             nats += nll.sum(dtype=torch.float64)
             if d_b is not None:
                 d_b += d.sum(0)
