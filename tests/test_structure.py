@@ -15,7 +15,8 @@ TREES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts).replace(".__i
 FOLDERS = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
 OURS = set(TREES) - {"__init__"}
 
-NNI = {"space", "strategy", "evaluator", "search", "trial", "cli", "callbacks", "experiments", "strategies", "fastai_evaluator", "cell_trial"}
+NNI = {"space", "strategy", "evaluator", "search", "trial", "cli", "callbacks", "experiments", "strategies", "fastai_evaluator", "cell_trial", "hyperband",
+       "nas_in_trial", "nas_view"}
 FASTAI = {"callbacks", "learner", "evaluator", "fastai_text", "fastai_evaluator"}
 LIGHTNING = {"evaluator", "search", "strategy"}
 # a module -> those of ours that it may import; what is not listed may import any that does not import it

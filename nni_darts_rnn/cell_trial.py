@@ -1,0 +1,95 @@
+"""What nnictl runs in a trial of a search over cells: `python3 -m nni_darts_rnn.cell_trial`. The tuner draws the cell, the trial trains it.
+
+The tuner's parameters are the cell, flat (`cell/node_1/op`, `cell/node_1/input`, … as in `DartsRnnSpace`) or nested (`cell/node_1` with an
+`op` as its name and an `input` inside); `seed`; any field `retrain.…` of the recipe; and Hyperband's TRIAL_BUDGET, which is the number of epochs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+
+from .genotype import Genotype
+from .trial import Parser, add_run_options, checked_recipe, checked_seed, open_corpus, prepare_torch, quiet_hosts
+
+BUDGET = "TRIAL_BUDGET"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="python3 -m nni_darts_rnn.cell_trial", description="One trial of an NNI experiment over cells: train and test the tuner's.")
+    add_run_options(parser)
+    parser.add_argument("--maximize", action="store_true", help="report 1/perplexity, the geometric mean of the words' probabilities, in place of the "
+                        "perplexity: for what takes the largest result for the best, such as the Curvefitting assessor")
+    arguments = parser.parse_args(argv)
+
+    quiet_hosts()
+    import nni
+
+    parameters = nni.get_next_parameter() or {}
+
+    def metrics(perplexity: float, row: dict) -> dict:
+        return row | {"default": 1 / perplexity if arguments.maximize else perplexity}
+
+    try:
+        result = run(arguments, dict(parameters), lambda row: nni.report_intermediate_result(metrics(row["perplexity"], row)))
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # how NNI stops a trial early; the best model so far is in the folder
+        print("stopped", file=sys.stderr)
+        return 130
+    nni.report_final_result(metrics(result["valid_perplexity"], {k: result[k] for k in ("valid_perplexity", "test_perplexity", "parameters", "seconds")}))
+    return 0
+
+
+def read_parameters(parameters: dict) -> tuple[Genotype, int, dict]:
+    """The cell, the seed and the recipe's fields in what a tuner drew. `ValueError` with one line for what is none of them."""
+    settings: dict = {}
+    sample: dict = {}
+    seed = checked_seed(parameters.get("seed", 0))
+    for key, value in parameters.items():
+        if re.fullmatch(r"cell/node_\d+", key) and isinstance(value, dict):
+            sample |= {f"{key}/{label}": value[name] for label, name in (("op", "_name"), ("input", "input")) if name in value}
+        elif re.fullmatch(r"cell/node_\d+/(op|input)", key):
+            sample[key] = value
+        elif key == BUDGET:
+            settings["retrain.epochs"] = value
+        elif key.startswith("search."):
+            raise ValueError(f"setting {key!r}: a trial of a cell has no search; use retrain.<field>")
+        elif key != "seed":
+            settings[key] = value
+    if not sample:
+        raise ValueError("the tuner drew no cell: the search space needs cell/node_<i>/op and cell/node_<i>/input, as in search_spaces/darts_rnn_cell.json")
+    genotype = Genotype.from_sample(sample)
+    unread = sample.keys() - genotype.to_sample().keys()
+    if unread:
+        raise ValueError(f"sample: label {sorted(unread)[0]} is of a node that is not there; the cell has nodes 1 to {genotype.n_nodes}")
+    return genotype, seed, settings
+
+
+def run(arguments: argparse.Namespace, parameters: dict, report) -> dict:
+    """Checks everything, then trains and tests the cell in NNI's output folder. `ValueError` with one line for what is not allowed."""
+    genotype, seed, settings = read_parameters(parameters)
+    recipe = checked_recipe(arguments, settings)
+    prepare_torch(arguments)
+    from .files import write_json, write_text
+    from .pipeline import check_fits, package_versions, retrain_phase
+
+    corpus = open_corpus(arguments)
+    check_fits(corpus, recipe.retrain)
+    folder = Path(os.environ.get("NNI_OUTPUT_DIR", "."))
+    print(f"corpus {corpus.describe()}; recipe {recipe.name}; seed {seed}; cell {genotype}", flush=True)
+    write_text(folder / "genotype.json", genotype.to_json() + "\n")
+    trained = retrain_phase(corpus, genotype, recipe.retrain, seed, folder, report, device=arguments.device)
+    result = {"seed": seed, "corpus": corpus.name, "recipe": recipe.to_dict(), "genotype": genotype.to_json(),
+              **{k: trained[k] for k in ("valid_perplexity", "test_perplexity", "parameters", "retrain_seconds")},
+              "seconds": trained["retrain_seconds"], "versions": package_versions()}
+    write_json(folder / "result.json", result)
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""The web page of a NAS experiment that has ended: `python3 -m nni_darts_rnn.nas_view ID --port 8080`; `nnictl stop ID` ends it.
+
+`nnictl view` of NNI 3.0 does this for experiments of a tuner, and for one of a NAS strategy ends with "`search_space` field can not be
+customized": it reads the configuration back with what NNI itself had filled in. This can go once it shows them.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from .trial import Parser, quiet_hosts
+
+
+def view(experiment_id: str, port: int = 8080, folder: str | None = None):
+    """Starts the page, in the background, and returns NNI's `Experiment`. `folder`: the experiments' folder, where it is not the one NNI noted.
+
+    `ValueError` with one line where NNI knows no such experiment or it still runs.
+    """
+    from nni.experiment import Experiment
+    from nni.experiment.config import ExperimentConfig
+    from nni.experiment.launcher import get_stopped_experiment_config, get_stopped_experiment_config_json
+
+    class Stopped(Experiment):
+        def load_checkpoint(self) -> None:
+            """The configuration is there already; NNI would check it once more."""
+
+    stored = get_stopped_experiment_config_json(experiment_id, folder)
+    if stored is None:
+        raise ValueError(f"experiment {experiment_id!r}: NNI has no ended experiment of that id on this machine; see nnictl experiment list --all")
+    if stored.get("experimentType") == "nas":
+        # what a NAS configuration does not let anybody set, and fills in itself, from the folder that it is read in
+        stored = {key: value for key, value in stored.items() if key not in ("searchSpace", "trialCommand", "trialCodeDirectory")}
+        training = {key: value for key, value in stored["trainingService"].items() if key not in ("trialCommand", "trialCodeDirectory")}
+        return Stopped(ExperimentConfig(**stored | {"trainingService": training}), id=experiment_id).view(port, non_blocking=True)
+    return Experiment(get_stopped_experiment_config(experiment_id, folder), id=experiment_id).view(port, non_blocking=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="python3 -m nni_darts_rnn.nas_view", description="Shows a NAS experiment that has ended in NNI's web page.")
+    parser.add_argument("experiment", help="its id")
+    parser.add_argument("--port", type=int, default=8080)
+    parser.add_argument("--folder", help="the folder of experiments, where NNI's list does not say it")
+    arguments = parser.parse_args(argv)
+    quiet_hosts()
+    try:
+        view(arguments.experiment, arguments.port, arguments.folder)
+    except (ValueError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"http://127.0.0.1:{arguments.port}; nnictl stop {arguments.experiment} ends it")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
