@@ -9,6 +9,8 @@ Cell (DARTS, section 3.2 and appendix A.1.2; quark0/darts `rnn/model.py`), for o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -45,12 +47,12 @@ def checked_primitives(primitives) -> tuple[str, ...]:
     return names
 
 
-def cell_step(x: Tensor, h: Tensor, W0_h: Tensor, Ws: Tensor, genotype: Genotype, mask: Tensor | None = None) -> Tensor:
-    """One time step: x (B, 2H), the input's share of [x∘m_x, h∘m_h] W0; h (B, H), the output before; the rest as `discrete_cell` -> (B, H)."""
+def cell_step(x: Tensor, h: Tensor, W0_h: Tensor, Ws: Sequence[Tensor], genotype: Genotype, mask: Tensor | None = None) -> Tensor:
+    """One time step: x (B, 2H), the input's share of [x∘m_x, h∘m_h] W0; h (B, H), the output before; Ws: N of (H, 2H) -> (B, H)."""
     masked = (lambda s: s) if mask is None else (lambda s: s * mask)
     c, z = (x + masked(h) @ W0_h).chunk(2, -1)  # (B, H) each
     states = [h + torch.sigmoid(c) * (torch.tanh(z) - h)]
-    for W, (op, j) in zip(Ws.unbind(0), genotype.recurrent):
+    for W, (op, j) in zip(Ws, genotype.recurrent):
         s = states[j]
         c, z = (masked(s) @ W).chunk(2, -1)  # (B, H) each
         states.append(s + torch.sigmoid(c) * (ACTIVATIONS[op](z) - s))
@@ -63,9 +65,9 @@ def discrete_cell(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, genotype
     x_proj (T, B, 2H): the input's share of [x∘m_x, h∘m_h] W0, for all time steps. h0 (B, H). W0_h (H, 2H): the rows of W0
     for h. Ws (N, H, 2H). mask (B, H): m_h, or None. Returns the outputs (T, B, H); the last is the next hidden state.
     """
-    h, outputs = h0, []
+    h, outputs, matrices = h0, [], Ws.unbind(0)  # once: every cut has its own step in the backward pass
     for x in x_proj.unbind(0):
-        h = cell_step(x, h, W0_h, Ws, genotype, mask)
+        h = cell_step(x, h, W0_h, matrices, genotype, mask)
         outputs.append(h)
     return torch.stack(outputs)  # (T, B, H)
 
@@ -78,7 +80,7 @@ def scanned_cell(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, genotype:
     x_proj, h0, W0_h, Ws = (t.detach().clone() for t in (x_proj, h0, W0_h, Ws))
 
     def step(h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        h = cell_step(x, h, W0_h, Ws, genotype, mask)
+        h = cell_step(x, h, W0_h, Ws.unbind(0), genotype, mask)
         return h, h.clone()  # a scan's two results may not be one tensor
 
     return scan(step, h0, x_proj)[1]
