@@ -170,7 +170,9 @@ def test_ids_of_inline_pictures_do_not_meet():
 def test_in_a_browser(browser, written, width, scheme):
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600})
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
-    browser.get_log("performance")  # what the browser did before
+    browser.get("about:blank")  # the page before, NNI's, goes on loading
+    for log in ("browser", "performance"):
+        browser.get_log(log)  # what the browser did before
     browser.get(written.as_uri())
     browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
     assert browser.get_log("browser") == []
