@@ -136,8 +136,8 @@ class _Cell(ctypes.Structure):
                 + [(name, ctypes.c_void_p) for name in (
                     "order", "first", "count", "incoming", "source", "slot", "op", "gemm",
                     "x_proj", "h0", "W0_h", "Ws", "mask", "p", "present", "average",
-                    "pre0", "pre", "states", "masked", "previous", "outputs", "scale", "W_own", "W_back", "W0_back",
-                    "d_outputs", "d_states", "scratch", "carry", "d_h", "d_h0", "d_W0_h", "d_Ws", "d_W_own", "d_p")])
+                    "pre0", "pre", "states", "masked", "previous", "outputs", "scale", "W_cat", "W_back", "W0_back",
+                    "d_outputs", "d_states", "scratch", "carry", "d_h", "d_h0", "d_W0_h", "d_Ws", "d_W_cat", "d_p")])
 
 
 class _Library:
@@ -391,7 +391,6 @@ class _Forward(NamedTuple):
     """What a forward pass leaves: its results, and the buffers the backward pass reads."""
 
     outputs: Tensor  # (T, B, H)
-    threads: int  # the layout of some buffers depends on it
     workspace: Tensor  # the memory of the larger buffers
     buffers: dict[str, Tensor | None]  # by the names that cells.cpp has for them
 
@@ -410,7 +409,7 @@ def _run_forward(graph: Graph, x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Ten
     T, B, H, N, E = len(x_proj), *h0.shape, graph.n_nodes, graph.n_edges
     steps, new = (T if keep else 1), x_proj.new_empty
     inputs = {name: t.detach().contiguous() for name, t in (("x_proj", x_proj), ("h0", h0), ("W0_h", W0_h), ("Ws", Ws))}
-    workspace, large = _take({"pre": steps * B * E * 2 * H, "states": (N + 1) * steps * B * H, "scale": steps * (N + 1) * H, "W_own": N * 2 * H * H}
+    workspace, large = _take({"pre": steps * B * E * 2 * H, "states": (N + 1) * steps * B * H, "scale": steps * (N + 1) * H, "W_cat": N * 2 * H * H}
                              | ({"W_back": N * 2 * H * H, "W0_back": 2 * H * H} if keep else {})
                              | ({} if mask is None else {"masked": N * steps * B * H, "previous": steps * B * H}), x_proj.dtype)
     buffers = {
@@ -419,7 +418,7 @@ def _run_forward(graph: Graph, x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Ten
         "present": new(E).fill_(1) if p is None else p.detach().sum(1), "average": torch.tensor(graph.average, dtype=x_proj.dtype),
         "pre0": new(steps, B, 2 * H), **large,
     }
-    result = _Forward(new(T, B, H), torch.get_num_threads(), workspace, buffers)
+    result = _Forward(new(T, B, H), workspace, buffers)
     arguments = _arguments(graph, result, keep)
     _State.library.forward[x_proj.dtype](ctypes.byref(arguments))
     if not keep:
@@ -430,11 +429,11 @@ def _run_forward(graph: Graph, x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Ten
 def _run_backward(graph: Graph, saved: _Forward, d_outputs: Tensor, needs: tuple[bool, ...]) -> list[Tensor | None]:
     """Gradients of x_proj, h0, W0_h, Ws where `needs` says so and d_p (E, 5) or None. Uses up the buffers: pre-activations become their gradients."""
     N, (B, H), new = graph.n_nodes, d_outputs.shape[1:], d_outputs.new_empty
-    d_h0, d_W0_h, d_Ws, d_W_own = (new(shape) if need else None for need, shape in zip(
+    d_h0, d_W0_h, d_Ws, d_W_cat = (new(shape) if need else None for need, shape in zip(
         (needs[1], needs[2], needs[3], needs[3]), ((B, H), (H, 2 * H), (N, H, 2 * H), (N, H, 2 * H))))
     d_p = torch.zeros(graph.n_edges, 5, dtype=torch.float64) if needs[4] else None
     scratch = {"d_outputs": d_outputs.contiguous(), "d_states": new(N + 1, B, H), "scratch": new(B, H), "carry": new(B, H).zero_(), "d_h": new(B, H)}
-    arguments = _arguments(graph, saved, True, **scratch, d_h0=d_h0, d_W0_h=d_W0_h, d_Ws=d_Ws, d_W_own=d_W_own, d_p=d_p)
+    arguments = _arguments(graph, saved, True, **scratch, d_h0=d_h0, d_W0_h=d_W0_h, d_Ws=d_Ws, d_W_cat=d_W_cat, d_p=d_p)
     _State.library.backward[d_outputs.dtype](ctypes.byref(arguments))
     _give(saved.workspace)
     return [saved.buffers["pre0"] if needs[0] else None, d_h0, d_W0_h, d_Ws, d_p]
@@ -444,7 +443,7 @@ def _arguments(graph: Graph, run: _Forward, keep: bool, **more: Tensor | None) -
     """The struct that cells.cpp reads. Addresses only: the caller's tensors must outlive the call."""
     tensors = {**run.buffers, "outputs": run.outputs, **more}
     T, B, H = run.outputs.shape
-    return _Cell(T, B, H, graph.n_nodes, graph.n_edges, run.threads, graph.mixed, keep, supernet.BATCHNORM_EPS,
+    return _Cell(T, B, H, graph.n_nodes, graph.n_edges, torch.get_num_threads(), graph.mixed, keep, supernet.BATCHNORM_EPS,
                  gemm=_State.library.gemm[run.outputs.dtype], **{name: ctypes.addressof(array) for name, array in graph.arrays.items()},
                  **{name: t.data_ptr() for name, t in tensors.items() if t is not None})
 

@@ -1,5 +1,6 @@
 """The fast cells and the blockwise loss equal their readable forms, with and without the C++ extension."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -77,6 +78,27 @@ def test_discrete_cell_equals_the_readable_one(n_nodes, masked):
     for B in (1, 2, 33):
         *inputs, _, mask = tensors(3, B, 19, n_nodes, seed=n_nodes)
         assert_close(*both_discrete(inputs, genotype, [True] * 4, mask if masked else None), TOLERANCE[torch.float64])
+
+
+@needs_extension
+@pytest.mark.parametrize("refused", [False, True])
+@pytest.mark.parametrize("threads", [2, 3, 5])
+def test_threads_share_a_batch(threads, refused):
+    """Parts of different sizes, whose statistics are put together; and where OpenMP gives fewer threads than were asked for."""
+    before, (*inputs, mask) = torch.get_num_threads(), tensors(4, 23, 70, 4)
+    genotype = Genotype((("tanh", 0), ("relu", 0), ("sigmoid", 1), ("identity", 3)))
+    gomp = ctypes.CDLL(None)  # the OpenMP library that torch has loaded
+    levels = gomp.omp_get_max_active_levels()
+    try:
+        torch.set_num_threads(threads)
+        if refused:
+            gomp.omp_set_max_active_levels(0)  # a region then has one thread, whatever it asks for
+        for masked in (None, mask):
+            assert_close(*both_mixed(inputs, [True] * 5, masked), TOLERANCE[torch.float64])
+            assert_close(*both_discrete(inputs[:4], genotype, [True] * 4, masked), TOLERANCE[torch.float64])
+    finally:
+        gomp.omp_set_max_active_levels(levels)
+        torch.set_num_threads(before)
 
 
 @needs_extension

@@ -24,10 +24,10 @@
 // Weight gradients wait until the loop over time is done: those of the nodes that read s_j are (s_j∘m)^T dpre over all T·B rows, one GEMM.
 // Kept from the forward pass: pre-activations, states, 1/√(v + eps). Nonlinearities are computed again: one exp serves tanh and sigmoid.
 //
-// One parallel region runs the whole sequence. A thread owns a block of units: their columns of every pre-activation, state and weight, so that batch
-// statistics and sums stay within a thread and have one order, and what a thread computes it finds in its own cache. Threads meet once a node, since
-// a GEMM reads all units of a state. A thread's columns of all W_i are copied side by side first, for the forward GEMMs and, transposed, for the
-// backward ones; GEMMs of small matrices are twice as fast on such rows.
+// One parallel region runs the whole sequence, and a thread owns a part of the batch: its rows of every pre-activation and state, which it alone
+// writes and reads, and so finds in its own cache. Threads meet only over the batch's statistics, once a node; the discrete cell has none.
+// All W_i are copied side by side first, for the forward GEMMs, and transposed, for the backward ones: GEMMs of small matrices are twice as fast
+// on such rows. Sums over the batch are made of the threads' sums in the threads' order, so that the same number of threads gives the same bits.
 
 #include <algorithm>
 #include <atomic>
@@ -55,14 +55,14 @@ struct Cell {  // mirrored, field by field, in fused.py
   void* gemm;                      // sgemm_ or dgemm_
   const void *x_proj, *h0, *W0_h, *Ws, *mask;     // (T,B,2H) (B,H) (H,2H) (N,H,2H) (B,H) or null
   const void *p, *present, *average;              // (E,4) in the order tanh relu sigmoid identity; (E); (N+1)
-  void *pre0, *pre, *states, *masked, *previous;  // (T,B,2H); one block (T,B,count·2·own) a state and thread; (N+1,T,B,H); (N,T,B,H), (T,B,H) or null
+  void *pre0, *pre, *states, *masked, *previous;  // (T,B,2H); one block (T,B,count·2H) a state; (N+1,T,B,H); (N,T,B,H), (T,B,H) or null without mask
   void *outputs, *scale;                          // (T,B,H); 1/√(v + eps) (T,N+1,H)
-  void *W_own, *W_back, *W0_back;                 // one block (H,N·2·own) a thread; one (N·2·own,H) a thread; (2H,H); the last two if `keep`
+  void *W_cat, *W_back, *W0_back;                 // (H,N·2H); (N·2H,H); (2H,H); the last two if `keep`
   // backward only; a null pointer is a gradient that nobody asked for
   const void* d_outputs;                          // (T,B,H)
   void *d_states, *scratch, *carry, *d_h;         // (N+1,B,H); (B,H); (B,H); (B,H)
   void *d_h0, *d_W0_h, *d_Ws;                     // as the inputs
-  void *d_W_own;                                  // as W_own
+  void *d_W_cat;                                  // as W_cat
   double* d_p;                                    // (E,5): Σ dr∘s_j∘(1−σ), then Σ dr∘σ∘f_k
 };
 int64_t cell_struct_size() { return sizeof(Cell); }
@@ -71,7 +71,7 @@ int64_t cell_struct_size() { return sizeof(Cell); }
 namespace {
 
 enum Op : int64_t { TANH, RELU, SIGMOID, IDENTITY, MIX };
-constexpr int64_t BLOCK = 8;        // units that a thread owns come in multiples of this
+constexpr int64_t ROWS = 4;         // of the batch for which another thread pays
 constexpr int64_t GRAIN = 4096;     // numbers for which another thread pays
 
 template <class T> struct Limits;
@@ -218,17 +218,46 @@ class Meeting {
   }
 };
 
-// What one thread knows: the cell, and the units lo … lo + n that it owns.
+// What threads tell each other of a node: two numbers a unit, and of how many rows. Two of these are used in turn, so that one thread may write
+// the next node's while another still reads this one's.
+template <class T> struct Share {
+  int64_t rows;
+  std::vector<T> first, second;  // (H) each
+};
+
+// What one thread of a team knows: the cell, and the rows lo … lo + n of the batch that it owns.
+template <class T> struct Team {
+  Meeting meeting;
+  std::vector<int64_t> bounds;      // thread k's rows: bounds[k] … bounds[k + 1]
+  std::vector<Share<T>> shares[2];  // one a thread
+
+  explicit Team(const Cell& d) : Team(d, size(d)) {}
+  int64_t threads() const { return bounds.size() - 1; }
+
+ private:
+  Team(const Cell& d, int64_t threads) : meeting(threads) {
+    for (int64_t k = 0; k <= threads; k++) bounds.push_back(d.batch * k / threads);
+    for (auto& turn : shares) turn.assign(threads, {0, std::vector<T>(d.hidden), std::vector<T>(d.hidden)});
+  }
+  static int64_t size(const Cell& d) {
+    const int64_t work = d.batch * d.hidden * (1 + d.hidden / 64) * d.edges / d.nodes;
+    return std::max<int64_t>(1, std::min({d.threads, d.batch / ROWS, work / GRAIN}));
+  }
+};
+
 template <class T> struct Sequence {
   const Cell& d;
-  Meeting& meeting;
+  Team<T>& team;
+  const int64_t thread;
   double* const sums;  // (E,5), this thread's share of d_p
   const int64_t S, B, H, N, BH, lo, n;
   const T* mask;
+  mutable int64_t turn = 0;
+  mutable std::vector<T> mean, spread;  // (H) each: of the node at hand, over the whole batch
 
-  Sequence(const Cell& cell, Meeting& m, double* s, int64_t from, int64_t to)
-      : d(cell), meeting(m), sums(s), S(cell.steps), B(cell.batch), H(cell.hidden), N(cell.nodes), BH(B * H), lo(from), n(to - from),
-        mask(static_cast<const T*>(cell.mask)) {}
+  Sequence(const Cell& cell, Team<T>& all, int64_t k, double* s)
+      : d(cell), team(all), thread(k), sums(s), S(cell.steps), B(cell.batch), H(cell.hidden), N(cell.nodes), BH(B * H), lo(all.bounds[k]),
+        n(all.bounds[k + 1] - lo), mask(static_cast<const T*>(cell.mask)), mean(H), spread(H) {}
 
   // row-major C (m,k) = beta C + op(A) op(B); BLAS is column-major, so the operands trade places
   void gemm(bool ta, int64_t m, int64_t columns, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, T beta, T* c, int64_t ldc) const {
@@ -242,26 +271,24 @@ template <class T> struct Sequence {
   T* state(int64_t i, int64_t t) const { return static_cast<T*>(d.states) + (i * kept_steps() + kept(t)) * BH; }
   T* masked(int64_t i, int64_t t) const { return mask ? static_cast<T*>(d.masked) + (i * kept_steps() + kept(t)) * BH : state(i, t); }
   T* pre0(int64_t t) const { return static_cast<T*>(d.pre0) + kept(t) * B * 2 * H; }
-  // a thread's block of state j at step t, (B, count·2·own): the c of its units, then their z, node after node
-  T* pre(int64_t j, int64_t t, int64_t from, int64_t own) const {
+  T* pre(int64_t j, int64_t t) const {  // the block of state j at step t, (B, count·2H)
     int64_t before = 0;
     for (int64_t k = 0; k < j; k++) before += d.count[k];
-    return static_cast<T*>(d.pre) + (before * H + d.count[j] * from) * 2 * kept_steps() * B + d.count[j] * 2 * own * kept(t) * B;
+    return static_cast<T*>(d.pre) + (before * kept_steps() + d.count[j] * kept(t)) * B * 2 * H;
   }
   T* output(int64_t t) const { return static_cast<T*>(d.outputs) + t * BH; }
   const T* before(int64_t t) const { return t ? output(t - 1) : static_cast<const T*>(d.h0); }
   const T* masked_before(int64_t t) const { return mask ? static_cast<const T*>(d.previous) + kept(t) * BH : before(t); }
   T a(int64_t i) const { return static_cast<const T*>(d.average)[i]; }
-  T* scale(int64_t i, int64_t t) const { return static_cast<T*>(d.scale) + (kept(t) * (N + 1) + i) * H; }
   Mix<T> mix(int64_t e) const {
     const T* p = static_cast<const T*>(d.p) + 4 * e;
     return {p[0], p[1], p[2], p[3], static_cast<const T*>(d.present)[e]};
   }
 
-  // The edges into node i at step t, as addresses of this thread's part of row 0
+  // The edges into node i at step t, as addresses of row 0
   struct Edge {
-    T *c, *z;
-    int64_t stride;  // from row to row of c and z
+    T* c;            // z follows, H later
+    int64_t stride;  // from row to row of c
     T *state, *d_state;
     Mix<T> p;
     int64_t op;
@@ -269,176 +296,186 @@ template <class T> struct Sequence {
   std::vector<Edge> edges_into(int64_t i, int64_t t) const {
     std::vector<Edge> edges;
     if (i == 0) {
-      T* const c = pre0(t) + lo;
-      edges.push_back({c, c + H, 2 * H, const_cast<T*>(before(t)) + lo, static_cast<T*>(d.carry) + lo, {1, 0, 0, 0, 1}, TANH});
+      edges.push_back({pre0(t), 2 * H, const_cast<T*>(before(t)), static_cast<T*>(d.carry), {1, 0, 0, 0, 1}, TANH});
       return edges;
     }
     for (int64_t e = d.incoming[i - 1]; e < d.incoming[i]; e++) {
       const int64_t j = d.source[e];
-      T* const c = pre(j, t, lo, n) + d.slot[e] * 2 * n;
-      edges.push_back({c, c + n, d.count[j] * 2 * n, state(j, t) + lo, static_cast<T*>(d.d_states) + j * BH + lo, mix(e), d.op[e]});
+      edges.push_back({pre(j, t) + d.slot[e] * 2 * H, d.count[j] * 2 * H, state(j, t), static_cast<T*>(d.d_states) + j * BH, mix(e), d.op[e]});
     }
     return edges;
   }
 
-  // this thread's units of the node with place k: W (H,2H) <-> its columns in a block (H,N·2n)
-  T* own(void* block) const { return static_cast<T*>(block) + H * N * 2 * lo; }
-
+  // this thread's share of the rows of all W: side by side, and transposed
   void lay_out_weights() const {
-    T *const W_own = own(d.W_own), *const W_back = d.keep ? own(d.W_back) : nullptr;
-    for (int64_t k = 0; k < N; k++) {
-      const T* const W = static_cast<const T*>(d.Ws) + d.order[k] * H * 2 * H;
-      for (int64_t r = 0; r < H; r++)
-        for (int64_t half = 0; half < 2; half++) {
-          const T* const from = W + r * 2 * H + half * H + lo;
-          T* const to = W_own + (r * N + k) * 2 * n + half * n;
-          std::memcpy(to, from, sizeof(T) * n);
-          if (W_back)
-            for (int64_t u = 0; u < n; u++) W_back[((2 * k + half) * n + u) * H + r] = from[u];
-        }
+    const int64_t threads = team.threads(), from = H * thread / threads, to = H * (thread + 1) / threads;
+    T *const W_cat = static_cast<T*>(d.W_cat), *const W_back = static_cast<T*>(d.W_back), *const W0_back = static_cast<T*>(d.W0_back);
+    for (int64_t r = from; r < to; r++) {
+      for (int64_t k = 0; k < N; k++) {
+        const T* const W = static_cast<const T*>(d.Ws) + (d.order[k] * H + r) * 2 * H;
+        std::memcpy(W_cat + (r * N + k) * 2 * H, W, sizeof(T) * 2 * H);
+        if (d.keep)
+          for (int64_t u = 0; u < 2 * H; u++) W_back[(k * 2 * H + u) * H + r] = W[u];
+      }
+      if (d.keep)
+        for (int64_t u = 0; u < 2 * H; u++) W0_back[u * H + r] = static_cast<const T*>(d.W0_h)[r * 2 * H + u];
     }
-    if (d.keep)
-      for (int64_t r = 0; r < H; r++)
-        for (int64_t half = 0; half < 2; half++)
-          for (int64_t u = lo; u < lo + n; u++) static_cast<T*>(d.W0_back)[(half * H + u) * H + r] = static_cast<const T*>(d.W0_h)[(r * 2 + half) * H + u];
+  }
+
+  // `mine` filled in by every thread -> all threads' shares
+  const std::vector<Share<T>>& exchange() const {
+    team.meeting.wait();
+    return team.shares[turn++ % 2];
+  }
+  Share<T>& mine() const {
+    Share<T>& share = team.shares[turn % 2][thread];
+    share.rows = n;
+    std::fill(share.first.begin(), share.first.end(), T(0));
+    std::fill(share.second.begin(), share.second.end(), T(0));
+    return share;
   }
 
   void forward() const {
     lay_out_weights();
     if (mask)
-      for (int64_t b = 0; b < B; b++)
-        for (int64_t u = b * H + lo; u < b * H + lo + n; u++) static_cast<T*>(d.previous)[u] = static_cast<const T*>(d.h0)[u] * mask[u];
-    meeting.wait();
+      for (int64_t u = lo * H; u < (lo + n) * H; u++) static_cast<T*>(d.previous)[u] = static_cast<const T*>(d.h0)[u] * mask[u];
+    team.meeting.wait();
     for (int64_t t = 0; t < S; t++) {
-      for (int64_t half = 0; half < 2; half++) {
-        T* const to = pre0(t) + half * H + lo;
-        const T* const x = static_cast<const T*>(d.x_proj) + t * B * 2 * H + half * H + lo;
-        for (int64_t b = 0; b < B; b++) std::memcpy(to + b * 2 * H, x + b * 2 * H, sizeof(T) * n);
-        gemm(false, B, n, H, masked_before(t), H, static_cast<const T*>(d.W0_h) + half * H + lo, 2 * H, 1, to, 2 * H);
-      }
+      std::memcpy(pre0(t) + lo * 2 * H, static_cast<const T*>(d.x_proj) + (t * B + lo) * 2 * H, sizeof(T) * n * 2 * H);
+      gemm(false, n, 2 * H, H, masked_before(t) + lo * H, H, static_cast<const T*>(d.W0_h), 2 * H, 1, pre0(t) + lo * 2 * H, 2 * H);
       node_forward(0, t);
-      meeting.wait();
       for (int64_t j = 0; j < N; j++) {
-        const int64_t width = d.count[j] * 2 * n;
-        if (width) gemm(false, B, width, H, masked(j, t), H, own(d.W_own) + d.first[j] * 2 * n, N * 2 * n, 0, pre(j, t, lo, n), width);
+        const int64_t width = d.count[j] * 2 * H;
+        const T* const W = static_cast<const T*>(d.W_cat) + d.first[j] * 2 * H;
+        if (width) gemm(false, n, width, H, masked(j, t) + lo * H, H, W, N * 2 * H, 0, pre(j, t) + lo * width, width);
         node_forward(j + 1, t);
-        if (j + 1 == N || d.count[j + 1]) meeting.wait();  // whoever multiplies the state next reads all of its units
       }
     }
   }
 
   void node_forward(int64_t i, int64_t t) const {
     const std::vector<Edge> edges = edges_into(i, t);
-    T* const r = state(i, t) + lo;
-    std::vector<T> mean(n, T(0));
-    for (int64_t b = 0; b < B; b++) {
+    T* const r = state(i, t);
+    Share<T>& share = mine();
+    for (int64_t b = lo; b < lo + n; b++) {
       T* const row = r + b * H;
-      std::fill(row, row + n, T(0));
+      std::fill(row, row + H, T(0));
       for (const Edge& e : edges) {
-        const T *c = e.c + b * e.stride, *z = e.z + b * e.stride, *sj = e.state + b * H;
-        if (b + 1 < B) fetch(c + e.stride, n), fetch(z + e.stride, n);
+        const T *c = e.c + b * e.stride, *z = c + H, *sj = e.state + b * H;
+        if (b + 1 < lo + n) fetch(c + e.stride, 2 * H);
         switch (e.op) {
-          case TANH: edge_forward<T, TANH>(n, c, z, sj, e.p, row); break;
-          case RELU: edge_forward<T, RELU>(n, c, z, sj, e.p, row); break;
-          case SIGMOID: edge_forward<T, SIGMOID>(n, c, z, sj, e.p, row); break;
-          case IDENTITY: edge_forward<T, IDENTITY>(n, c, z, sj, e.p, row); break;
-          default: edge_forward<T, MIX>(n, c, z, sj, e.p, row);
+          case TANH: edge_forward<T, TANH>(H, c, z, sj, e.p, row); break;
+          case RELU: edge_forward<T, RELU>(H, c, z, sj, e.p, row); break;
+          case SIGMOID: edge_forward<T, SIGMOID>(H, c, z, sj, e.p, row); break;
+          case IDENTITY: edge_forward<T, IDENTITY>(H, c, z, sj, e.p, row); break;
+          default: edge_forward<T, MIX>(H, c, z, sj, e.p, row);
         }
       }
-      if (d.normalise)
+      if (d.normalise) {
+        T* __restrict sum = share.first.data();
 #pragma omp simd
-        for (int64_t u = 0; u < n; u++) mean[u] += row[u];
+        for (int64_t u = 0; u < H; u++) sum[u] += row[u];
+      }
     }
-    if (d.normalise) {
-      T* const v = scale(i, t) + lo;
-      for (int64_t u = 0; u < n; u++) mean[u] /= T(B), v[u] = 0;
-      for (int64_t b = 0; b < B; b++)
+    if (d.normalise) statistics(r, share, static_cast<T*>(d.scale) + (kept(t) * (N + 1) + i) * H);
+    for (int64_t b = lo; b < lo + n; b++) finish_row(i, t, b);
+  }
+
+  // `mean` and 1/√(v + eps) in `spread`, of the whole batch: each thread's mean and its squares about that (Chan, Golub and LeVeque 1979, eq. 2.1)
+  void statistics(const T* r, Share<T>& share, T* scale) const {
+    for (int64_t u = 0; u < H; u++) share.first[u] /= T(n);
+    for (int64_t b = lo; b < lo + n; b++) {
+      const T *__restrict row = r + b * H, *__restrict centre = share.first.data();
+      T* __restrict squares = share.second.data();
 #pragma omp simd
-        for (int64_t u = 0; u < n; u++) v[u] += (r[b * H + u] - mean[u]) * (r[b * H + u] - mean[u]);
-      for (int64_t u = 0; u < n; u++) v[u] = T(1) / std::sqrt(v[u] / T(B) + T(d.eps));
+      for (int64_t u = 0; u < H; u++) squares[u] += (row[u] - centre[u]) * (row[u] - centre[u]);
     }
-    for (int64_t b = 0; b < B; b++) finish_row(i, t, b, mean.data());
+    const std::vector<Share<T>>& all = exchange();
+    std::fill(mean.begin(), mean.end(), T(0));
+    std::fill(spread.begin(), spread.end(), T(0));
+    for (const Share<T>& other : all)
+      for (int64_t u = 0; u < H; u++) mean[u] += other.first[u] * (T(other.rows) / T(B));
+    for (const Share<T>& other : all)
+      for (int64_t u = 0; u < H; u++) spread[u] += other.second[u] + T(other.rows) * (other.first[u] - mean[u]) * (other.first[u] - mean[u]);
+    for (int64_t u = 0; u < H; u++) spread[u] = T(1) / std::sqrt(spread[u] / T(B) + T(d.eps));
+    if (thread == 0) std::copy(spread.begin(), spread.end(), scale);
   }
 
   // what becomes of a state's row: normalised, masked for the GEMM, added to the output
-  void finish_row(int64_t i, int64_t t, int64_t b, const T* __restrict mean) const {
-    T* __restrict row = state(i, t) + b * H + lo;
-    T* __restrict out = output(t) + b * H + lo;
+  void finish_row(int64_t i, int64_t t, int64_t b) const {
+    T* __restrict row = state(i, t) + b * H;
+    T* __restrict out = output(t) + b * H;
     if (d.normalise) {
-      const T* __restrict v = scale(i, t) + lo;
+      const T *__restrict centre = mean.data(), *__restrict v = spread.data();
 #pragma omp simd
-      for (int64_t u = 0; u < n; u++) row[u] = (row[u] - mean[u]) * v[u];
+      for (int64_t u = 0; u < H; u++) row[u] = (row[u] - centre[u]) * v[u];
     }
-    if (i == 0) std::fill(out, out + n, T(0));
+    if (i == 0) std::fill(out, out + H, T(0));
     if (const T w = a(i); w != 0)
 #pragma omp simd
-      for (int64_t u = 0; u < n; u++) out[u] += w * row[u];
+      for (int64_t u = 0; u < H; u++) out[u] += w * row[u];
     if (!mask) return;
-    const T* __restrict m = mask + b * H + lo;
+    const T* __restrict m = mask + b * H;
     if (i < N) {
-      T* __restrict sm = masked(i, t) + b * H + lo;
+      T* __restrict sm = masked(i, t) + b * H;
 #pragma omp simd
-      for (int64_t u = 0; u < n; u++) sm[u] = row[u] * m[u];
+      for (int64_t u = 0; u < H; u++) sm[u] = row[u] * m[u];
     } else if (t + 1 < S) {
-      T* __restrict hm = static_cast<T*>(d.previous) + kept(t + 1) * BH + b * H + lo;
+      T* __restrict hm = static_cast<T*>(d.previous) + kept(t + 1) * BH + b * H;
 #pragma omp simd
-      for (int64_t u = 0; u < n; u++) hm[u] = out[u] * m[u];
+      for (int64_t u = 0; u < H; u++) hm[u] = out[u] * m[u];
     }
   }
 
-  void backward(const std::vector<int64_t>& bounds) const {
+  void backward() const {
     T *const g = static_cast<T*>(d.scratch), *const carry = static_cast<T*>(d.carry), *const dh = static_cast<T*>(d.d_h);
     for (int64_t t = S - 1; t >= 0; t--) {
       for (int64_t i = N; i >= 0; i--) {
-        const bool read = i < N && d.count[i];
-        if (read) {
-          meeting.wait();  // until dpre of all units is there
-          for (size_t k = 0; k + 1 < bounds.size(); k++) {
-            const int64_t from = bounds[k], own = bounds[k + 1] - from, width = d.count[i] * 2 * own;
-            const T* const W = static_cast<const T*>(d.W_back) + (H * N * from + H * d.first[i] * own) * 2;
-            gemm(false, B, n, width, pre(i, t, from, own), width, W + lo, H, k ? 1 : 0, g + lo, H);
-          }
-        }
-        node_backward(i, t, read);
+        const int64_t width = i < N ? d.count[i] * 2 * H : 0;
+        const T* const W = static_cast<const T*>(d.W_back) + (i < N ? d.first[i] * 2 * H * H : 0);
+        if (width) gemm(false, n, H, width, pre(i, t) + lo * width, width, W, H, 0, g + lo * H, H);
+        node_backward(i, t, width > 0);
       }
-      meeting.wait();
-      gemm(false, B, n, 2 * H, pre0(t), 2 * H, static_cast<const T*>(d.W0_back) + lo, H, 0, dh + lo, H);
-      for (int64_t b = 0; b < B; b++)  // what reaches h beside `carry`, which node 0 has written
-        for (int64_t u = b * H + lo; u < b * H + lo + n; u++) carry[u] += mask ? dh[u] * mask[u] : dh[u];
+      gemm(false, n, H, 2 * H, pre0(t) + lo * 2 * H, 2 * H, static_cast<const T*>(d.W0_back), H, 0, dh + lo * H, H);
+      // what reaches h beside `carry`, which node 0 has written
+      for (int64_t u = lo * H; u < (lo + n) * H; u++) carry[u] += mask ? dh[u] * mask[u] : dh[u];
     }
-    if (T* to = static_cast<T*>(d.d_h0))
-      for (int64_t b = 0; b < B; b++) std::memcpy(to + b * H + lo, carry + b * H + lo, sizeof(T) * n);
-    weight_gradients();
+    if (d.d_h0) std::memcpy(static_cast<T*>(d.d_h0) + lo * H, carry + lo * H, sizeof(T) * n * H);
   }
 
   void node_backward(int64_t i, int64_t t, bool later) const {
     const std::vector<Edge> edges = edges_into(i, t);
     T* const d_states = static_cast<T*>(d.d_states);
-    std::vector<T> mean(n, T(0)), along(n, T(0));
-    for (int64_t b = 0; b < B; b++) gather_row(i, t, b, later, mean.data(), along.data());
-    for (int64_t u = 0; u < n; u++) mean[u] /= T(B), along[u] /= T(B);
-    for (int64_t b = 0; b < B; b++) {
-      T* __restrict dr = d_states + i * BH + b * H + lo;
-      const T* __restrict s = state(i, t) + b * H + lo;
+    const T* const v = static_cast<const T*>(d.scale) + (t * (N + 1) + i) * H;
+    Share<T>& share = mine();
+    for (int64_t b = lo; b < lo + n; b++) gather_row(i, t, b, later, share.first.data(), share.second.data());
+    if (d.normalise) {
+      std::fill(mean.begin(), mean.end(), T(0));
+      std::fill(spread.begin(), spread.end(), T(0));
+      for (const Share<T>& other : exchange())
+        for (int64_t u = 0; u < H; u++) mean[u] += other.first[u] / T(B), spread[u] += other.second[u] / T(B);
+    }
+    for (int64_t b = lo; b < lo + n; b++) {
+      T* __restrict dr = d_states + i * BH + b * H;
       if (d.normalise) {
-        const T* __restrict v = scale(i, t) + lo;
+        const T *__restrict s = state(i, t) + b * H, *__restrict across = mean.data(), *__restrict along = spread.data(), *__restrict scale = v;
 #pragma omp simd
-        for (int64_t u = 0; u < n; u++) dr[u] = v[u] * (dr[u] - mean[u] - s[u] * along[u]);
+        for (int64_t u = 0; u < H; u++) dr[u] = scale[u] * (dr[u] - across[u] - s[u] * along[u]);
       }
-      if (i == 0) std::fill_n(static_cast<T*>(d.carry) + b * H + lo, n, T(0));
+      if (i == 0) std::fill_n(static_cast<T*>(d.carry) + b * H, H, T(0));
       for (size_t k = 0; k < edges.size(); k++) {
         const Edge& e = edges[k];
-        T *c = e.c + b * e.stride, *z = e.z + b * e.stride, *ds = e.d_state + b * H;
+        T *c = e.c + b * e.stride, *z = c + H, *ds = e.d_state + b * H;
         const T* sj = e.state + b * H;
-        if (b + 1 < B) fetch(c + e.stride, n), fetch(z + e.stride, n);
+        if (b + 1 < lo + n) fetch(c + e.stride, 2 * H);
         switch (e.op) {
-          case TANH: edge_backward<T, TANH, false>(n, c, z, sj, dr, e.p, ds, nullptr); break;
-          case RELU: edge_backward<T, RELU, false>(n, c, z, sj, dr, e.p, ds, nullptr); break;
-          case SIGMOID: edge_backward<T, SIGMOID, false>(n, c, z, sj, dr, e.p, ds, nullptr); break;
-          case IDENTITY: edge_backward<T, IDENTITY, false>(n, c, z, sj, dr, e.p, ds, nullptr); break;
+          case TANH: edge_backward<T, TANH, false>(H, c, z, sj, dr, e.p, ds, nullptr); break;
+          case RELU: edge_backward<T, RELU, false>(H, c, z, sj, dr, e.p, ds, nullptr); break;
+          case SIGMOID: edge_backward<T, SIGMOID, false>(H, c, z, sj, dr, e.p, ds, nullptr); break;
+          case IDENTITY: edge_backward<T, IDENTITY, false>(H, c, z, sj, dr, e.p, ds, nullptr); break;
           default:
-            if (d.d_p) edge_backward<T, MIX, true>(n, c, z, sj, dr, e.p, ds, sums + (d.incoming[i - 1] + k) * 5);
-            else edge_backward<T, MIX, false>(n, c, z, sj, dr, e.p, ds, nullptr);
+            if (d.d_p) edge_backward<T, MIX, true>(H, c, z, sj, dr, e.p, ds, sums + (d.incoming[i - 1] + k) * 5);
+            else edge_backward<T, MIX, false>(H, c, z, sj, dr, e.p, ds, nullptr);
         }
       }
     }
@@ -447,66 +484,54 @@ template <class T> struct Sequence {
   // ds_i's row complete, and for batch statistics its sums over the batch
   void gather_row(int64_t i, int64_t t, int64_t b, bool later, T* __restrict mean, T* __restrict along) const {
     T* const d_states = static_cast<T*>(d.d_states);
-    T* __restrict ds = d_states + i * BH + b * H + lo;
-    T* __restrict dh = static_cast<T*>(d.d_h) + b * H + lo;
+    T* __restrict ds = d_states + i * BH + b * H;
+    T* __restrict dh = static_cast<T*>(d.d_h) + b * H;
     if (i == N) {  // a new time step: dh' is known, and no state has heard of it
-      const T *out = static_cast<const T*>(d.d_outputs) + t * BH + b * H + lo, *carry = static_cast<const T*>(d.carry) + b * H + lo;
-      for (int64_t u = 0; u < n; u++) dh[u] = out[u] + carry[u];
-      for (int64_t j = 0; j <= N; j++) std::fill_n(d_states + j * BH + b * H + lo, n, T(0));
+      const T *out = static_cast<const T*>(d.d_outputs) + t * BH + b * H, *carry = static_cast<const T*>(d.carry) + b * H;
+      for (int64_t u = 0; u < H; u++) dh[u] = out[u] + carry[u];
+      for (int64_t j = 0; j <= N; j++) std::fill_n(d_states + j * BH + b * H, H, T(0));
     }
     if (const T w = a(i); w != 0)
 #pragma omp simd
-      for (int64_t u = 0; u < n; u++) ds[u] += w * dh[u];
+      for (int64_t u = 0; u < H; u++) ds[u] += w * dh[u];
     if (later) {
-      const T* __restrict g = static_cast<const T*>(d.scratch) + b * H + lo;
-      const T* __restrict m = mask ? mask + b * H + lo : nullptr;
+      const T* __restrict g = static_cast<const T*>(d.scratch) + b * H;
+      const T* __restrict m = mask ? mask + b * H : nullptr;
       if (m)
 #pragma omp simd
-        for (int64_t u = 0; u < n; u++) ds[u] += m[u] * g[u];
+        for (int64_t u = 0; u < H; u++) ds[u] += m[u] * g[u];
       else
 #pragma omp simd
-        for (int64_t u = 0; u < n; u++) ds[u] += g[u];
+        for (int64_t u = 0; u < H; u++) ds[u] += g[u];
     }
     if (d.normalise) {
-      const T* __restrict s = state(i, t) + b * H + lo;
+      const T* __restrict s = state(i, t) + b * H;
 #pragma omp simd
-      for (int64_t u = 0; u < n; u++) mean[u] += ds[u], along[u] += ds[u] * s[u];
+      for (int64_t u = 0; u < H; u++) mean[u] += ds[u], along[u] += ds[u] * s[u];
     }
   }
 
+  // for the caller's thread once all rows are done; BLAS shares the work out
   void weight_gradients() const {
-    if (d.d_W0_h)
-      for (int64_t half = 0; half < 2; half++) {
-        T* const dw = static_cast<T*>(d.d_W0_h) + half * H + lo;
-        const int64_t at = half * H + lo;
-        if (mask) {
-          gemm(true, H, n, S * B, static_cast<const T*>(d.previous), H, pre0(0) + at, 2 * H, 0, dw, 2 * H);
-        } else {
-          gemm(true, H, n, B, before(0), H, pre0(0) + at, 2 * H, 0, dw, 2 * H);
-          if (S > 1) gemm(true, H, n, (S - 1) * B, output(0), H, pre0(1) + at, 2 * H, 1, dw, 2 * H);
-        }
+    if (T* dw = static_cast<T*>(d.d_W0_h)) {
+      if (mask) {
+        gemm(true, H, 2 * H, S * B, static_cast<const T*>(d.previous), H, pre0(0), 2 * H, 0, dw, 2 * H);
+      } else {
+        gemm(true, H, 2 * H, B, before(0), H, pre0(0), 2 * H, 0, dw, 2 * H);
+        if (S > 1) gemm(true, H, 2 * H, (S - 1) * B, output(0), H, pre0(1), 2 * H, 1, dw, 2 * H);
       }
+    }
     if (!d.d_Ws) return;
-    T* const block = own(d.d_W_own);  // the ranges of two states overlap in the mixed cell, hence sums
-    std::fill_n(block, H * N * 2 * n, T(0));
+    T* const dw = static_cast<T*>(d.d_W_cat);  // the ranges of two states overlap in the mixed cell, hence sums
+    std::fill_n(dw, H * N * 2 * H, T(0));
     for (int64_t j = 0; j < N; j++)
-      if (const int64_t width = d.count[j] * 2 * n)
-        gemm(true, H, width, S * B, masked(j, 0), H, pre(j, 0, lo, n), width, 1, block + d.first[j] * 2 * n, N * 2 * n);
+      if (const int64_t width = d.count[j] * 2 * H)
+        gemm(true, H, width, S * B, masked(j, 0), H, pre(j, 0), width, 1, dw + d.first[j] * 2 * H, N * 2 * H);
     for (int64_t k = 0; k < N; k++)
       for (int64_t r = 0; r < H; r++)
-        for (int64_t half = 0; half < 2; half++)
-          std::memcpy(static_cast<T*>(d.d_Ws) + (d.order[k] * H + r) * 2 * H + half * H + lo, block + (r * N + k) * 2 * n + half * n, sizeof(T) * n);
+        std::memcpy(static_cast<T*>(d.d_Ws) + (d.order[k] * H + r) * 2 * H, dw + (r * N + k) * 2 * H, sizeof(T) * 2 * H);
   }
 };
-
-// Where each thread's units begin, and the last's end. The same for the forward and the backward pass of a sequence, which share a layout.
-std::vector<int64_t> shares(const Cell& d) {
-  const int64_t blocks = (d.hidden + BLOCK - 1) / BLOCK, work = d.batch * d.hidden * (1 + d.hidden / 64) * d.edges / d.nodes;
-  const int64_t threads = std::max<int64_t>(1, std::min({d.threads, blocks / 2, work / GRAIN}));
-  std::vector<int64_t> bounds;
-  for (int64_t k = 0; k <= threads; k++) bounds.push_back(std::min(d.hidden, blocks * k / threads * BLOCK));
-  return bounds;
-}
 
 // run f(k) on every thread k of a team that is there as a whole
 template <class F> void together(int64_t threads, const F& f) {
@@ -522,20 +547,19 @@ template <class F> void together(int64_t threads, const F& f) {
 }
 
 template <class T> void run_forward(const Cell& d) {
-  const std::vector<int64_t> bounds = shares(d);
-  Meeting meeting(bounds.size() - 1);
-  together(bounds.size() - 1, [&](int64_t k) { Sequence<T>(d, meeting, nullptr, bounds[k], bounds[k + 1]).forward(); });
+  Team<T> team(d);
+  together(team.threads(), [&](int64_t k) { Sequence<T>(d, team, k, nullptr).forward(); });
 }
 
 template <class T> void run_backward(const Cell& d) {
-  const std::vector<int64_t> bounds = shares(d);
-  const int64_t threads = bounds.size() - 1, width = (d.edges * 5 + 15) / 8 * 8;  // no two threads in one cache line
+  Team<T> team(d);
+  const int64_t threads = team.threads(), width = (d.edges * 5 + 15) / 8 * 8;  // no two threads in one cache line
   std::vector<double> sums(threads * width, 0.0);
-  Meeting meeting(threads);
-  together(threads, [&](int64_t k) { Sequence<T>(d, meeting, &sums[k * width], bounds[k], bounds[k + 1]).backward(bounds); });
+  together(threads, [&](int64_t k) { Sequence<T>(d, team, k, &sums[k * width]).backward(); });
   if (d.d_p)
     for (int64_t k = 0; k < threads; k++)
       for (int64_t e = 0; e < d.edges * 5; e++) d.d_p[e] += sums[k * width + e];
+  Sequence<T>(d, team, 0, nullptr).weight_gradients();
 }
 
 // logits (rows, V) without bias -> nll (rows); with scale != 0 the logits become scale·(softmax − onehot).
