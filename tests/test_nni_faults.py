@@ -113,7 +113,7 @@ def test_proxyless_exports_the_strongest_paths():
 
 @tianshou
 def test_enas_loader(tmp_path):
-    with pytest.raises(Exception):  # noqa: B017 (which, depends on the batch: its parts are taken for a batch and its number)
+    with pytest.raises(Exception):
         one_shot(nni_strategy.ENAS(reward_metric_name="default"), tmp_path)
     one_shot(strategies.ENAS(), tmp_path)
 
