@@ -126,7 +126,7 @@ def _choose_cell(arguments) -> str | None:
         experiment = load_experiment(arguments.experiment)
         trial = experiment.best()
         arguments.genotype, name = trial.result.genotype, f"{experiment.id}-{trial.id}"
-        arguments.recipe = arguments.recipe or trial.recipe
+        arguments.recipe = trial.recipe if arguments.recipe is None else arguments.recipe
         if arguments.corpus is None:
             for option in ("corpus", "corpus_folder", "corpus_mirror", "alpha_fraction"):
                 setattr(arguments, option, getattr(arguments, option) or getattr(trial.options, option))
@@ -134,5 +134,6 @@ def _choose_cell(arguments) -> str | None:
                         f"validation perplexity {trial.result.valid_perplexity:.2f}")
     elif not arguments.genotype:
         raise ValueError("the following arguments are required: --genotype or --from")
-    arguments.corpus, arguments.recipe = arguments.corpus or "pydoc", arguments.recipe or "small"
+    arguments.corpus = "pydoc" if arguments.corpus is None else arguments.corpus  # an empty text is no corpus, and is refused as one
+    arguments.recipe = "small" if arguments.recipe is None else arguments.recipe
     return name

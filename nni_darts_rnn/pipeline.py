@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import platform
 import time
 import warnings
@@ -28,7 +30,8 @@ def package_versions() -> dict[str, str]:
 
 
 def check_fits(corpus: Corpus, *parts: SearchRecipe | RetrainRecipe) -> None:
-    """`ValueError`, before anything is trained or written, where a text is too short for the streams that a part of the recipe asks for."""
+    """`ValueError`, before anything is trained or written, where a text is too short for the streams that a part of the recipe asks for, or
+    where the weights and their gradient alone are more than this machine's memory."""
     for part in parts:
         if isinstance(part, SearchRecipe):
             prefix, texts = "search", {"batch_size": [("training", corpus.train), ("α's", corpus.valid if corpus.alpha is None else corpus.alpha)],
@@ -41,6 +44,19 @@ def check_fits(corpus: Corpus, *parts: SearchRecipe | RetrainRecipe) -> None:
                 B = getattr(part, field)
                 if len(tokens) < 2 * B:
                     raise ValueError(f"{prefix}.{field}: {B} streams need a text of at least {2 * B} tokens, but {what} text has {len(tokens)}")
+        V, H = len(corpus.vocab), part.hidden_size
+        needed, there = 8 * (V * H + V + 4 * H * H), _memory()  # float32 twice; of the cell only W0, whose size every cell shares
+        if needed > there:
+            raise ValueError(f"{prefix}.hidden_size: {H} units for {V:,} words need {needed / 1e9:,.0f} GB for the weights and their gradient alone, "
+                             f"but this machine has {there / 1e9:,.0f} GB of memory; take fewer units, or put <unk> for rare words")
+
+
+def _memory() -> float:
+    """Bytes of memory of this machine, or infinity where the system does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return math.inf
 
 
 def take_fast_path(corpus: Corpus, recipe: SearchRecipe | RetrainRecipe, n_nodes: int | None = None) -> str | None:

@@ -55,9 +55,10 @@ def run(arguments: argparse.Namespace, parameters: dict, report) -> dict:
     seed = checked_seed(parameters.pop("seed", 0))
     recipe = checked_recipe(arguments, parameters)
     prepare_torch(arguments)
-    from .pipeline import whole_run
+    from .pipeline import check_fits, whole_run
 
     corpus = open_corpus(arguments)
+    check_fits(corpus, recipe.search, recipe.retrain)
     folder = Path(os.environ.get("NNI_OUTPUT_DIR", "."))
     print(f"corpus {corpus.describe()}; recipe {recipe.name}; seed {seed}", flush=True)
     return whole_run(corpus, recipe, seed, folder, report, progress=False, device=arguments.device)
