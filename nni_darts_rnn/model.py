@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .cell import INIT_RANGE, DiscreteRNN, variational_mask
 from .corpus import BpttBatches, fixed_length, streams
-from .fused import linear_cross_entropy
+from .cross_entropy import linear_cross_entropy
 from .genotype import Genotype
 
 

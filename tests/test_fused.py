@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nni_darts_rnn import cell, fused, supernet
+from nni_darts_rnn import cell, cross_entropy, extension, fused, supernet
 from nni_darts_rnn.genotype import DARTS_V1, DARTS_V2, ENAS, PRIMITIVES, Genotype
 from nni_darts_rnn.model import LanguageModel
 from nni_darts_rnn.supernet import MixedRNN
@@ -26,7 +26,7 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
 def switch(monkeypatch):
     """Each test starts with the extension turned on, and leaves nothing behind."""
     monkeypatch.delenv(fused.SWITCH, raising=False)
-    monkeypatch.setattr(fused._State, "on", True)
+    monkeypatch.setattr(extension.State, "on", True)
 
 
 def tensors(T, B, H, N, dtype=torch.float64, seed=0):
@@ -224,7 +224,7 @@ def test_what_the_extension_does_not_cover_runs_all_the_same(monkeypatch):
 
 
 def test_nothing_is_fast_before_it_was_asked_for(monkeypatch):
-    monkeypatch.setattr(fused._State, "on", False)
+    monkeypatch.setattr(extension.State, "on", False)
     assert not fused.enabled()
     assert not fused.prepare(1.0)  # a second of work is not worth a build, compiled already or not
     assert fused.prepare(3600.0) == fused.available()
@@ -235,18 +235,18 @@ def test_nothing_is_fast_before_it_was_asked_for(monkeypatch):
 # --- the loss ----------------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("extension", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("needs", [(1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0)])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_linear_cross_entropy(extension, needs, with_bias, monkeypatch):
-    monkeypatch.setattr(fused._State, "on", extension)
-    monkeypatch.setitem(fused._CHUNK, "cpu", 1)  # blocks of 64 rows
+def test_linear_cross_entropy(compiled, needs, with_bias, monkeypatch):
+    monkeypatch.setattr(extension.State, "on", compiled)
+    monkeypatch.setitem(cross_entropy._CHUNK, "cpu", 1)  # blocks of 64 rows
     g = torch.Generator().manual_seed(3)
     for dtype in (torch.float64, torch.float32):
         x, w, b = (torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for shape in ((150, 7), (31, 7), (31,)))
         y = torch.randint(31, (150,), generator=g)
         results = []
-        for function in (fused.linear_cross_entropy, lambda x, w, b, y: F.cross_entropy(F.linear(x, w, b), y)):
+        for function in (cross_entropy.linear_cross_entropy, lambda x, w, b, y: F.cross_entropy(F.linear(x, w, b), y)):
             leaves = [t.clone().requires_grad_(bool(n)) for t, n in zip((x, w, b), needs)]
             if not with_bias:
                 leaves[2] = None
@@ -260,9 +260,9 @@ def test_linear_cross_entropy_differentiates_twice_and_refuses_bad_targets():
     g = torch.Generator().manual_seed(3)
     x, w, b = (torch.randn(shape, generator=g, dtype=torch.float64, requires_grad=True) for shape in ((9, 4), (5, 4), (5,)))
     y = torch.randint(5, (9,), generator=g)
-    assert torch.autograd.gradgradcheck(lambda *a: fused.linear_cross_entropy(*a, y), (x, w, b))
+    assert torch.autograd.gradgradcheck(lambda *a: cross_entropy.linear_cross_entropy(*a, y), (x, w, b))
     with pytest.raises((IndexError, RuntimeError)):
-        fused.linear_cross_entropy(x, w, b, y + 5)
+        cross_entropy.linear_cross_entropy(x, w, b, y + 5)
 
 
 def test_linear_cross_entropy_under_autocast():
@@ -270,7 +270,7 @@ def test_linear_cross_entropy_under_autocast():
     x, w, b = (torch.randn(shape, generator=g, requires_grad=True) for shape in ((20, 16), (11, 16), (11,)))
     y = torch.randint(11, (20,), generator=g)
     results = []
-    for function in (fused.linear_cross_entropy, lambda x, w, b, y: F.cross_entropy(F.linear(x, w, b), y)):
+    for function in (cross_entropy.linear_cross_entropy, lambda x, w, b, y: F.cross_entropy(F.linear(x, w, b), y)):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = function(x, w, b, y)
         results.append([loss.detach(), *torch.autograd.grad(loss, [x, w, b])])
@@ -285,7 +285,7 @@ def test_a_language_model_learns_the_same(monkeypatch):
     """Changes of the weights after a step, compared as changes, so that a missed update cannot hide in a tolerance."""
     steps = []
     for on in (False, True):
-        monkeypatch.setattr(fused._State, "on", on)
+        monkeypatch.setattr(extension.State, "on", on)
         torch.manual_seed(0)
         model = LanguageModel(50, MixedRNN(12, 12, 3, dropout_x=0.5, dropout_h=0.25), dropout=0.5, dropout_i=0.2).double()
         before = [p.detach().clone() for p in model.parameters()]

@@ -1,5 +1,6 @@
-// The discrete and the mixed recurrent cell over a whole sequence, forward and backward, on the CPU. `fused.py` compiles, loads and calls this file;
-// the readable forms that it must equal are `cell.discrete_cell` and `supernet.mixed_cell`. No torch headers: BLAS's gemm comes in as a pointer.
+// The discrete and the mixed recurrent cell over a whole sequence, forward and backward, on the CPU. `extension.py` compiles and loads this file,
+// `fused.py` calls it; the readable forms that it must equal are `cell.discrete_cell` and `supernet.mixed_cell`. No torch headers: BLAS's gemm comes
+// in as a pointer.
 //
 // One description covers both cells: a graph of edges e = (j -> i) between states s_0 … s_N, each with mixing weights p_k and P = sum of the p_k.
 // The discrete cell has one edge a node, p one-hot, P = 1, and no normalisation. At each time step, with masks m (or none),
@@ -42,7 +43,7 @@
 #include <sched.h>
 
 extern "C" {
-struct Cell {  // mirrored, field by field, in fused.py
+struct Cell {  // mirrored, field by field, in extension.py
   int64_t steps, batch, hidden, nodes, edges, threads;
   int64_t normalise;  // 1: with the batch's statistics, 0: not at all
   int64_t keep;       // 1: pre0, pre, states, masked have all time steps, for the backward pass; 0: one step, used again and again

@@ -1,0 +1,105 @@
+"""Cross-entropy of a linear layer without its logits (R, V), by blocks of rows."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .extension import State, enabled
+from .fused import differentiable, plain
+
+_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}  # numbers in one block of logits: the CPU's cache, and enough for a GPU to be busy
+
+
+def linear_cross_entropy(dropped: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """F.cross_entropy(F.linear(dropped, weight, bias), targets) without the logits (R, V): mean nats per row.
+
+    dropped (R, H), weight (V, H), bias (V) or None, targets (R) of 0 … V−1. Logits are made for a block of rows at a time, and where a gradient
+    is wanted the block's share of it is computed at once, so nothing of size V is kept for a row. On any device, with or without the extension,
+    under autocast.
+    """
+    if State.forced_off or not plain() or torch.overrides.has_torch_function((dropped, weight, targets)) or targets.dim() != 1 or not len(targets):
+        return _readable_cross_entropy(dropped, weight, bias, targets)
+    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (dropped, weight, bias)]
+    if any(needs):
+        return _LinearCrossEntropy.apply(dropped, weight, bias, targets)
+    return _cross_entropy(dropped, weight, bias, targets, needs)[0]
+
+
+def _readable_cross_entropy(dropped, weight, bias, targets):
+    return F.cross_entropy(F.linear(dropped, weight, bias), targets)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, dropped, weight, bias, targets):
+        ctx.save_for_backward(dropped, weight, bias, targets)
+        loss, *grads = _cross_entropy(dropped, weight, bias, targets, ctx.needs_input_grad)
+        ctx.grads = grads
+        return loss
+
+    @staticmethod
+    def backward(ctx, d_loss):
+        if torch.is_grad_enabled():
+            return differentiable(_readable_cross_entropy, ctx.saved_tensors, ctx.needs_input_grad, d_loss)
+        return (*(None if g is None else g * d_loss.to(g.dtype) for g in ctx.grads), None)
+
+
+@torch.no_grad()
+def _cross_entropy(dropped: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, needs) -> list[Tensor | None]:
+    """The loss and its gradients with respect to dropped, weight and bias, each None where `needs` has False."""
+    device = dropped.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dropped.dtype
+    with torch.autocast(device, enabled=False):
+        x, w = dropped.to(dtype), weight.to(dtype)
+        b = None if bias is None else bias.to(dtype)
+        (R, H), V = x.shape, len(w)
+        rows = max(64, _CHUNK.get(device, _CHUNK["cuda"]) // V)
+        d_x = torch.empty_like(dropped) if needs[0] else None
+        d_w = torch.zeros(V, H, dtype=w.dtype if dtype.itemsize >= 4 else torch.float32, device=w.device) if needs[1] else None
+        d_b = torch.zeros(V, dtype=torch.float32 if dtype.itemsize < 4 else dtype, device=w.device) if needs[2] else None
+        nats = torch.zeros((), dtype=torch.float64, device=x.device)
+        space = x.new_empty(min(rows, R), V)  # one block of logits, used again and again
+        for start in range(0, R, rows):
+            part, y = x[start:start + rows], targets[start:start + rows]
+            logits = torch.mm(part, w.t(), out=space[:len(part)])  # (rows, H) (H, V) -> (rows, V)
+            nll, d = _softmax_rows(logits, b, y, 1 / R if any(needs[:3]) else 0.0)  # (rows,), (rows, V)
+            nats += nll.sum(dtype=torch.float64)
+            if d_b is not None:
+                d_b += d.sum(0)
+            if dtype.itemsize < 4:
+                d = d.to(dtype)
+            if d_x is not None:
+                if d_x.dtype == dtype:
+                    torch.mm(d, w, out=d_x[start:start + rows])  # (rows, V) (V, H)
+                else:
+                    d_x[start:start + rows] = d @ w
+            if d_w is not None:
+                if d_w.dtype == dtype:
+                    d_w.addmm_(d.t(), part)  # (V, rows) (rows, H)
+                else:
+                    d_w += d.t() @ part
+        loss = (nats / R).to(dropped.dtype if dtype.itemsize >= 4 else torch.float32)
+        return [loss, d_x, None if d_w is None else d_w.to(weight.dtype), None if d_b is None else d_b.to(bias.dtype)]
+
+
+def _softmax_rows(logits: Tensor, bias: Tensor | None, targets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Logits (R, V) without their bias -> nats (R) and scale·(softmax − onehot), in the logits' place where possible (rubbish if scale is 0)."""
+    if logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.float64) and targets.dtype == torch.int64 and enabled():
+        y, nll = targets.contiguous(), torch.empty(len(logits), dtype=torch.float64)
+        b = None if bias is None else bias.contiguous()
+        bad = State.library.softmax_rows[logits.dtype](*logits.shape, logits.data_ptr(), None if b is None else b.data_ptr(), y.data_ptr(), scale,
+                                                        nll.data_ptr(), torch.get_num_threads())
+        if bad >= 0:
+            raise IndexError(f"Target {int(y[bad])} is out of bounds.")
+        return nll, logits
+    logits = logits if logits.dtype.itemsize >= 4 else logits.float()
+    if bias is not None:
+        logits += bias
+    total = logits.logsumexp(1)  # (R,)
+    nll = total - logits.gather(1, targets[:, None]).squeeze(1)
+    if scale:
+        logits.sub_(total[:, None]).exp_().mul_(scale)
+        logits.scatter_add_(1, targets[:, None], logits.new_full((len(targets), 1), -scale))
+    return nll, logits

@@ -1,0 +1,263 @@
+"""The compiled extension, `csrc/cells.cpp`: when a process uses it, and how it is built, cached, loaded and checked.
+
+Which cells a process uses must not depend on what an earlier one left in the cache, so the extension is used only once `enable` or `prepare` was
+called, or with NNI_DARTS_RNN_FUSED=1; NNI_DARTS_RNN_FUSED=0 turns it off. It is compiled on first use (about five seconds) and kept in the user's
+cache folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("csrc") / "cells.cpp"
+BUILD_SECONDS = 8.0
+"""What a build costs at most on two cores, and so what the fast path must save before `prepare` turns it on."""
+
+SWITCH = "NNI_DARTS_RNN_FUSED"
+
+
+class State:
+    """What this process has decided and loaded."""
+
+    on = False
+    forced_off = 0  # depth of `reference()`
+    library: _Library | None = None
+    problem: str | None = None  # why there is no library although one was asked for
+    spare: list[Tensor] = []  # one workspace of a finished pass, for the next one: fresh pages cost as much as the arithmetic on them
+
+
+def enable(on: bool = True) -> bool:
+    """Use the extension from now on in this process, building it if need be (or stop using it). Returns whether it is in use."""
+    State.on = bool(on)
+    return enabled()
+
+
+def release() -> None:
+    """Give back the memory that is kept from one sequence for the next, as large as the longest needed."""
+    State.spare.clear()
+
+
+def prepare(eager_seconds: float) -> bool:
+    """`enable` if a run that takes `eager_seconds` without it saves more than a build costs: decided on that number alone, not on the cache."""
+    if eager_seconds * 0.5 > BUILD_SECONDS:  # at least twice as fast at every size
+        enable()
+    return enabled()
+
+
+def eager_seconds(T: int, B: int, H: int, V: int, N: int, passes: float, edges: int | None = None) -> float:
+    """Seconds that `passes` forward passes' worth of work take with the readable cells on two cores, from sizes alone; for `prepare`.
+
+    A search step is 13 of them, a training step 3. `edges` defaults to the mixed cell's N(N+1)/2; a discrete cell has N.
+    """
+    edges = N * (N + 1) // 2 if edges is None else edges
+    flops = 4 * T * B * H * H * (edges + 2) + 2 * T * B * H * V
+    return passes * (flops / 120e9 + T * B * H * edges * 10e-9 + T * N * 130e-6)  # GEMMs, element-wise work, calls
+
+
+@contextlib.contextmanager
+def reference():
+    """Inside, everything runs in its readable form, of which derivatives of any order exist."""
+    State.forced_off += 1
+    try:
+        yield
+    finally:
+        State.forced_off -= 1
+
+
+def enabled() -> bool:
+    """Whether the extension is asked for and there."""
+    switch = os.environ.get(SWITCH)
+    return switch != "0" and (State.on or switch == "1") and available()
+
+
+def available(build: bool = True) -> bool:
+    """Whether the extension is there; `build=False` only loads what an earlier process compiled."""
+    if os.environ.get(SWITCH) == "0":
+        return False
+    if State.library is None and State.problem is None:
+        try:
+            State.library = _load(build)
+        except _Unavailable as problem:
+            State.problem = str(problem)
+            if problem.unexpected:
+                warnings.warn(f"{State.problem}; the slower readable cells are used", stacklevel=3)
+    return State.library is not None
+
+
+def why_not() -> str | None:
+    """One line that says what would make this process faster, or None where nothing would."""
+    if os.environ.get(SWITCH) == "0":
+        return f"the fast path is turned off by {SWITCH}=0"
+    return State.problem
+
+
+class _Unavailable(Exception):
+    def __init__(self, message: str, unexpected: bool = False):
+        super().__init__(message)
+        self.unexpected = unexpected
+
+
+class CellStruct(ctypes.Structure):
+    """struct Cell of cells.cpp; shapes are given there."""
+
+    _fields_ = ([(name, ctypes.c_int64) for name in ("steps", "batch", "hidden", "nodes", "edges", "threads", "normalise", "keep")]
+                + [("eps", ctypes.c_double)]
+                + [(name, ctypes.c_void_p) for name in (
+                    "order", "first", "count", "incoming", "source", "slot", "op", "gemm",
+                    "x_proj", "h0", "W0_h", "Ws", "mask", "p", "present", "average",
+                    "pre0", "pre", "states", "masked", "previous", "outputs", "scale", "W_cat", "W_back", "W0_back",
+                    "d_outputs", "d_states", "scratch", "carry", "d_h", "d_h0", "d_W0_h", "d_Ws", "d_W_cat", "d_p")])
+
+
+class _Library:
+    """The loaded extension: `forward[dtype]`, `backward[dtype]`, `softmax_rows[dtype]`, and BLAS's `gemm[dtype]` as an address."""
+
+    def __init__(self, path: Path):
+        library = ctypes.CDLL(str(path))
+        library.cell_struct_size.restype = ctypes.c_int64
+        if library.cell_struct_size() != ctypes.sizeof(CellStruct):
+            raise OSError(f"{path.name} does not fit this version of extension.py")
+        self.forward, self.backward, self.softmax_rows, self.gemm = {}, {}, {}, {}
+        for dtype, name, blas in ((torch.float32, "float", "sgemm_"), (torch.float64, "double", "dgemm_")):
+            self.gemm[dtype] = _blas(blas)
+            for table, function in ((self.forward, "cell_forward_"), (self.backward, "cell_backward_")):
+                table[dtype] = getattr(library, function + name)
+                table[dtype].argtypes, table[dtype].restype = [ctypes.POINTER(CellStruct)], None
+            rows = getattr(library, "softmax_rows_" + name)
+            rows.argtypes = [ctypes.c_int64] * 2 + [ctypes.c_void_p] * 3 + [ctypes.c_double, ctypes.c_void_p, ctypes.c_int64]
+            rows.restype = ctypes.c_int64
+            self.softmax_rows[dtype] = rows
+
+
+def _blas(name: str) -> int:
+    """The address of a BLAS function in the library that torch itself multiplies with, so that both share one pool of threads."""
+    for path in sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*")):
+        with contextlib.suppress(OSError, AttributeError):
+            return ctypes.cast(getattr(ctypes.CDLL(str(path)), name), ctypes.c_void_p).value
+    raise _Unavailable("this build of torch exports no BLAS, which the fast cells need; torch from PyPI does (about 5x faster searches)")
+
+
+def _openmp() -> list[str]:
+    """The OpenMP library that torch has loaded, linked by its path: a second one would bring a second pool of threads to fight over the cores."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return ["-fopenmp"]
+    loaded = sorted(set(re.findall(r"(/\S*/lib(?:gomp|iomp5|omp)[-.][^/\s]*)$", maps, re.MULTILINE)))
+    of_torch = [path for path in loaded if "torch" in path]
+    return (of_torch or loaded or ["-fopenmp"])[:1]
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return line
+    return platform.processor()
+
+
+def _compiler() -> list[str]:
+    """The C++ compiler as the start of a command: $CXX, or the first that is found."""
+    for candidate in (os.environ.get("CXX"), "g++", "clang++", "c++"):
+        command = shlex.split(candidate or "")
+        if command and shutil.which(command[0]):
+            return command
+    raise _Unavailable("no C++ compiler found; install g++ for about 5x faster searches")
+
+
+def _flags() -> list[str]:
+    tuned = ["-march=native", "-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else ["-mcpu=native"]
+    return ["-O3", *tuned, "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC"]
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nni_darts_rnn"
+
+
+def _load(build: bool) -> _Library:
+    """The extension from the cache, compiled first if it is not there."""
+    if os.name != "posix":
+        raise _Unavailable("the fast cells need Linux or macOS; there searches are about 5x faster")
+    key = hashlib.sha256("\n".join([SOURCE.read_text(), *_flags(), *_openmp(), _processor(), platform.machine(), torch.__version__]).encode())
+    name = f"cells-{key.hexdigest()[:16]}.so"
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = _cache_folder()
+            if not (folder / name).exists():
+                if not build:
+                    raise _Unavailable("the fast cells are not compiled yet")
+                folder.mkdir(parents=True, exist_ok=True)
+                with _locked(folder / f"{name}.lock"):
+                    if not (folder / name).exists():  # another process may have built it while this one waited
+                        _compile(folder / name)
+        except (OSError, RuntimeError):  # a folder that cannot be written, or no home: this process alone then
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nni_darts_rnn-")))
+            _compile(folder / name)
+        try:
+            return _checked(_Library(folder / name))
+        except OSError as error:
+            raise _Unavailable(f"the compiled cells cannot be loaded ({_last_line(str(error))})", unexpected=True) from None
+
+
+@contextlib.contextmanager
+def _locked(path: Path):
+    """One process at a time; the lock goes with the process that holds it."""
+    import fcntl  # not on Windows, where this is not reached
+
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _compile(target: Path) -> None:
+    """cells.cpp -> target, which appears whole or not at all."""
+    compiler = _compiler()
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=target.parent) as folder:
+        compiled, linked = Path(folder, "cells.o"), Path(folder, "cells.so")
+        for command in ([*compiler, *_flags(), "-c", str(SOURCE), "-o", str(compiled)],
+                        [*compiler, "-shared", str(compiled), *_openmp(), "-o", str(linked)]):
+            try:
+                run = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300)
+            except (OSError, subprocess.TimeoutExpired) as error:
+                raise _Unavailable(f"compiling the fast cells failed ({_last_line(str(error))})", unexpected=True) from None
+            if run.returncode:
+                errors = [line for line in run.stderr.splitlines() if "error" in line] or run.stderr.splitlines() or ["no message"]
+                raise _Unavailable(f"compiling the fast cells failed ({_last_line(errors[0])})", unexpected=True)
+        os.replace(linked, target)
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or [""])[-1][:200]
+
+
+def _checked(library: _Library) -> _Library:
+    """The library, once a tiny cell comes out of it right: a BLAS with other conventions must not go unnoticed."""
+    from . import cell, fused  # here, since fused imports this module
+    from .genotype import Genotype
+
+    generator = torch.Generator().manual_seed(0)
+    x, h, W0, Ws = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((2, 3, 8), (3, 4), (4, 8), (2, 4, 8)))
+    genotype = Genotype((("tanh", 0), ("sigmoid", 0)))
+    State.library, before = library, State.library
+    try:
+        got = fused._run_forward(fused.discrete_graph(genotype), x, h, W0, Ws, None, None, keep=False).outputs
+    finally:
+        State.library = before
+    if not torch.allclose(got, cell.discrete_cell(x, h, W0, Ws, genotype), rtol=0, atol=1e-10):
+        raise _Unavailable("the compiled cells compute wrong numbers on this machine", unexpected=True)
+    return library
