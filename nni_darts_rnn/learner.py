@@ -37,7 +37,7 @@ from .callbacks import (
     weight_parameters,
 )
 from .corpus import BpttBatches, Corpus, fixed_length, retrain_lengths, search_lengths, streams
-from .fused import linear_cross_entropy
+from .cross_entropy import linear_cross_entropy
 from .genotype import Genotype, load_genotype
 from .model import LanguageModel, number_of_parameters, perplexity
 from .recipes import Recipe, RetrainRecipe, SearchRecipe, get_recipe
