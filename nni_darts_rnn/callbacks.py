@@ -8,10 +8,12 @@ the step of that very rate. `SaveModelCallback` (61) saves what was validated be
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from fastai.callback.core import Callback
@@ -25,7 +27,11 @@ from fastai.torch_core import to_device
 from torch import Tensor, nn
 
 from .bilevel import EPSILON, AlphaGradient, WeightStep, architecture_gradient, original_gradient
+from .files import whole, write_csv
+from .health import check_finite, collapse, spread
 from .model import activation_regularisation
+
+logger = logging.getLogger(__name__)
 
 
 def architecture_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -82,6 +88,20 @@ class BestModel(_FitOnly, SaveModelCallback):
     def after_fit(self):
         if self.last_saved_path is not None:
             self.learn.load(self.fname, with_opt=self.with_opt, weights_only=True)
+
+    def state_dict(self) -> dict:
+        """For resuming: the best value and, once there is one, the model that had it (without its optimizer)."""
+        kept = None if self.last_saved_path is None else torch.load(self.last_saved_path, map_location="cpu", weights_only=True)
+        return {"best": float(self.best), "model": kept["model"] if self.with_opt and kept else kept}
+
+    def load_state_dict(self, state: dict) -> None:
+        """The inverse of `state_dict`, after `before_fit`; the file is written anew."""
+        self.best = state["best"]
+        if state["model"] is not None:
+            path = self.learn.path / self.learn.model_dir / f"{self.fname}.pth"
+            with whole(path) as temporary:
+                torch.save(state["model"], temporary)
+            self.last_saved_path = path
 
 
 class MetricsCSV(_FitOnly, CSVLogger):
@@ -236,21 +256,39 @@ class PrintGenotype(_FitOnly):
             (bar.write if bar else print)(f"epoch {self.epoch + 1}: {cell}")
 
 
+class FiniteNumbers(_FitOnly):
+    """`NotFinite` in the step whose loss or gradient is NaN or infinite, before the weights take it."""
+
+    order, run_valid = GradientClip.order + 1, False
+
+    def before_step(self):
+        check_finite(training_loss=self.learn.loss_grad, gradient_of_the_weights=[p.grad for p in self.model.parameters()])
+
+
 class EpochReport(_FitOnly):
     """After every epoch hands `report` a dictionary: `default` and `perplexity` (validation), `phase`, `epoch` (from 1), `train_loss`
     (nats per token), `train_perplexity`, `lr`, `asgd` (whether averaged weights were validated), `tokens_per_second` (training alone),
-    `seconds` (the epoch), and for a supernet `alpha_entropy` (nats, mean over edges). `rows` keeps them."""
+    `seconds` (the epoch), and for a supernet `alpha_entropy` (nats, mean over edges), `none_share` and `identity_share`. `rows` keeps them;
+    `table` is a CSV file that is written whole after every epoch. A search that collapses is named."""
 
     order = NTASGD.order + 1
 
-    def __init__(self, report: Callable[[dict], None] | None = None, phase: str = "retrain"):
-        self.report, self.phase, self.rows = report, phase, []
+    def __init__(self, report: Callable[[dict], None] | None = None, phase: str = "retrain", table: str | Path | None = None):
+        self.report, self.phase, self.table, self.rows = report, phase, table, []
 
     def start_fit(self):
         self.row = None
 
     def before_train(self):
         self.began, self.tokens, self.nats = time.perf_counter(), 0, 0.0
+
+    def in_epoch(self) -> dict:
+        """What has been counted in this epoch so far, for a checkpoint."""
+        return {"seconds": time.perf_counter() - self.began, "tokens": self.tokens, "nats": self.nats}
+
+    def go_on(self, seconds: float, tokens: int, nats: Tensor | float) -> None:
+        """The inverse of `in_epoch`."""
+        self.began, self.tokens, self.nats = time.perf_counter() - seconds, tokens, nats
 
     def after_batch(self):
         if self.training:
@@ -274,12 +312,16 @@ class EpochReport(_FitOnly):
         perplexity = _exp(float(recorder.values[-1][list(recorder.metric_names[1:]).index("valid_loss")]))
         row = {"default": perplexity, "phase": self.phase, "epoch": self.epoch + 1, "perplexity": perplexity, **self.row,
                "seconds": time.perf_counter() - self.began}
-        alphas = architecture_parameters(self.learn.model).values()
-        if alphas:
-            p = torch.cat([torch.softmax(a.detach().double(), -1) for a in alphas])  # (E, K)
-            row["alpha_entropy"] = float(-(p * p.clamp_min(1e-30).log()).sum(1).mean())
+        mixed = next((m for m in self.learn.model.modules() if hasattr(m, "probabilities")), None)
+        if mixed is not None:
+            shares = spread(mixed.probabilities(), mixed.primitives)
+            row |= shares
+            if words := collapse(shares, mixed.genotype()):
+                logger.warning("%s, epoch %d: %s", self.phase, self.epoch + 1, words)
         self.rows.append(row)
         self.row = None
+        if self.table is not None:
+            write_csv(self.table, [{k: v for k, v in row.items() if k != "default"} for row in self.rows])
         if self.report is not None:
             self.report(row)
 
@@ -388,11 +430,13 @@ class ArchParamUpdate(_FitOnly):
             return
         x, y = self._plain(next(self.stream))
         self.last = self.gradient((self.learn.xb[0], self.learn.yb[0]), (x, y))
+        check_finite(gradient_of_α=self.last.grads)
         optimizer = self.adam_optimizer()
         for alpha, grad in zip(self._alphas(), self.last.grads):
             alpha.grad = grad
         optimizer.step()
         optimizer.zero_grad()
+        check_finite(α=self._alphas())
 
     def _plain(self, batch) -> tuple[Tensor, Tensor]:
         """On the model's device, as plain tensors rather than fastai's subclasses."""

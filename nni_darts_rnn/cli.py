@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 from . import __version__, afterwards, commands
-from .trial import Parser, add_run_options
+from .stopping import Terminated
+from .trial import Parser, add_keeping_options, add_run_options
 
 EXPERIMENT = "id of an NNI experiment on this machine (running, stopped or finished), or its folder"
 
@@ -40,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
         add_run_options(command)
         command.add_argument("--seed", default=0, help="of everything random; default 0")
         if command is not evaluate:
+            add_keeping_options(command)
             command.add_argument("--out", type=Path, help=f"folder for the results; default runs/{command.prog.split()[-1]}-CORPUS-SEED")
     retrain.set_defaults(corpus=None, recipe=None)  # those of the trial with --from, the usual ones otherwise
 
@@ -77,9 +79,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"nni-darts-rnn: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("nni-darts-rnn: interrupted; what was finished is kept", file=sys.stderr)
-        return 130
+    except (KeyboardInterrupt, Terminated) as stop:
+        print("nni-darts-rnn: interrupted; what was finished is kept, and the same command goes on from there", file=sys.stderr)
+        return getattr(stop, "code", 130)  # 128 + SIGTERM's number after SIGTERM
     return 0
 
 

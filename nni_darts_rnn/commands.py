@@ -8,12 +8,13 @@ from pathlib import Path
 
 from .experiments import corpus_words, load_experiment, set_words
 from .talk import Talk, answer
-from .trial import checked_recipe, checked_seed, open_corpus, prepare_torch
+from .trial import checked_recipe, checked_seed, keeping, open_corpus, prepare_torch
 
 
 def search(arguments) -> None:
     from .pipeline import check_fits, search_phase
 
+    keep = keeping(arguments)
     recipe, seed, corpus, talk = _start(arguments)
     check_fits(corpus, recipe.search)
     talk(f"corpus {corpus.describe()}")
@@ -22,7 +23,7 @@ def search(arguments) -> None:
     talk(f"searching {s.n_nodes} nodes of {s.hidden_size} units for {s.epochs} epochs, recipe {recipe.name}, seed {seed}; "
          f"{_size(corpus, s.hidden_size, s.n_nodes)} and α on {_machine(arguments)}; results in {folder}")
     talk.epochs = s.epochs
-    found = search_phase(corpus, s, seed, folder, talk.epoch, talk.progress, arguments.device)
+    found = search_phase(corpus, s, seed, folder, talk.epoch, talk.progress, arguments.device, keep)
     talk(f"found {found['genotype']} in {found['search_seconds']:.0f} s")
     then = ["nni-darts-rnn", "retrain", *corpus_words(arguments), "--recipe", recipe.name, *set_words(recipe, "retrain"), "--genotype",
             folder / "genotype.json"]
@@ -31,7 +32,7 @@ def search(arguments) -> None:
 
 
 def retrain(arguments) -> None:
-    name = _choose_cell(arguments)
+    name, keep = _choose_cell(arguments), keeping(arguments)
     recipe, seed, corpus, talk = _start(arguments)
     from .baselines import bigram_perplexity, unigram_perplexity
     from .pipeline import check_fits, retrain_phase
@@ -43,7 +44,7 @@ def retrain(arguments) -> None:
     talk(f"training {arguments.genotype} with {r.hidden_size} units for up to {r.epochs} epochs, recipe {recipe.name}, seed {seed}; "
          f"{_size(corpus, r.hidden_size, arguments.genotype.n_nodes)} on {_machine(arguments)}; results in {folder}")
     talk.epochs = r.epochs
-    done = retrain_phase(corpus, arguments.genotype, r, seed, folder, talk.epoch, talk.progress, arguments.device)
+    done = retrain_phase(corpus, arguments.genotype, r, seed, folder, talk.epoch, talk.progress, arguments.device, keep)
     done.pop("rows")
     done |= {"unigram_perplexity": unigram_perplexity(corpus), "bigram_perplexity": bigram_perplexity(corpus), "folder": str(folder)}
     answer(arguments, done,
@@ -53,6 +54,7 @@ def retrain(arguments) -> None:
 
 
 def evaluate(arguments) -> None:
+    from . import fused
     from .baselines import bigram_perplexity, unigram_perplexity
     from .model import choose_device, perplexity
     from .trained import load_trained
@@ -63,6 +65,8 @@ def evaluate(arguments) -> None:
         raise ValueError(f"{arguments.model} was trained on another vocabulary ({len(words)} words) than that of {corpus.name} ({len(corpus.vocab)})")
     model.to(choose_device(arguments.device))
     r = recipe.retrain
+    cell, streams = model.rnn, ((corpus.valid, r.eval_batch_size), (corpus.test, r.test_batch_size))
+    fused.prepare(sum(fused.eager_seconds(len(text) // B, B, cell.hidden_size, len(words), cell.n_nodes, 1, edges=cell.n_nodes) for text, B in streams))
     found = {"valid_perplexity": perplexity(model, corpus.valid, r.eval_batch_size, r.bptt),
              "test_perplexity": perplexity(model, corpus.test, r.test_batch_size, r.bptt),
              "unigram_perplexity": unigram_perplexity(corpus), "bigram_perplexity": bigram_perplexity(corpus)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import http.client
 import ipaddress
 import logging
@@ -18,6 +17,8 @@ import zlib
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
+
+from .files import digest
 
 try:
     import fcntl
@@ -93,15 +94,6 @@ def made_once(target: Path):
             raise ValueError(f"{target}: cannot be written ({error.strerror or error}); {hint}") from None
         finally:
             shutil.rmtree(new, ignore_errors=True)
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file in hexadecimal."""
-    sha = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            sha.update(block)
-    return sha.hexdigest()
 
 
 def find_text(folder: Path, split: str) -> Path | None:

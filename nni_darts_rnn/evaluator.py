@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 
@@ -10,11 +11,16 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from nni.nas.evaluator.pytorch import Lightning, LightningModule, Trainer
+from torch import Tensor
 
 from .corpus import BpttBatches, Corpus, search_lengths, streams
 from .files import write_csv, write_json, write_text
+from .genotype import Genotype
+from .health import check_epoch, collapse, spread
 from .model import activation_regularisation, perplexity
 from .recipes import SearchRecipe
+
+logger = logging.getLogger(__name__)
 
 TRAIN, VALID = 0, 1  # which stream a batch comes from; its own hidden state goes with it
 
@@ -24,18 +30,28 @@ class TaggedBatches:
 
     `epoch()` says which epoch's lengths to draw; asked anew for every length and iteration, so a resumed trainer gets the right ones.
     `no_longer_than`: batches that these are read beside; an epoch has no more than they have.
+    `start` (epoch, batch): where a run goes on. That epoch begins with that batch, and these are read as often as what they are read beside.
     """
 
     def __init__(self, batches: BpttBatches, stream: int, epoch=lambda: 0, no_longer_than: TaggedBatches | None = None):
         self.batches, self.stream, self.epoch, self.no_longer_than = batches, stream, epoch, no_longer_than
+        self.start = (-1, 0)
+
+    def _range(self) -> range:
+        """The batches to come, numbered as if the text went on from its end with its beginning."""
+        epoch = self.epoch()
+        self.batches.set_epoch(epoch)
+        length = len(self.batches)
+        if epoch == self.start[0]:
+            return range(self.start[1], length if self.no_longer_than is None else self.no_longer_than._range().stop)
+        return range(length if self.no_longer_than is None else min(length, len(self.no_longer_than)))
 
     def __len__(self) -> int:
-        self.batches.set_epoch(self.epoch())
-        length = len(self.batches)
-        return length if self.no_longer_than is None else min(length, len(self.no_longer_than))
+        return len(self._range())
 
     def __iter__(self):
-        for _, batch in zip(range(len(self)), self.batches):
+        for number in self._range():
+            batch = self.batches[number % len(self.batches)]
             yield batch.tokens, batch.targets, self.stream
 
 
@@ -106,24 +122,31 @@ class LanguageModelModule(LightningModule):
 class SupernetReport(pl.Callback):
     """After every epoch: validation perplexity of the supernet, α's entropy, speed; handed to `report` as a dictionary.
 
-    `rows` keeps the dictionaries, `alphas` α (E, K) as lists of numbers, one for each epoch; epoch 0 is the untrained supernet.
+    `rows` keeps the dictionaries, `alphas` α (E, K) as lists of numbers, one for each epoch; epoch 0 is the untrained supernet. `genotype` is
+    the cell that the last α stands for.
     With `folder`, search.csv, alpha.json and genotype.json there are brought up to date after each epoch.
-    Raises `FloatingPointError` when a loss, a weight or α is no longer finite.
+    Raises `NotFinite` after an epoch that is hopeless (see `health`), and names a search that collapses.
     """
 
     def __init__(self, corpus: Corpus, recipe: SearchRecipe, report=None, folder: Path | None = None):
         self.corpus, self.recipe, self.report, self.folder = corpus, recipe, report or (lambda row: None), folder
         self.rows, self.alphas = [], []
+        self.genotype: Genotype | None = None
 
     def on_train_start(self, trainer, pl_module):
-        self._finish(trainer, pl_module, epoch=trainer.current_epoch, train_loss=None, seconds=None)
-        self._start()
+        if not self.rows:
+            self._finish(trainer, pl_module, epoch=trainer.current_epoch, train_loss=None, seconds=None)
 
     def on_train_epoch_start(self, trainer, pl_module):
-        self._start()
-
-    def _start(self):
         self.began, self.tokens, self.nats = time.perf_counter(), 0, 0.0
+
+    def in_epoch(self) -> dict:
+        """What has been counted in this epoch so far, for a checkpoint."""
+        return {"seconds": time.perf_counter() - self.began, "tokens": self.tokens, "nats": self.nats}
+
+    def go_on(self, seconds: float, tokens: int, nats: Tensor | float) -> None:
+        """The inverse of `in_epoch`."""
+        self.began, self.tokens, self.nats = time.perf_counter() - seconds, tokens, nats
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         learned = training_part(batch)
@@ -138,31 +161,29 @@ class SupernetReport(pl.Callback):
     def on_train_epoch_end(self, trainer, pl_module):
         seconds = time.perf_counter() - self.began
         train_loss = float(self.nats) / max(1, self.tokens)
-        if not np.isfinite(train_loss):
-            raise FloatingPointError(f"search: the training loss became {train_loss} in epoch {trainer.current_epoch + 1}; "
-                                     "lower search.lr or search.clip")
+        check_epoch(float(np.exp(min(train_loss, 700))), len(self.corpus.vocab), "training")
         self._finish(trainer, pl_module, trainer.current_epoch + 1, train_loss, seconds)
 
     def _finish(self, trainer, pl_module, epoch, train_loss, seconds):
         model = pl_module.training_module.model
         pl_module.resample()  # a strategy that samples cells has none yet before the first batch; the others do nothing
         value = perplexity(model, self.corpus.valid, self.recipe.eval_batch_size, self.recipe.bptt)
+        check_epoch(value, len(self.corpus.vocab), "validation")
         row = {"default": value, "phase": "search", "epoch": epoch, "perplexity": value}
         mixed = [m for m in model.modules() if hasattr(m, "probabilities")]
         if mixed:
-            p = mixed[0].probabilities().double()
+            shares, self.genotype = spread(mixed[0].probabilities(), mixed[0].primitives), mixed[0].genotype()
             self.alphas.append(mixed[0].alpha.detach().cpu().tolist())
-            row["alpha_entropy"] = float(-(p * p.clamp_min(1e-30).log()).sum(1).mean())
-            for name in ("none", "identity"):
-                if name in mixed[0].primitives:
-                    row[f"{name}_share"] = float(p[:, mixed[0].primitives.index(name)].mean())
+            row |= shares
+            if words := collapse(shares, self.genotype):
+                logger.warning("search, epoch %d: %s", epoch, words)
         if seconds is not None:
             row |= {"train_perplexity": float(np.exp(min(train_loss, 700))), "tokens_per_second": self.tokens / seconds, "seconds": seconds}
         self.rows.append(row)
         if self.folder is not None and mixed:
             write_json(self.folder / "alpha.json", {"primitives": list(mixed[0].primitives), "epochs": [r["epoch"] for r in self.rows],
                                                     "alpha": self.alphas})
-            write_text(self.folder / "genotype.json", mixed[0].genotype().to_json() + "\n")
+            write_text(self.folder / "genotype.json", self.genotype.to_json() + "\n")
             # last: an epoch whose metrics are there has its α and its cell there too, wherever Ctrl-C falls
             write_csv(self.folder / "search.csv", [{k: v for k, v in row.items() if k != "default"} for row in self.rows])
         self.report(row)

@@ -4,32 +4,80 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import hashlib
 import json
 import os
 import tempfile
 from pathlib import Path
 
+_PARTIAL = ".partial-"
+
 
 @contextlib.contextmanager
 def whole(path: str | Path):
-    """Yields a temporary path in the same folder, with the same suffix; renamed to `path` when the block ends well, removed otherwise."""
+    """Yields a temporary path in the same folder, with the same suffix; renamed to `path` when the block ends well, removed otherwise.
+
+    What was written is on the disk before it gets its name, so a machine that loses its power leaves the old file or the new one.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    handle, temporary = tempfile.mkstemp(prefix=f"{_PARTIAL}{path.stem}-", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     try:
         yield Path(temporary)
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's 0600 would keep the file from NNI's server and from colleagues
+        _to_disk(temporary)
         os.replace(temporary, path)
+        if os.name == "posix":
+            _to_disk(path.parent)  # the new name
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+def _to_disk(path: str | Path) -> None:
+    handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_partial(folder: str | Path) -> None:
+    """Removes what a process that was killed left half written in the folder. Only for whoever alone writes there."""
+    for path in Path(folder).glob(_PARTIAL + "*"):
+        path.unlink(missing_ok=True)
+
+
+def digest(path: str | Path) -> str:
+    """SHA-256 of a file in hexadecimal."""
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            sha.update(block)
+    return sha.hexdigest()
 
 
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+_SEAL = '{"checksum": "%s", '
+
+
+def sealed(data: dict) -> str:
+    """JSON text of `data` (not empty) that begins with the SHA-256 of all the rest, so that any change to it is noticed."""
+    body = json.dumps({key: value for key, value in data.items() if key != "checksum"})
+    return _SEAL % hashlib.sha256(body.encode()).hexdigest() + body[1:]
+
+
+def check_seal(text: str) -> None:
+    """`ValueError` where the text is not one of `sealed`, byte for byte."""
+    body = "{" + text[len(_SEAL) - 2 + 64:]
+    if text[:-len(body) + 1] != _SEAL % hashlib.sha256(body.encode()).hexdigest():
+        raise ValueError("its checksum is missing or wrong: the file is damaged")
 
 
 def write_text(path: str | Path, text: str) -> Path:

@@ -6,7 +6,8 @@ Batches are batch-first as fastai's are: tokens and targets (B, T); logits (B, T
 from __future__ import annotations
 
 import contextlib
-import time
+import random
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from fastai.callback.progress import ProgressCallback  # noqa: F401 (importing it puts the bar among fastai's default callbacks)
 from fastai.callback.rnn import ModelResetter, RNNCallback
-from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.callback.training import GradientClip
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
@@ -31,16 +31,21 @@ from .callbacks import (
     ArchParamUpdate,
     BestModel,
     EpochReport,
+    FiniteNumbers,
     MetricsCSV,
     PerplexityInBar,
     ScaleLRByLength,
     weight_parameters,
 )
+from .checkpoint import Checkpoints, Every
 from .corpus import BpttBatches, Corpus, fixed_length, retrain_lengths, search_lengths, streams
 from .cross_entropy import linear_cross_entropy
 from .genotype import Genotype, load_genotype
+from .health import name_poor, with_rollbacks
 from .model import LanguageModel, number_of_parameters, perplexity
 from .recipes import Recipe, RetrainRecipe, SearchRecipe, get_recipe
+from .retrain_checkpoints import ResumableLearner, RetrainCheckpoints
+from .stopping import Stopped, Terminated, stop_requests
 from .supernet import MixedRNN
 
 __all__ = ["StatefulLM", "StreamLoader", "language_dls", "lm_learner", "search_learner", "retrain", "perplexity"]
@@ -144,18 +149,25 @@ class StreamLoader(DataLoader):
 
     def __init__(self, batches: BpttBatches, vocab=(), advance: bool = False, device=None):
         super().__init__(batches, bs=None, device=device)
-        self.vocab, self.advance = list(vocab), advance
+        self.vocab, self.advance, self.first = list(vocab), advance, 0
 
     def __iter__(self):
         try:
-            for tokens, targets in self.dataset:
+            for number in range(self.first, len(self.dataset)):
+                tokens, targets = self.dataset[number]
                 yield tokens.t(), targets.t()
         finally:
+            self.first = 0
             if self.advance:
                 self.dataset.set_epoch(self.dataset.epoch + 1)
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.dataset) - self.first
+
+    def go_on(self, epoch: int, batch: int) -> None:
+        """The next pass is that epoch's, from that batch on; both are counted from 0."""
+        self.dataset.set_epoch(epoch)
+        self.first = batch
 
     def get_idxs(self) -> list[int]:
         """The order of `Learner.get_preds(concat_dim=1)`, whose first axis is B: streams keep theirs."""
@@ -213,10 +225,11 @@ def _learner(dls, lm: LanguageModel, recipe, path, cbs, metrics_file: str | None
     own = [ModelResetter(), RNNCallback(), ActivationRegularizer(alpha=recipe.ar, beta=recipe.tar), ScaleLRByLength(steps)]
     if recipe.clip is not None:
         own.append(GradientClip(recipe.clip))
+    own.append(FiniteNumbers())
     if metrics_file is not None:
         own.append(MetricsCSV(metrics_file))
-    learn = Learner(dls, StatefulLM(lm), loss_func=SequenceLoss(), opt_func=partial(OptimWrapper, opt=torch.optim.SGD), lr=recipe.lr,
-                    wd=recipe.weight_decay, metrics=TokenPerplexity(), path=path, cbs=[*own, *cbs], **kwargs)
+    learn = ResumableLearner(dls, StatefulLM(lm), loss_func=SequenceLoss(), opt_func=partial(OptimWrapper, opt=torch.optim.SGD), lr=recipe.lr,
+                             wd=recipe.weight_decay, metrics=TokenPerplexity(), path=path, cbs=[*own, *cbs], **kwargs)
     learn.recorder.loss, learn.recorder.smooth_loss = TokenLoss(), SmoothLoss()
     return learn
 
@@ -270,39 +283,57 @@ def search_learner(dls, recipe: SearchRecipe | Recipe | str = "penn", *, seed: i
 
 
 def retrain(corpus: Corpus, genotype: Genotype | str, recipe: RetrainRecipe, seed: int = 0, folder: str | Path = ".", report=None,
-            progress: bool = False, device="auto") -> dict:
+            progress: bool = False, device="auto", store: Checkpoints | None = None) -> dict:
     """Trains the genotype from scratch for `recipe.epochs` and measures the best model.
 
-    `report` gets a dictionary after every epoch (see `EpochReport`). Returns valid_perplexity, test_perplexity, parameters, seconds, epochs
-    (trained), model (the best `LanguageModel`), learner and whether Ctrl-C ended it. `FloatingPointError` with one line if no epoch ended with
-    a finite loss; `KeyboardInterrupt` where Ctrl-C came before the first one ended.
+    `report` gets a dictionary after every epoch (see `EpochReport`), and `folder`/retrain.csv all of them. With `store` the training keeps itself
+    there and goes on from what is there. Returns valid_perplexity, test_perplexity, parameters, seconds, epochs (trained), model (the best
+    `LanguageModel`), learner, and `ended_by`: None, or what ended it early and is for the caller to raise once the best model so far is safe:
+    `KeyboardInterrupt` after Ctrl-C (the step that ran is finished and kept), `FloatingPointError` where the numbers went wrong again and again.
+    Where there is no best model yet these are raised here; so is `Terminated`, after SIGTERM.
     """
-    began = time.perf_counter()
-    reporter = EpochReport(report, "retrain")
-    dls = language_dls(corpus, recipe, seed, device, path=folder)
-    learn = lm_learner(dls, genotype, recipe, seed=seed, cbs=[reporter])
-    interrupted = False
-    with contextlib.ExitStack() as quiet:
-        if progress:
-            learn.add_cb(PerplexityInBar())
-        else:
-            quiet.enter_context(learn.no_bar())
-            quiet.enter_context(learn.no_logging())
+    last: list[tuple[Learner, RetrainCheckpoints]] = []
+
+    def once(state: dict | None, factor: float) -> None:
+        random.seed(seed)  # torch's generator is `lm_learner`'s affair
+        np.random.seed(seed)
+        reporter = EpochReport(report, "retrain", Path(folder) / "retrain.csv")
+        learn = lm_learner(language_dls(corpus, recipe, seed, device, path=folder), genotype, recipe, seed=seed, metrics_file=None, cbs=[reporter])
+        keeper = RetrainCheckpoints(store, state, stop, len(corpus.vocab))
+        learn.add_cb(keeper)
+        last[:] = [(learn, keeper)]
+        with contextlib.ExitStack() as quiet:
+            if progress:
+                learn.add_cb(PerplexityInBar())
+            else:
+                quiet.enter_context(learn.no_bar())
+                quiet.enter_context(learn.no_logging())
+            learn.fit(recipe.epochs, lr=recipe.lr * factor)
+
+    ended_by: BaseException | None = None
+    with contextlib.ExitStack() as stack:
+        if store is None:
+            store = Checkpoints(stack.enter_context(tempfile.TemporaryDirectory()), "retrain", {}, Every())
+        stop = stack.enter_context(stop_requests())
         try:
-            learn.fit(recipe.epochs, cbs=[TerminateOnNaNCallback()])
-        except KeyboardInterrupt:
-            if learn.best_model.last_saved_path is None:
-                raise
-            interrupted = True
-            learn.best_model.after_fit()  # the best so far
-    if learn.best_model.last_saved_path is None:
-        raise FloatingPointError("retrain: no epoch ended with a finite validation loss; lower retrain.lr or retrain.clip")
+            with_rollbacks(store, "retrain", recipe.epochs, once)
+        except Stopped as stopped:
+            ended_by = stopped.leave()
+        except (KeyboardInterrupt, FloatingPointError) as error:
+            ended_by = error
+        if ended_by is not None and (not last or last[0][0].best_model.last_saved_path is None or isinstance(ended_by, Terminated)):
+            raise ended_by
+    learn, keeper = last[0]
+    if ended_by is not None:
+        learn.best_model.after_fit()  # the best so far
     best = learn.best_model.last_saved_path
     best.unlink()  # it has been loaded; the caller keeps the model in a form of its own
     with contextlib.suppress(OSError):  # something else of the caller's lies there
         best.parent.rmdir()
-    model = learn.model.lm
-    return {"valid_perplexity": perplexity(model, corpus.valid, recipe.eval_batch_size, recipe.bptt),
+    model, rows = learn.model.lm, learn.epoch_report.rows
+    value = perplexity(model, corpus.valid, recipe.eval_batch_size, recipe.bptt)
+    name_poor("retrain", value, len(corpus.vocab))
+    return {"valid_perplexity": value,
             "test_perplexity": perplexity(model, corpus.test, recipe.test_batch_size, recipe.bptt),
-            "parameters": number_of_parameters(model), "seconds": time.perf_counter() - began, "epochs": len(reporter.rows),
-            "model": model, "learner": learn, "interrupted": interrupted}
+            "parameters": number_of_parameters(model), "seconds": keeper.seconds, "epochs": len(rows), "rows": rows,
+            "model": model, "learner": learn, "ended_by": ended_by}

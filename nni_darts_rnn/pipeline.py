@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import os
 import platform
-import time
 import warnings
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from .checkpoint import USUAL, Checkpoints, Keeping, alone_in, run_identity
 from .corpus import Corpus
-from .files import write_csv, write_json
+from .files import write_json
 from .genotype import Genotype
 from .recipes import Recipe, RetrainRecipe, SearchRecipe
 from .tensorboard import watched
@@ -75,48 +76,73 @@ def take_fast_path(corpus: Corpus, recipe: SearchRecipe | RetrainRecipe, n_nodes
     return fused.why_not()
 
 
-def search_phase(corpus: Corpus, recipe: SearchRecipe, seed: int, folder: Path, report=None, progress: bool = False, device: str = "auto") -> dict:
-    """Searches, and leaves genotype.json, alpha.json, search.csv and their pictures in `folder`. Returns genotype, perplexity, seconds, rows."""
+def search_phase(corpus: Corpus, recipe: SearchRecipe, seed: int, folder: Path, report=None, progress: bool = False, device: str = "auto",
+                 keeping: Keeping = USUAL) -> dict:
+    """Searches, and leaves genotype.json, alpha.json, search.csv and their pictures in `folder`. Returns genotype, perplexity, seconds, rows.
+
+    While it goes on the search keeps itself in `folder`/checkpoint; the same call goes on from there (see `Keeping`). `ValueError` where
+    another process is at work in the folder, or where a search with other settings waits there to go on.
+    """
+    with alone_in(folder) as kept:
+        store = _store(kept, "search", run_identity(corpus, recipe, seed), keeping)
+        found = _search_phase(corpus, recipe, seed, folder, report, progress, device, store)
+        store.clear()
+    return found
+
+
+def _search_phase(corpus, recipe, seed, folder, report, progress, device, store) -> dict:
     from .search import search
 
     take_fast_path(corpus, recipe)
     with watched(folder, "search", report) as report:
-        result = search(corpus, recipe, seed, report, progress, device, folder)
+        result = search(corpus, recipe, seed, report, progress, device, folder, store)
         _draw(folder, "cell.svg", "cell.png", "cell.gif", "alpha.svg", "alpha.png", "curves.svg", "curves.png")
     return {"genotype": result.genotype, "supernet_valid_perplexity": result.rows[-1]["perplexity"], "search_seconds": result.seconds,
             "rows": result.rows}
 
 
 def retrain_phase(corpus: Corpus, genotype: Genotype, recipe: RetrainRecipe, seed: int, folder: Path, report=None, progress: bool = False,
-                  device: str = "auto") -> dict:
+                  device: str = "auto", keeping: Keeping = USUAL) -> dict:
     """Trains the genotype from scratch and tests it; leaves retrain.csv, model.safetensors, model.json and pictures in `folder`.
 
-    Ctrl-C after the first epoch: the best model so far is tested and left there, then `KeyboardInterrupt` goes on.
+    While it goes on the training keeps itself in `folder`/checkpoint, as `search_phase` does. Ctrl-C after the first epoch: the best model so
+    far is tested and left there too, then `KeyboardInterrupt` goes on; likewise `FloatingPointError` where the numbers went wrong for good.
     Returns valid_perplexity, test_perplexity, parameters, retrain_seconds, epochs, rows.
     """
+    with alone_in(folder) as kept:
+        store = _store(kept, "retrain", _retrain_identity(corpus, genotype, recipe, seed), keeping)
+        done = _retrain_phase(corpus, genotype, recipe, seed, folder, report, progress, device, store)
+        store.clear()
+    return done
+
+
+def _retrain_identity(corpus, genotype, recipe, seed) -> dict:
+    return run_identity(corpus, recipe, seed, genotype=genotype.to_json())
+
+
+def _retrain_phase(corpus, genotype, recipe, seed, folder, report, progress, device, store) -> dict:
     from .learner import retrain
     from .trained import save_trained
 
-    rows: list[dict] = []
-
-    def keep(row: dict) -> None:
-        rows.append(row)
-        # after every epoch, so that what a run that is stopped had reached can be seen
-        write_csv(folder / "retrain.csv", [{k: v for k, v in row.items() if k != "default"} for row in rows])
-        if report is not None:
-            report(row)
-
     take_fast_path(corpus, recipe, genotype.n_nodes)
     with watched(folder, "retrain", report) as report:
-        outcome = retrain(corpus, genotype, recipe, seed, folder, keep, progress, device)
-        model = outcome.pop("model")
-        summary = {"valid_perplexity": outcome["valid_perplexity"], "test_perplexity": outcome["test_perplexity"],
-                   "parameters": outcome["parameters"], "retrain_seconds": outcome["seconds"], "epochs": outcome["epochs"]}
-        save_trained(folder, model, corpus.vocab.words, {"corpus": corpus.name, "seed": seed, "recipe": asdict(recipe), "result": summary})
+        outcome = retrain(corpus, genotype, recipe, seed, folder, report, progress, device, store)
+        summary = {name: outcome[name] for name in ("valid_perplexity", "test_perplexity", "parameters")}
+        summary |= {"retrain_seconds": outcome["seconds"], "epochs": outcome["epochs"]}
+        save_trained(folder, outcome["model"], corpus.vocab.words, {"corpus": corpus.name, "seed": seed, "recipe": asdict(recipe), "result": summary})
         _draw(folder, "cell.svg", "cell.png", "curves.svg", "curves.png")
-    if outcome["interrupted"]:
-        raise KeyboardInterrupt
-    return summary | {"rows": rows}
+    if outcome["ended_by"] is not None:
+        raise outcome["ended_by"]
+    return summary | {"rows": outcome["rows"]}
+
+
+def _store(kept: Path, phase: str, identity: dict, keeping: Keeping) -> Checkpoints:
+    store = Checkpoints(kept, phase, identity, keeping.every)
+    if keeping.resume == "never":
+        store.clear()
+    if keeping.resume == "must" and not store:
+        raise ValueError(f"--resume must: {kept} holds no checkpoint of a {phase}")
+    return store
 
 
 def _draw(folder: Path, *names: str) -> None:
@@ -131,17 +157,29 @@ def _draw(folder: Path, *names: str) -> None:
         warnings.warn(f"{name} was not drawn: {why}", stacklevel=2)
 
 
-def whole_run(corpus: Corpus, recipe: Recipe, seed: int, folder: Path, report=None, progress: bool = False, device: str = "auto") -> dict:
-    """A trial: search, retraining, test. Leaves everything the two phases leave, and result.json, which it returns as a dictionary."""
+def whole_run(corpus: Corpus, recipe: Recipe, seed: int, folder: Path, report=None, progress: bool = False, device: str = "auto",
+              keeping: Keeping = USUAL, final: Callable[[dict], None] | None = None) -> dict:
+    """A trial: search, retraining, test. Leaves everything the two phases leave, and result.json, which it returns as a dictionary.
+
+    It keeps itself as the phases do; a call that goes on repeats neither. `final` gets the result before the checkpoints go.
+    """
     check_fits(corpus, recipe.search, recipe.retrain)
-    began = time.perf_counter()
-    searched = search_phase(corpus, recipe.search, seed, folder, report, progress, device)
-    retrained = retrain_phase(corpus, searched["genotype"], recipe.retrain, seed, folder, report, progress, device)
-    result = {
-        "seed": seed, "corpus": corpus.name, "recipe": recipe.to_dict(), "genotype": searched["genotype"].to_json(),
-        "supernet_valid_perplexity": searched["supernet_valid_perplexity"], "valid_perplexity": retrained["valid_perplexity"],
-        "test_perplexity": retrained["test_perplexity"], "parameters": retrained["parameters"], "search_seconds": searched["search_seconds"],
-        "retrain_seconds": retrained["retrain_seconds"], "seconds": time.perf_counter() - began, "versions": package_versions(),
-    }
-    write_json(folder / "result.json", result)
+    with alone_in(folder) as kept:
+        store = _store(kept, "search", run_identity(corpus, recipe.search, seed), keeping)
+        searched = _search_phase(corpus, recipe.search, seed, folder, report, progress, device, store)
+        genotype, rest = searched["genotype"], replace(keeping, resume="auto" if keeping.resume == "must" else keeping.resume)
+        last = _store(kept, "retrain", _retrain_identity(corpus, genotype, recipe.retrain, seed), rest)
+        retrained = _retrain_phase(corpus, genotype, recipe.retrain, seed, folder, report, progress, device, last)
+        result = {
+            "seed": seed, "corpus": corpus.name, "recipe": recipe.to_dict(), "genotype": genotype.to_json(),
+            "supernet_valid_perplexity": searched["supernet_valid_perplexity"], "valid_perplexity": retrained["valid_perplexity"],
+            "test_perplexity": retrained["test_perplexity"], "parameters": retrained["parameters"], "search_seconds": searched["search_seconds"],
+            "retrain_seconds": retrained["retrain_seconds"], "seconds": searched["search_seconds"] + retrained["retrain_seconds"],
+            "versions": package_versions(),
+        }
+        write_json(folder / "result.json", result)
+        if final is not None:
+            final(result)
+        last.clear()
+        store.clear()
     return result

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import signal
-import threading
-import time
+import tempfile
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
 
+from .checkpoint import Checkpoints, Every
 from .corpus import Corpus
 from .evaluator import SupernetReport, search_evaluator
 from .genotype import Genotype
+from .health import name_poor, with_rollbacks
 from .recipes import SearchRecipe
+from .search_checkpoints import SearchCheckpoints
 from .space import DartsRnnSpace
+from .stopping import Stopped, StopRequest, stop_requests
 from .strategy import SecondOrderDARTS
 
 
@@ -48,14 +50,33 @@ def make_strategy(recipe: SearchRecipe, **options) -> SecondOrderDARTS:
 
 
 def search(corpus: Corpus, recipe: SearchRecipe, seed: int = 0, report=None, progress: bool = False, device: str = "auto",
-           folder: Path | None = None) -> SearchResult:
+           folder: Path | None = None, store: Checkpoints | None = None) -> SearchResult:
     """Search for a cell on the corpus, as `NasExperiment` would, but so that intermediate results reach `report` as they come.
 
     `device` is Lightning's accelerator ("auto", "cpu", "gpu"). With `folder`, genotype.json, alpha.json and search.csv are kept there from the
-    first epoch on. The same seed gives the same α, in another process too. Ctrl-C ends it with `KeyboardInterrupt`.
+    first epoch on. The same seed gives the same α, in another process too.
+
+    With `store` the search keeps itself there and goes on from what is there. SIGTERM and Ctrl-C let the step finish and the search keep
+    itself, then raise `Terminated` and `KeyboardInterrupt`. Numbers that go wrong: see `health.with_rollbacks`.
     """
-    began = time.perf_counter()
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)  # its notes on devices and tips
+    with contextlib.ExitStack() as stack:
+        if store is None:
+            kept = stack.enter_context(tempfile.TemporaryDirectory())
+            store = Checkpoints(kept, "search", {}, Every())
+        stop = stack.enter_context(stop_requests())
+        try:
+            return with_rollbacks(store, "search", recipe.epochs, lambda state, factor: _search(
+                corpus, replace(recipe, lr=recipe.lr * factor), seed, report, progress, device, folder, store, state, stop))
+        except Stopped as stopped:
+            raise stopped.leave() from None
+
+
+def _search(corpus: Corpus, recipe: SearchRecipe, seed: int, report, progress: bool, device: str, folder: Path | None, store: Checkpoints,
+            state: dict | None, stop: StopRequest) -> SearchResult:
+    if state is not None and state["epoch"] >= recipe.epochs:
+        return SearchResult(Genotype.from_json(state["genotype"]), state["alphas"], state["rows"], state["seconds"])
+    for name in ("utilities.rank_zero", "trainer.connectors.signal_connector"):  # notes on devices, tips, and signals that we tell of ourselves
+        logging.getLogger(f"pytorch_lightning.{name}").setLevel(logging.WARNING)
     with warnings.catch_warnings():
         # Lightning's advice for ordinary data loaders and modules; ours are iterables, and α's optimizer is NNI's affair
         for message in (".*does not have many workers.*", ".*no `val_dataloader`.*", ".*defined a `validation_step`.*", ".*`training_step` returned.*",
@@ -64,26 +85,18 @@ def search(corpus: Corpus, recipe: SearchRecipe, seed: int = 0, report=None, pro
         pl.seed_everything(seed, workers=False, verbose=False)
         space, strategy = make_space(len(corpus.vocab), recipe), make_strategy(recipe)
         evaluator = search_evaluator(corpus, recipe, seed, report, folder, accelerator=device, devices=1, enable_progress_bar=progress)
+        loaders = [evaluator.train_dataloaders, evaluator.val_dataloaders]
         with torch.random.fork_rng(devices=[]):  # what NNI draws for α of its own does not move the masks
             supernet = strategy.mutate_model(space)
         evaluator = strategy.mutate_evaluator(evaluator)
-        with _interruptible():
+        reporter = next(c for c in evaluator.trainer.callbacks if isinstance(c, SupernetReport))
+        keeper = SearchCheckpoints(store, reporter, loaders, state, stop)
+        evaluator.trainer.callbacks.append(keeper)
+        try:
             evaluator.evaluate(supernet)
+        except SystemExit:
+            raise KeyboardInterrupt from None  # a second Ctrl-C: Lightning 2 makes `sys.exit(1)` of it
         evaluator.module.set_model(supernet)
         genotype = Genotype.from_sample(evaluator.module.export())
-    reporter = next(c for c in evaluator.trainer.callbacks if isinstance(c, SupernetReport))
-    return SearchResult(genotype, reporter.alphas, reporter.rows, time.perf_counter() - began)
-
-
-@contextlib.contextmanager
-def _interruptible():
-    """Lightning 2 turns Ctrl-C into `sys.exit(1)` and leaves the signal ignored; here it stays a `KeyboardInterrupt`."""
-    main = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit:
-        raise KeyboardInterrupt from None
-    finally:
-        if main:
-            signal.signal(signal.SIGINT, handler)
+    name_poor("search", reporter.rows[-1]["perplexity"], len(corpus.vocab))
+    return SearchResult(genotype, reporter.alphas, reporter.rows, keeper.seconds)

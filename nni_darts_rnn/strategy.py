@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .bilevel import EPSILON, MODES, WeightStep, architecture_gradient, original_gradient
 from .genotype import did_you_mean
+from .health import check_finite
 
 
 class _TrainingStep(nn.Module):
@@ -106,7 +107,9 @@ class SecondOrderDartsModule(DartsLightningModule):
             self.resample()
             arc_optim = self.architecture_optimizers()
             arc_optim.zero_grad()
-            for alpha, grad in zip(self.arch_parameters(), self.architecture_gradient(batch["train"], batch["val"], batch_idx)):
+            gradient = self.architecture_gradient(batch["train"], batch["val"], batch_idx)
+            check_finite(gradient_of_α=gradient)
+            for alpha, grad in zip(self.arch_parameters(), gradient):
                 alpha.grad = grad
             arc_optim.step()
 
@@ -115,6 +118,8 @@ class SecondOrderDartsModule(DartsLightningModule):
         with _fixed(self.arch_parameters()):
             output = self.training_module.training_step(batch["train"], 2 * batch_idx + 1)
             self.advance_optimization(_loss_of(output), batch_idx, self.gradient_clip_val)
+        gradients = [p.grad for p in self.training_module.parameters() if p.requires_grad]
+        check_finite(training_loss=_loss_of(output), gradient_of_the_weights=gradients, α=self.arch_parameters())
         self.advance_lr_schedulers(batch_idx)
         if self.log_prob_every_n_step and batch_idx % self.log_prob_every_n_step == 0:
             self.log_probs(self.export_probs())
@@ -224,7 +229,8 @@ class SecondOrderDARTS(DARTS):
     log_prob_every_n_step, penalty, mutation_hooks
         As in NNI's `DARTS`; 0 turns the log off.
 
-    Raises `ValueError` with one line for a value that is not allowed, and in the first step for a weight optimizer other than SGD.
+    Raises `ValueError` with one line for a value that is not allowed, and in the first step for a weight optimizer other than SGD;
+    `FloatingPointError` in the step in which the loss, a gradient or α is no longer finite.
     """
 
     def __init__(self, *, arc_learning_rate: float = 3e-3, arc_weight_decay: float = 1e-3, arc_betas: tuple[float, float] = (0.9, 0.999),

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from .cell import DiscreteRNN
-from .files import whole, write_text
+from .files import check_seal, sealed, whole, write_text
 from .genotype import Genotype
 from .model import LanguageModel
 
@@ -28,7 +28,7 @@ def save_trained(folder: str | Path, model: LanguageModel, vocab_words, extra: d
     """Writes the two files into `folder`, each whole or not at all; returns the folder.
 
     `vocab_words` are the V words in the order of their ids. `extra` is anything JSON can hold (seed, recipe, results); it is kept under "extra".
-    The description holds the weights' SHA-256, so that files of two different saves are never loaded together.
+    The description holds its own SHA-256 and the weights', so that what is damaged, or of two different saves, is never loaded.
     """
     words = [str(word) for word in vocab_words]
     if len(words) != model.vocab_size:
@@ -43,7 +43,7 @@ def save_trained(folder: str | Path, model: LanguageModel, vocab_words, extra: d
         "dropouts": {name: getattr(model, name) for name in DROPOUTS} | {name: getattr(model.rnn, name) for name in RNN_DROPOUTS},
         "packages": _packages(), "extra": extra or {}, "words": words,
     }
-    text = json.dumps(description) + "\n"  # before anything is written: `extra` may hold what JSON cannot
+    text = sealed(description)  # before anything is written: `extra` may hold what JSON cannot
     folder = Path(folder)
     with whole(folder / WEIGHTS) as temporary:
         temporary.write_bytes(weights)
@@ -88,13 +88,18 @@ def read_description(folder: str | Path) -> dict:
     path = Path(folder) / DESCRIPTION
     data = _read(path)
     try:
-        described = json.loads(data.decode("utf-8"))
+        text = data.decode("utf-8")
+        described = json.loads(text)
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a model's description ({_one_line(error)})") from None
     if not isinstance(described, dict) or described.get("format") != FORMAT:
         raise ValueError(f'{path}: not a model\'s description (expected "format": "{FORMAT}")')
     if described.get("version") != FORMAT_VERSION:
         raise ValueError(f"{path}: version {described.get('version')!r} of the format; this package reads version {FORMAT_VERSION}")
+    try:
+        check_seal(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     if not isinstance(described.get("sha256"), str):
         raise ValueError(f"{path}: 'sha256' is missing")
     return described

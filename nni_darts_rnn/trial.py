@@ -10,6 +10,8 @@ import os
 import sys
 from pathlib import Path
 
+from .stopping import Terminated
+
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, as every other refusal; `--help` has the usage."""
@@ -21,19 +23,26 @@ class Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python3 -m nni_darts_rnn.trial", description="One trial of an NNI experiment: search, retrain, test.")
     add_run_options(parser)
+    add_keeping_options(parser)
     arguments = parser.parse_args(argv)
 
     quiet_hosts()
     import nni
 
     parameters = nni.get_next_parameter() or {}
+
+    def final(result: dict) -> None:
+        nni.report_final_result({"default": result["valid_perplexity"]}
+                                | {k: result[k] for k in ("test_perplexity", "parameters", "seconds", "supernet_valid_perplexity")})
+
     try:
-        result = run(arguments, dict(parameters), nni.report_intermediate_result)
+        run(arguments, dict(parameters), nni.report_intermediate_result, final)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    nni.report_final_result({"default": result["valid_perplexity"]}
-                            | {k: result[k] for k in ("test_perplexity", "parameters", "seconds", "supernet_valid_perplexity")})
+    except (KeyboardInterrupt, Terminated) as stop:  # SIGTERM is how NNI stops a trial
+        print("stopped; the trial goes on from its checkpoint when it is run again", file=sys.stderr)
+        return getattr(stop, "code", 130)
     return 0
 
 
@@ -50,8 +59,25 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "gpu"), help="where to compute")
 
 
-def run(arguments: argparse.Namespace, parameters: dict, report) -> dict:
-    """Checks everything, then runs the trial in NNI's output folder. `ValueError` with one line for what is not allowed."""
+def add_keeping_options(parser: argparse.ArgumentParser) -> None:
+    """The options of every command that computes for long, and can be stopped and gone on with."""
+    parser.add_argument("--checkpoint-every", default="5min", metavar="WHEN",
+                        help="how often the run keeps itself between the ends of epochs: 90s, 5min (default), 1h, 100steps, never")
+    parser.add_argument("--resume", default="auto",
+                        help="auto (default): goes on with an unfinished run in the folder of its results; must: refuses where there is none; "
+                        "never: begins anew")
+
+
+def keeping(arguments: argparse.Namespace):
+    from .checkpoint import Every, Keeping
+
+    return Keeping(Every.parse(arguments.checkpoint_every), arguments.resume)
+
+
+def run(arguments: argparse.Namespace, parameters: dict, report, final=None) -> dict:
+    """Checks everything, then runs the trial in NNI's output folder. `ValueError` with one line for what is not allowed. `final` gets the result
+    before the trial's checkpoints go."""
+    keep = keeping(arguments)
     seed = checked_seed(parameters.pop("seed", 0))
     recipe = checked_recipe(arguments, parameters)
     prepare_torch(arguments)
@@ -61,7 +87,7 @@ def run(arguments: argparse.Namespace, parameters: dict, report) -> dict:
     check_fits(corpus, recipe.search, recipe.retrain)
     folder = Path(os.environ.get("NNI_OUTPUT_DIR", "."))
     print(f"corpus {corpus.describe()}; recipe {recipe.name}; seed {seed}", flush=True)
-    return whole_run(corpus, recipe, seed, folder, report, progress=False, device=arguments.device)
+    return whole_run(corpus, recipe, seed, folder, report, progress=False, device=arguments.device, keeping=keep, final=final)
 
 
 def checked_seed(value) -> int:

@@ -174,9 +174,9 @@ def test_retrain_learns_keeps_the_best_model_and_tests_it(tmp_path):
     assert outcome["test_perplexity"] == perplexity(outcome["model"], corpus(1500).test, 1, recipe.bptt)
     assert outcome["parameters"] == 10 * 12 + 10 + 24 * 24 + 3 * 12 * 24
     assert outcome["model"] is outcome["learner"].model.lm
-    assert [p.name for p in (tmp_path / "new").iterdir()] == ["history.csv"]
-    lines = (tmp_path / "new" / "history.csv").read_text().splitlines()
-    assert lines[0] == "epoch,train_loss,valid_loss,perplexity,time" and len(lines) == 7
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["retrain.csv"]
+    lines = (tmp_path / "new" / "retrain.csv").read_text().splitlines()
+    assert lines[0].startswith("phase,epoch,perplexity,train_loss,") and [line.split(",")[1] for line in lines[1:]] == list("123456")
 
 
 def test_a_diverged_retraining_says_so(tmp_path):

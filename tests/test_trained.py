@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nni_darts_rnn import trained
+from nni_darts_rnn.files import sealed
 from nni_darts_rnn.genotype import DARTS_V2
 from nni_darts_rnn.model import LanguageModel
 from nni_darts_rnn.supernet import MixedRNN
@@ -57,10 +58,9 @@ def test_truncated_and_flipped_files(tmp_path, name):
     for end in (0, 1, 7, len(whole) // 2, len(whole) - 3):
         path.write_bytes(whole[:end])
         refused(tmp_path, "SHA-256" if name == "model.safetensors" else "not a model's description")
-    if name == "model.safetensors":
-        for at in range(0, len(whole), 101):
-            path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
-            refused(tmp_path, "SHA-256")
+    for at in range(0, len(whole), 101 if name == "model.safetensors" else 1):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1:])
+        refused(tmp_path, "SHA-256" if name == "model.safetensors" else "")
     path.write_bytes(whole)
     load_trained(tmp_path)
     path.unlink()
@@ -78,7 +78,7 @@ def test_foreign_files_are_refused_and_never_unpickled(tmp_path):
     for foreign in (pickle.dumps(Bomb()), b"\x80\x04", b"PK\x03\x04", b"\xff" * 100, b"\x08" + bytes(7) + b"{}      "):
         (tmp_path / "model.safetensors").write_bytes(foreign)
         described["sha256"] = hashlib.sha256(foreign).hexdigest()  # a checksum alone would let them through
-        (tmp_path / "model.json").write_text(json.dumps(described))
+        (tmp_path / "model.json").write_text(sealed(described))
         refused(tmp_path, "")
     for foreign in (b"", b"[]", b"{}", b"null", b"\xff\xfe", b"[" * 100_000, b'{"format": "another"}', pickle.dumps(Bomb())):
         (tmp_path / "model.json").write_bytes(foreign)
@@ -97,10 +97,10 @@ def test_changed_descriptions(tmp_path, key, value, match):
     save_trained(tmp_path, model(), WORDS)
     path = tmp_path / "model.json"
     described = json.loads(path.read_text())
-    path.write_text(json.dumps(described | {key: value}))
+    path.write_text(sealed(described | {key: value}))
     refused(tmp_path, match)
     del described[key]
-    path.write_text(json.dumps(described))
+    path.write_text(sealed(described))
     refused(tmp_path, "")
 
 

@@ -1,0 +1,236 @@
+"""The checkpoints of a run that can be stopped at any moment: which are kept, which one a run goes on from, and whose they are."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from .checkpoint_file import DESCRIPTION, TENSORS, read_about, read_state, write_checkpoint
+from .files import remove_partial
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs in one folder are not kept apart there
+    fcntl = None
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "checkpoint"
+"""Where a run's checkpoints are, in the folder of its results."""
+RESUME = ("auto", "must", "never")
+
+
+@dataclass(frozen=True)
+class Every:
+    """How often a checkpoint is written between the ends of epochs (which always write one): every `seconds`, or every `steps`, or never."""
+
+    seconds: float | None = None
+    steps: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Every:
+        """"90s", "5min", "1h", "100steps" or "never". `ValueError` with one line otherwise."""
+        if text == "never":
+            return cls()
+        found = re.fullmatch(r"(\d{1,9}) ?(s|min|h|steps?)", str(text))
+        if not found or not int(found[1]):
+            raise ValueError(f"--checkpoint-every: {text!r} must be like 90s, 5min, 1h, 100steps, or never")
+        number, unit = int(found[1]), found[2]
+        return cls(steps=number) if unit.startswith("step") else cls(seconds=number * {"s": 1, "min": 60, "h": 3600}[unit])
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """How a run keeps itself. `resume`: "auto" goes on where there is a checkpoint, "must" refuses to begin anew, "never" begins anew."""
+
+    every: Every = Every(seconds=300)
+    resume: str = "auto"
+
+    def __post_init__(self):
+        if self.resume not in RESUME:
+            raise ValueError(f"--resume: {self.resume!r} is none of {', '.join(RESUME)}")
+
+
+USUAL = Keeping()
+
+
+class AnotherRun(ValueError):
+    """A good checkpoint, but of a run with other settings."""
+
+
+class Checkpoints:
+    """The checkpoints of one phase ("search", "retrain") of a run, in `folder`.
+
+    `identity` is what the run that goes on must have in common with the one that wrote them (recipe, seed, corpus, …; JSON). Kept are the
+    two newest and the newest from the end of an epoch, which is where `roll_back` returns to.
+    """
+
+    def __init__(self, folder: str | Path, phase: str, identity: dict, every: Every = Keeping.every):
+        self.folder, self.phase, self.every = Path(folder), phase, every
+        self.identity = json.loads(json.dumps(identity))
+        self.last, self.steps = time.monotonic(), 0
+
+    def due(self) -> bool:
+        """Counts a step; whether a checkpoint is to be written after it."""
+        self.steps += 1
+        if self.every.steps is not None:
+            return self.steps >= self.every.steps
+        return self.every.seconds is not None and time.monotonic() - self.last >= self.every.seconds
+
+    def save(self, epoch: int, batch: int, state: dict) -> bool:
+        """Keeps what a run needs to go on with batch `batch` of epoch `epoch`, both from 0. False where the disk does not take it: a full disk
+        costs this checkpoint and not the run, which says so and keeps the one before."""
+        self.last, self.steps = time.monotonic(), 0
+        try:
+            write_checkpoint(self._path((epoch, batch)), state, {"phase": self.phase, "epoch": epoch, "batch": batch, "identity": self.identity})
+        except OSError as error:
+            kept = self._positions()
+            logger.warning("%s: no checkpoint was written (%s); %s", self.folder, error.strerror or " ".join(str(error).split()),
+                           f"the one before stays ({where(*kept[-1])})" if kept else "there is none yet")
+            return False
+        found = self._positions()
+        stay = {*found[-2:], *[position for position in found if position[1] == 0][-1:]}
+        for position in found:
+            if position not in stay:
+                self._remove(position)
+        return True
+
+    def load(self) -> dict | None:
+        """The state of the newest checkpoint that is whole, with its "epoch" and "batch", or None where there is none.
+
+        One that is damaged is named, and the one before it used. `ValueError` with one line where none is whole; `AnotherRun`.
+        """
+        return self._newest(self._positions())
+
+    def roll_back(self) -> dict:
+        """The state at the newest end of an epoch (or beginning of the run). What was written after it goes."""
+        state = self._newest([position for position in self._positions() if position[1] == 0])
+        if state is None:
+            raise ValueError(f"{self.folder}: no checkpoint of the {self.phase} to return to")
+        for position in self._positions():
+            if position > (state["epoch"], state["batch"]):
+                self._remove(position)
+        return state
+
+    def __bool__(self) -> bool:
+        """Whether there is a checkpoint."""
+        return bool(self._positions())
+
+    def clear(self) -> None:
+        """Removes this phase's checkpoints."""
+        for position in self._positions():
+            self._remove(position)
+
+    def _newest(self, positions: list[tuple[int, int]]) -> dict | None:
+        for i, position in reversed(list(enumerate(positions))):
+            try:
+                return self._read(position)
+            except AnotherRun:
+                raise
+            except ValueError as error:
+                logger.warning("%s%s", error, f"; the one before it is used ({where(*positions[i - 1])})" if i else "")
+        if positions:
+            raise ValueError(f"{self.folder}: none of the {len(positions)} checkpoints of the {self.phase} is whole; --resume never begins anew")
+        return None
+
+    def _read(self, position: tuple[int, int]) -> dict:
+        path = self._path(position)
+        about = read_about(path)
+        if (about.get("phase"), about.get("epoch"), about.get("batch")) != (self.phase, *position):
+            raise ValueError(f"{path}{DESCRIPTION}: not the checkpoint that its name says")
+        if about.get("identity") != self.identity:
+            raise AnotherRun(f"{self.folder} holds an unfinished {self.phase} with other settings ({difference(about.get('identity'), self.identity)}); "
+                             "give those to go on, another folder, or --resume never to begin anew")
+        return read_state(path, about) | {"epoch": position[0], "batch": position[1]}
+
+    def _path(self, position: tuple[int, int]) -> Path:
+        return self.folder / f"{self.phase}-{position[0]:06d}-{position[1]:08d}"
+
+    def _positions(self) -> list[tuple[int, int]]:
+        """(epoch, batch) of each, the newest last."""
+        names = (re.fullmatch(rf"{self.phase}-(\d+)-(\d+)\{DESCRIPTION}", path.name) for path in self.folder.glob(f"{self.phase}-*"))
+        return sorted((int(name[1]), int(name[2])) for name in names if name)
+
+    def _remove(self, position: tuple[int, int]) -> None:
+        self._path(position).with_suffix(DESCRIPTION).unlink(missing_ok=True)  # first: without it the tensors are no checkpoint
+        self._path(position).with_suffix(TENSORS).unlink(missing_ok=True)
+
+
+def where(epoch: int, batch: int) -> str:
+    """Such as `epoch 3, batch 12`, counted from 1 as people do."""
+    return f"epoch {epoch + 1}, batch {batch + 1}"
+
+
+def difference(there, here, name: str = "") -> str:
+    """The first settings in which two identities differ."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in [*here, *there]:
+            if there.get(key) != here.get(key):
+                return difference(there.get(key), here.get(key), f"{name}.{key}".strip("."))
+    return f"{name}: {there!r} there, {here!r} here"
+
+
+def run_identity(corpus, recipe, seed: int, **more) -> dict:
+    """`identity` of a phase with this part of a recipe. A text is told from another by its numbers of tokens and words, and by a hash of the
+    words and of each split: all of it up to 65,536 tokens, else 64 parts of it, evenly spread, so that a large one is not read for this."""
+    sha = hashlib.sha256("\n".join(corpus.vocab.words).encode())
+    splits = {name: tokens for name in ("train", "valid", "test", "alpha") if (tokens := getattr(corpus, name)) is not None}
+    for tokens in splits.values():
+        parts = [tokens] if len(tokens) <= 1 << 16 else [tokens[i * (len(tokens) >> 6):][:1 << 10] for i in range(64)]
+        for part in parts:
+            sha.update(part.contiguous().numpy().tobytes())
+    text = {"tokens": {name: len(tokens) for name, tokens in splits.items()}, "words": len(corpus.vocab), "sha256": sha.hexdigest()}
+    return {"recipe": dataclasses.asdict(recipe), "seed": seed, "corpus": text, **more}
+
+
+@contextlib.contextmanager
+def alone_in(folder: str | Path) -> Iterator[Path]:
+    """Yields the folder of the checkpoints of results in `folder`, made and locked; `ValueError` where another process works there.
+
+    What a process that was killed left half written goes. An empty folder of checkpoints goes at the end.
+    """
+    folder = Path(folder)
+    kept = folder / FOLDER
+    with _locked(kept / "lock", f"{folder}: another process is at work in this folder; give another one"):
+        remove_partial(folder)
+        remove_partial(kept)
+        for path in kept.glob(f"*{TENSORS}"):
+            if not path.with_suffix(DESCRIPTION).exists():
+                path.unlink(missing_ok=True)  # its description was never written, or is gone already
+        try:
+            yield kept
+        finally:
+            if {path.name for path in kept.iterdir()} == {"lock"}:
+                (kept / "lock").unlink()
+                with contextlib.suppress(OSError):  # another process has come
+                    kept.rmdir()
+
+
+@contextlib.contextmanager
+def _locked(path: Path, refusal: str) -> Iterator[None]:
+    """Holds the lock file; `ValueError(refusal)` where another process does. The system frees the lock of a process that dies."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(path, "ab")
+        try:
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
+                break
+        except BlockingIOError:
+            lock.close()
+            raise ValueError(refusal) from None
+        except FileNotFoundError:
+            pass
+        lock.close()  # its last holder has removed it in the meantime
+    with lock:
+        yield

@@ -1,0 +1,108 @@
+"""Checkpoints of a retraining as a fastai callback, and the Learner that can begin in the middle."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from fastai.callback.core import Callback
+from fastai.learner import CancelEpochException, Learner
+
+from .callbacks import NTASGD, BestModel, EpochReport
+from .checkpoint import Checkpoints
+from .checkpoint_file import random_state, restore_random_state
+from .health import check_epoch, check_finite
+from .stopping import StopRequest
+
+
+class ResumableLearner(Learner):
+    """A Learner whose `fit` can begin with another epoch than the first. fastai's `fit(start_epoch=…)` runs the callbacks of those before too."""
+
+    first_epoch = 0
+
+    def _do_fit(self):
+        for epoch in range(self.first_epoch, self.n_epoch):
+            self.epoch = epoch
+            self._with_events(self._do_epoch, "epoch", CancelEpochException)
+
+
+class RetrainCheckpoints(Callback):
+    """Keeps a retraining so that it can go on after any step, and lets it go on from `state`.
+
+    A checkpoint holds the weights, the hidden state, the averages of NT-ASGD once it runs, the best model so far, every random generator,
+    the position in the text, and what `EpochReport` and fastai's Recorder have counted. The Learner is a `ResumableLearner` whose training
+    loader is a `StreamLoader`. fastai's lists of the rate and loss of every step are emptied after each epoch: a run of days needs no memory for them.
+    """
+
+    order, run_valid = 100, False  # after everything that changes the state
+
+    def __init__(self, store: Checkpoints, state: dict | None, stop: StopRequest, vocab_size: int):
+        self.store, self.state, self.stop, self.vocab_size = store, state, stop, vocab_size
+        self.rollbacks = state["rollbacks"] if state else 0
+        self.first = (state["epoch"], state["batch"]) if state else (0, 0)
+        self.past, self.began = (state["seconds"] if state else 0.0), time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """What the training has taken, all its parts together."""
+        return self.past + time.perf_counter() - self.began
+
+    def _cb(self, kind):
+        return next(cb for cb in self.learn.cbs if isinstance(cb, kind))
+
+    def before_fit(self):
+        if self.state is None:
+            self._save(0, 0)
+            return
+        state, rate = self.state, self.opt.hypers[-1]["lr"]
+        self.learn.first_epoch = self.first[0]
+        self.learn.train_iter = state["train_iter"]
+        self.model.load_state_dict(state["model"])
+        self._cb(NTASGD).load_state_dict(state["averaging"])
+        self.opt.set_hyper("lr", rate)  # smaller than the kept one after a return to this checkpoint
+        self._cb(BestModel).load_state_dict(state["best"])
+        self._cb(EpochReport).rows = list(state["rows"])
+        self.recorder.values = [list(values) for values in state["values"]]
+        self.recorder.smooth_loss.count, self.recorder.smooth_loss.val = state["smooth_loss"]
+        self.dls.train.go_on(*self.first)
+
+    def before_train(self):
+        if self.state is not None and self.first[1]:  # in the middle of an epoch, whose beginning has put these back to zero
+            self.model.hidden = self.state["hidden"].to(self.model.hidden.device)
+            self._cb(EpochReport).go_on(**self.state["in_epoch"])
+
+    def before_batch(self):
+        if self.state is not None:
+            restore_random_state(self.state["random"])
+            self.state = None
+
+    def after_batch(self):
+        if self.iter + 1 == self.n_iter:
+            return  # the end of the epoch comes soon
+        if self.store.due() or self.stop.signum is not None:
+            done = self.iter + 1 + (self.first[1] if self.epoch == self.first[0] else 0)
+            self._save(self.epoch, done, self._cb(EpochReport).in_epoch())
+        self.stop.obey()
+
+    def after_validate(self):
+        if self.learn.lock.locked():
+            return  # `Learner.validate`
+        valid_loss = float(self.recorder.log[list(self.recorder.metric_names).index("valid_loss")])
+        check_epoch(self._cb(EpochReport).row["train_perplexity"], self.vocab_size, "training")
+        check_epoch(float(torch.exp(torch.tensor(valid_loss, dtype=torch.float64))), self.vocab_size, "validation")
+
+    def after_epoch(self):
+        if self.learn.lock.locked():
+            return
+        self.recorder.lrs, self.recorder.losses = [], []
+        self._save(self.epoch + 1, 0)
+        self.stop.obey()
+
+    def _save(self, epoch: int, batch: int, in_epoch: dict | None = None) -> None:
+        check_finite(weights=list(self.model.parameters()))  # what a run returns to has to be good
+        smooth = self.recorder.smooth_loss
+        self.store.save(epoch, batch, {
+            "model": self.model.state_dict(), "hidden": self.model.hidden, "averaging": self._cb(NTASGD).state_dict(),
+            "best": self._cb(BestModel).state_dict(), "random": random_state(), "rows": self._cb(EpochReport).rows,
+            "values": [list(values) for values in self.recorder.values], "smooth_loss": (smooth.count, smooth.val),
+            "train_iter": self.learn.train_iter, "in_epoch": in_epoch, "rollbacks": self.rollbacks, "seconds": self.seconds})

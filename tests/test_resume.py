@@ -1,0 +1,235 @@
+"""A run that is killed at any moment and gone on with ends bit for bit as one that is not."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from crashes import RECIPE, corpus, phase
+
+from nni_darts_rnn import pipeline
+from nni_darts_rnn.checkpoint import Checkpoints, Every, Keeping, alone_in, run_identity
+from nni_darts_rnn.checkpoint_file import read_about, read_state
+from nni_darts_rnn.files import digest
+from nni_darts_rnn.stopping import Stopped, Terminated, stop_requests
+
+TIMES = {"seconds", "tokens_per_second"}
+
+
+def rows(path: Path) -> list[dict]:
+    with path.open(newline="") as file:
+        return [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
+
+
+def timeless(state):
+    """A checkpoint's state without what a clock has measured; tensors as their bytes."""
+    if isinstance(state, dict):
+        return {k: timeless(v) for k, v in state.items() if k not in TIMES}
+    if isinstance(state, (list, tuple)):
+        return [timeless(v) for v in state]
+    return (str(state.dtype), tuple(state.shape), state.numpy().tobytes()) if isinstance(state, torch.Tensor) else state
+
+
+def check_same(one: Path, other: Path, name: str) -> dict:
+    """Everything that two runs of the phase left is the same. Returns the last checkpoint's state."""
+    files = {path.name for path in one.iterdir()}
+    assert {path.name for path in other.iterdir()} == files and not any(file.startswith(".") for file in files)
+    assert rows(one / f"{name}.csv") == rows(other / f"{name}.csv")
+    for file in files & {"genotype.json", "alpha.json", "model.safetensors"}:
+        assert digest(one / file) == digest(other / file), file
+    if "model.json" in files:
+        models = [json.loads((folder / "model.json").read_text()) for folder in (one, other)]
+        for model in models:
+            del model["extra"]["result"]["retrain_seconds"], model["checksum"]
+        assert models[0] == models[1]
+    kept = sorted(path.name for path in (one / "checkpoint").iterdir())
+    assert sorted(path.name for path in (other / "checkpoint").iterdir()) == kept
+    for file in (file for file in kept if file.endswith(".json")):
+        states = [read_state(path, read_about(path)) for path in (folder / "checkpoint" / file for folder in (one, other))]
+        assert timeless(states[0]) == timeless(states[1]), file
+    return states[0]
+
+
+def crashes(name: str, folder: Path, seed: int, kills: int, *how: str) -> dict:
+    done = subprocess.run([sys.executable, Path(__file__).with_name("crashes.py"), name, folder, str(seed), str(kills), *how], capture_output=True,
+                          text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", ["search", "retrain"])
+def test_killed_at_twenty_random_moments(tmp_path, name):
+    done = crashes(name, tmp_path, 1, 20)
+    assert done["killed"] >= 20, done
+    state = check_same(tmp_path / "whole", tmp_path / "killed", name)
+    assert len(rows(tmp_path / "whole" / f"{name}.csv")) == (RECIPE.search.epochs + 1 if name == "search" else RECIPE.retrain.epochs)
+    if name == "search":  # Adam's moments are there, and α has moved
+        assert state["optimizers"][1]["state"][0]["exp_avg"].abs().max() > 0
+        assert state["alphas"][-1] != state["alphas"][0]
+    else:  # NT-ASGD has begun to average, and there is a best model
+        assert state["averaging"]["averages"]["state"][0]["ax"].abs().max() > 0
+        assert state["best"]["model"] is not None
+
+
+@pytest.mark.parametrize("name", ["search", "retrain"])
+def test_killed_while_it_writes(tmp_path, name):
+    done = crashes(name, tmp_path, 2, 12, "in-write")
+    assert done["killed"] >= 12 and done["torn"] >= 3, done  # kills between the two files of a checkpoint, or in the middle of one
+    check_same(tmp_path / "whole", tmp_path / "killed", name)
+
+
+def stopped_after(saves: int, signum: int, monkeypatch) -> None:
+    """A signal in the middle of the step after so many checkpoints."""
+    left, save = [saves], Checkpoints.save
+
+    def counted(self, *args):
+        done = save(self, *args)
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signum)
+        return done
+
+    monkeypatch.setattr(Checkpoints, "save", counted)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name, signum, error", [("search", signal.SIGTERM, Terminated), ("search", signal.SIGINT, KeyboardInterrupt),
+                                                 ("retrain", signal.SIGTERM, Terminated), ("retrain", signal.SIGINT, KeyboardInterrupt)])
+def test_signals_finish_the_step_keep_the_run_and_end_it(tmp_path, monkeypatch, name, signum, error):
+    monkeypatch.setattr(pipeline, "_draw", lambda *args: None)
+    phase(name, tmp_path / "whole")
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        stopped_after(3, signum, patch)
+        with pytest.raises(error):
+            phase(name, tmp_path / "killed", every=5)  # between two checkpoints that were due
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    phase(name, tmp_path / "killed")
+    check_same(tmp_path / "whole", tmp_path / "killed", name)
+
+
+def test_requests_to_stop():
+    with stop_requests() as stop:
+        stop.obey()
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(Stopped, match="SIGINT"):
+            stop.obey()
+        with pytest.raises(KeyboardInterrupt):  # the second one does not wait for the step
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    assert Terminated().code == 143 and isinstance(Stopped(signal.SIGTERM).leave(), Terminated)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_whole_run_goes_on_where_it_was_and_clears_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "_draw", lambda *args: None)
+    calls, finals = [], []
+    for folder in ("whole", "killed"):
+        if folder == "killed":
+            with monkeypatch.context() as patch:
+                stopped_after(RECIPE.search.epochs + 3, signal.SIGTERM, patch)  # the search's, and two of the retraining
+                with pytest.raises(Terminated):
+                    pipeline.whole_run(corpus(), RECIPE, 3, tmp_path / folder, calls.append, device="cpu", keeping=Keeping(Every()))
+            said = len(calls)
+            assert not (tmp_path / folder / "result.json").exists() and (tmp_path / folder / "genotype.json").exists()
+        result = pipeline.whole_run(corpus(), RECIPE, 3, tmp_path / folder, calls.append, device="cpu", keeping=Keeping(Every()), final=finals.append)
+        assert finals[-1] == result and not (tmp_path / folder / "checkpoint").exists() and not (tmp_path / folder / "models").exists()
+    assert {(row["phase"], row["epoch"]) for row in calls[-said:]} and len(calls) == 2 * (RECIPE.search.epochs + 1 + RECIPE.retrain.epochs)
+    assert {k: v for k, v in finals[0].items() if "seconds" not in k} == {k: v for k, v in finals[1].items() if "seconds" not in k}
+
+
+def test_whose_checkpoint_it_is(tmp_path):
+    mine = run_identity(corpus(), RECIPE.search, 3)
+    Checkpoints(tmp_path, "search", mine).save(0, 1, {"rollbacks": 0})
+    assert Checkpoints(tmp_path, "search", mine).load() == {"rollbacks": 0, "epoch": 0, "batch": 1}
+    assert Checkpoints(tmp_path, "retrain", mine).load() is None
+    other_seed, other_text = run_identity(corpus(), RECIPE.search, 4), corpus()
+    other_text.train[5] = (other_text.train[5] + 1) % 10
+    with pytest.raises(ValueError, match=r"seed: 3 there, 4 here\); give those to go on, another folder, or --resume never"):
+        Checkpoints(tmp_path, "search", other_seed).load()
+    with pytest.raises(ValueError, match="corpus.sha256"):
+        Checkpoints(tmp_path, "search", run_identity(other_text, RECIPE.search, 3)).load()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_begin_anew_or_must_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "_draw", lambda *args: None)
+    with pytest.raises(ValueError, match="--resume must: .* holds no checkpoint of a search"):
+        pipeline.search_phase(corpus(), RECIPE.search, 3, tmp_path / "new", device="cpu", keeping=Keeping(resume="must"))
+    assert not list((tmp_path / "new").iterdir())
+    with monkeypatch.context() as patch, pytest.raises(Terminated):
+        stopped_after(3, signal.SIGTERM, patch)
+        phase("search", tmp_path / "run")
+    with pytest.raises(ValueError, match="seed: 3 there, 4 here"):
+        pipeline.search_phase(corpus(), RECIPE.search, 4, tmp_path / "run", device="cpu")
+    found = pipeline.search_phase(corpus(), RECIPE.search, 4, tmp_path / "run", device="cpu", keeping=Keeping(resume="never"))
+    assert found["rows"][-1]["epoch"] == RECIPE.search.epochs
+    with pytest.raises(ValueError, match="--resume: 'mst' is none of auto, must, never"):
+        Keeping(resume="mst")
+
+
+def test_how_often():
+    assert Every.parse("90s") == Every(seconds=90) and Every.parse("5min") == Every(seconds=300) and Every.parse("1h") == Every(seconds=3600)
+    assert Every.parse("100steps") == Every(steps=100) and Every.parse("1step") == Every(steps=1) and Every.parse("never") == Every()
+    for bad in ("", "5", "0s", "-1s", "1.5h", "steps", "nan s", "10 000 steps", None):
+        with pytest.raises(ValueError, match="--checkpoint-every: .* must be like 90s"):
+            Every.parse(bad)
+    store = Checkpoints("nowhere", "search", {}, Every(steps=3))
+    assert [store.due() for _ in range(3)] == [False, False, True]
+    assert not Checkpoints("nowhere", "search", {}, Every()).due()
+    assert Checkpoints("nowhere", "search", {}, Every(seconds=0)).due()
+
+
+def test_two_processes_do_not_work_in_one_folder(tmp_path):
+    code = f"from nni_darts_rnn.checkpoint import alone_in\nwith alone_in({str(tmp_path)!r}): pass"
+    with alone_in(tmp_path) as kept:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 1 and "another process is at work in this folder" in done.stderr
+        (kept / ".partial-search-abc.json").write_text("{")
+        (kept / "search-000000-00000001.safetensors").write_bytes(b"torn")
+        (tmp_path / ".partial-retrain-abc.csv").write_text("")
+        (kept / "search-000000-00000000.json").write_text("{}")
+    with alone_in(tmp_path) as kept:  # what a process that was killed left half written is gone, and the lock is free again
+        assert sorted(path.name for path in kept.iterdir()) == ["lock", "search-000000-00000000.json"]
+        (kept / "search-000000-00000000.json").unlink()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_through_the_command_line(tmp_path, monkeypatch):
+    """SIGTERM ends `nni-darts-rnn search` with status 143; the same command goes on, says so, and ends as a search that was never stopped."""
+    text = " ".join("abcdefgh"[token - 2] for token in corpus().train.tolist() if token > 1)
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"{split}.txt").write_text((text + "\n") * (5 if split == "train" else 1))
+    settings = {"search.batch_size": 4, "search.eval_batch_size": 4, "search.epochs": 4}
+    command = [sys.executable, "-m", "nni_darts_rnn.cli", "search", "--recipe", "tiny", "--threads", "1", "--corpus", str(tmp_path), "--json",
+               "--checkpoint-every", "1step", *(word for key, value in settings.items() for word in ("--set", f"{key}={value}"))]
+    command += ["--out", str(tmp_path / "killed")]
+    env = os.environ | {"PYTHONWARNINGS": "ignore"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    end = time.monotonic() + 120
+    while time.monotonic() < end and process.poll() is None and not list(tmp_path.glob("killed/checkpoint/search-000001-*[2-9].json")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143 and "Traceback" not in err and "the same command goes on from there" in err and not out, err
+    done = subprocess.run([*command, "--resume", "must"], capture_output=True, text=True, env=env, timeout=120)
+    assert done.returncode == 0 and "search: goes on from epoch " in done.stderr, done.stderr
+    assert not (tmp_path / "killed" / "checkpoint").exists()
+    from nni_darts_rnn.corpus import load_corpus
+    from nni_darts_rnn.recipes import get_recipe
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    pipeline.search_phase(load_corpus(tmp_path), get_recipe("tiny", settings).search, 0, tmp_path / "whole")
+    torch.set_num_threads(threads)
+    assert rows(tmp_path / "killed" / "search.csv") == rows(tmp_path / "whole" / "search.csv")
+    assert digest(tmp_path / "killed" / "alpha.json") == digest(tmp_path / "whole" / "alpha.json")
