@@ -13,6 +13,19 @@ TINY = "--recipe tiny --set search.bptt=64 --set search.batch_size=64 --set retr
 def pytest_addoption(parser):
     parser.addoption("--golden", action="append", default=[], metavar="FILE",
                      help="check this file of reference figures in place of those in tests/golden (may be given several times)")
+    parser.addoption("--long", action="store_true", help="with the tests that run whole experiments and thousands of steps (about ten minutes more)")
+
+
+LONG = ("test_remote.py", "test_tuners.py", "test_nni_faults.py", "test_multi_trial.py", "test_memory.py", "test_many.py", "test_browser.py",
+        "test_the_wheel_runs_the_main_job", "test_through_the_command_line")
+"""Files and tests that `pytest` leaves out and `pytest --long` runs."""
+
+
+def pytest_collection_modifyitems(config, items):
+    left_out = [] if config.getoption("--long") else [item for item in items if any(name in item.nodeid for name in LONG)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
 
 
 @pytest.fixture(scope="session")
