@@ -23,6 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     add_run_options(parser)
     parser.add_argument("--maximize", action="store_true", help="report 1/perplexity, the geometric mean of the words' probabilities, in place of the "
                         "perplexity: for what takes the largest result for the best, such as the Curvefitting assessor")
+    parser.add_argument("--onnx", action="store_true", help="leave the trained model as model.onnx too, which the Visualization of NNI's web page opens")
     arguments = parser.parse_args(argv)
 
     quiet_hosts()
@@ -78,12 +79,21 @@ def run(arguments: argparse.Namespace, parameters: dict, report) -> dict:
     from .files import write_json, write_text
     from .pipeline import check_fits, package_versions, retrain_phase
 
+    if arguments.onnx:
+        from .onnx_file import check_onnx
+
+        check_onnx()
     corpus = open_corpus(arguments)
     check_fits(corpus, recipe.retrain)
     folder = Path(os.environ.get("NNI_OUTPUT_DIR", "."))
     print(f"corpus {corpus.describe()}; recipe {recipe.name}; seed {seed}; cell {genotype}", flush=True)
     write_text(folder / "genotype.json", genotype.to_json() + "\n")
     trained = retrain_phase(corpus, genotype, recipe.retrain, seed, folder, report, device=arguments.device)
+    if arguments.onnx:
+        from .onnx_file import write_onnx
+        from .trained import load_trained
+
+        write_onnx(folder, load_trained(folder)[0])
     result = {"seed": seed, "corpus": corpus.name, "recipe": recipe.to_dict(), "genotype": genotype.to_json(),
               **{k: trained[k] for k in ("valid_perplexity", "test_perplexity", "parameters", "retrain_seconds")},
               "seconds": trained["retrain_seconds"], "versions": package_versions()}

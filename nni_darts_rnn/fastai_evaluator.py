@@ -18,6 +18,7 @@ from nni.nas.evaluator import Evaluator
 from .corpus import Corpus, load_corpus
 from .files import write_text
 from .learner import language_dls, lm_learner
+from .onnx_file import check_onnx, write_onnx
 from .pipeline import check_fits, take_fast_path
 from .recipes import Recipe, get_recipe
 from .space import RecurrentSpace
@@ -57,12 +58,15 @@ class FastaiEvaluator(Evaluator):
     learner
         For any other space: a function of an importable module, `learner(model) -> Learner`; it goes with `epochs` and without a corpus.
 
+    onnx
+        Leave the trained language model as model.onnx in the trial's folder, which the Visualization of NNI's web page opens; some seconds a trial.
+
     Raises `ValueError` with one line for what is not allowed, and `FloatingPointError` where training ends without a finite loss.
     """
 
     def __init__(self, corpus: str | Corpus | None = None, recipe: str | Recipe | None = None, settings: dict | None = None, *, epochs: int | None = None, seed: int = 0,
                  corpus_folder: str | None = None, corpus_mirror: str | None = None, device: str = "auto",
-                 learner: Callable[..., Learner] | None = None):
+                 learner: Callable[..., Learner] | None = None, onnx: bool = False):
         if epochs is not None and (isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0):
             raise ValueError(f"epochs: {epochs!r} must be a whole number of at least 0")
         settings = dict(settings or {})
@@ -71,10 +75,14 @@ class FastaiEvaluator(Evaluator):
                 raise ValueError(f"settings: {name} is the model space's; give it there")
         if learner is not None and (epochs is None or settings or any(v is not None for v in (corpus, recipe, corpus_folder, corpus_mirror))):
             raise ValueError("learner: a learner of your own goes with epochs, and without corpus, recipe and settings")
+        if onnx:
+            if learner is not None:
+                raise ValueError("onnx: only the language model is written; leave it out with a learner of your own")
+            check_onnx()
         self.recipe = get_recipe("small" if recipe is None else recipe, {f"retrain.{name}": value for name, value in settings.items()}).retrain
         self.epochs = self.recipe.epochs if epochs is None else epochs
         self.corpus, self.corpus_folder, self.corpus_mirror = "pydoc" if corpus is None else corpus, corpus_folder, corpus_mirror
-        self.seed, self.device, self.learner = seed, device, learner
+        self.seed, self.device, self.learner, self.onnx = seed, device, learner, onnx
 
     def _execute(self, model):
         torch.manual_seed(self.seed)  # before the model is made
@@ -93,6 +101,8 @@ class FastaiEvaluator(Evaluator):
                 if self.epochs:
                     learn.fit(self.epochs, cbs=[_Report(), TerminateOnNaNCallback()])
                 loss = float(learn.validate()[0])
+            if self.onnx and output is not None:
+                write_onnx(output, model.lm)
         if not math.isfinite(loss):
             raise FloatingPointError(f"the validation loss is {loss}; lower the learning rate or the clipping norm")
         nni.report_final_result({"default": -loss, "valid_loss": loss})

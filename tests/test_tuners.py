@@ -6,7 +6,9 @@ import json
 import re
 import shutil
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ FLAT, NESTED = (json.loads((ROOT / "search_spaces" / name).read_text()) for name
 # trials, epochs of each, settings of the algorithm
 CHANGES = {"random": (2, 1, {}), "tpe": (2, 8, {"epoch_num": 8, "start_step": 4}), "evolution": (3, 1, {"population_size": 2}),
            "grid": (2, 12, {}), "hyperband": (4, None, {"R": 3})}
+ONNX = find_spec("onnx") is not None and find_spec("onnxscript") is not None
 STOPPED = ("EARLY_STOPPED", "USER_CANCELED")  # NNI 3.0's local training service says the latter where an assessor has stopped a trial
 
 
@@ -60,6 +63,8 @@ def finished(tmp_path_factory):
             command = config["trialCommand"].replace("--corpus pydoc --recipe small", f"--corpus {folder} --recipe tiny {SIZES}")
             assert SIZES in command
             config["trialCommand"] = re.sub(r" --set retrain.epochs=\d+", "", command) + (f" --set retrain.epochs={epochs}" if epochs else "")
+            if ONNX and name == "random":
+                config["trialCommand"] += " --onnx"
             config |= {"maxTrialNumber": n, "trialConcurrency": 1}
             if name == "grid":
                 config["searchSpaceFile"] = "../search_spaces/poor.json"
@@ -98,6 +103,15 @@ def test_every_example_runs_to_its_end(finished, name):
     assert all(cell.n_nodes == (1 if name == "grid" else 8) for cell in cells)
     if name in ("random", "tpe"):
         assert len(set(cells)) == n
+
+
+def test_what_a_trial_leaves_is_served(finished):
+    """NNI's web page reads a trial's files through its server: pictures, tables, and model.onnx for its Visualization."""
+    experiment, trials = finished["random"]
+    for trial in trials:
+        for name in ("cell.svg", "curves.png", "retrain.csv", "result.json", *(["model.onnx"] if ONNX else [])):
+            with urllib.request.urlopen(f"http://127.0.0.1:{experiment.port}/api/v1/nni/trial-file/{trial['trialJobId']}/{name}", timeout=20) as answer:
+                assert answer.read() == (Path(trial["logPath"]) / name).read_bytes(), name
 
 
 def test_hyperband_gives_each_trial_its_own_number_of_epochs(finished):

@@ -1,0 +1,97 @@
+"""What one step costs as the cell grows, for docs/scale.md: seconds and peak memory of a search step and of a training step by hidden size, each
+measured in a process of its own.
+
+    OMP_NUM_THREADS=1 python benchmarks/scale.py --save
+
+The reading of a large text in the results was timed apart, on a made text of 40 million words. Sizes T and B are small, so that a hidden size of 4,000 fits a small machine; the page scales them by the number of tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+RESULT = Path(__file__).parent / "results" / "scale.json"
+T, B, V, N = 8, 8, 10_000, 8
+HIDDEN = {"search": (300, 1000, 2000, 4000), "retrain": (300, 850, 2000, 4000)}
+
+
+def one(part: str, hidden_size: int, rounds: int = 2) -> dict:
+    """Seconds of a step (the shortest of `rounds`) and the process's peak memory in GB."""
+    import torch
+
+    from nni_darts_rnn import DARTS_V2, LanguageModel
+    from nni_darts_rnn.bilevel import WeightStep, architecture_gradient
+    from nni_darts_rnn.supernet import MixedRNN
+
+    torch.manual_seed(0)
+    if part == "search":
+        lm = LanguageModel(V, MixedRNN(hidden_size, hidden_size, N))
+        alpha = [lm.rnn.alpha]
+    else:
+        lm, alpha = LanguageModel.from_genotype(V, hidden_size, DARTS_V2), []
+    weights = {name: p for name, p in lm.named_parameters() if name != "rnn.alpha"}
+    optimizer = torch.optim.SGD(weights.values(), lr=1.0)
+    train, valid = torch.randint(V, (2, 2, T, B))
+
+    class Loss(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lm = lm
+
+        def forward(self, batch):
+            return lm.loss(batch[0], batch[1], lm.init_hidden(B))[0]
+
+    module = Loss()
+
+    def loss(at_weights, at_alphas, batch):
+        values = dict(zip((f"lm.{name}" for name in weights), at_weights)) | dict(zip(("lm.rnn.alpha",), at_alphas))
+        return torch.func.functional_call(module, values, (batch,))
+
+    seconds = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        if alpha:
+            tensors = list(weights.values())
+            architecture_gradient(loss, tensors, alpha, train, valid, WeightStep.of(optimizer, tensors, 0.25))
+        optimizer.zero_grad()
+        module(train).backward()
+        torch.nn.utils.clip_grad_norm_(weights.values(), 0.25)
+        optimizer.step()
+        seconds.append(time.perf_counter() - began)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return {"seconds": min(seconds), "gigabytes": memory, "parameters": sum(p.numel() for p in weights.values())}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--save", action="store_true", help=f"write {RESULT.name}")
+    parser.add_argument("--one", nargs=2, metavar=("PART", "H"), help="measure one and print it")
+    arguments = parser.parse_args()
+    if arguments.one:
+        hidden_size = int(arguments.one[1])
+        print(json.dumps(one(arguments.one[0], hidden_size, 1 if hidden_size >= 4000 else 2)))
+        return
+    import torch
+
+    found = {"command": "python benchmarks/scale.py --save", "date": date.today().isoformat(), "sizes": {"T": T, "B": B, "V": V, "N": N},
+             "machine": {"system": platform.platform(), "python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()}}
+    for part, sizes in HIDDEN.items():
+        found[part] = {}
+        for hidden_size in sizes:
+            done = subprocess.run([sys.executable, "-W", "ignore", __file__, "--one", part, str(hidden_size)], capture_output=True, text=True, check=True)
+            found[part][str(hidden_size)] = json.loads(done.stdout.splitlines()[-1])
+            print(part, hidden_size, found[part][str(hidden_size)], flush=True)
+    if arguments.save:
+        RESULT.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
