@@ -18,7 +18,9 @@ _WHERE = {
     "strategy": ("SecondOrderDARTS",),
     "evaluator": ("search_evaluator",),
     "fastai_evaluator": ("FastaiEvaluator",),
-    "callbacks": ("ArchParamUpdate", "NTASGD", "PrintGenotype", "NNIReporter"),
+    "callbacks.arch_update": ("ArchParamUpdate",),
+    "callbacks.averaging": ("NTASGD",),
+    "callbacks.reports": ("PrintGenotype", "NNIReporter"),
     "learner": ("lm_learner", "search_learner"),
 }
 _HOME = {name: module for module, names in _WHERE.items() for name in names}

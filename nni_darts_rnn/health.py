@@ -74,7 +74,10 @@ def with_rollbacks(store: Checkpoints, phase: str, epochs: int, once: Callable[[
                 raise FloatingPointError(f"{phase}: {error.what}, and smaller learning rates down to {SHRINK**rollbacks:g} times {phase}.lr did not help; "
                                          f"lower {phase}.lr or {phase}.clip") from None
             rollbacks += 1
-            state = store.roll_back() | {"rollbacks": rollbacks}
+            try:
+                state = store.roll_back() | {"rollbacks": rollbacks}
+            except ValueError as nothing:  # no checkpoint could be written, or none is whole
+                raise FloatingPointError(f"{phase}: {error.what}; {nothing}") from None
             logger.warning("%s: %s; back to the beginning of epoch %d with %g times the learning rate (%d of at most %d times)",
                            phase, error.what, state["epoch"] + 1, SHRINK**rollbacks, rollbacks, ROLLBACKS)
 

@@ -40,6 +40,7 @@ from .callbacks import (
 from .checkpoint import Checkpoints, Every
 from .corpus import BpttBatches, Corpus, fixed_length, retrain_lengths, search_lengths, streams
 from .cross_entropy import linear_cross_entropy
+from .files import remove_partial
 from .genotype import Genotype, load_genotype
 from .health import name_poor, with_rollbacks
 from .model import LanguageModel, number_of_parameters, perplexity
@@ -328,6 +329,7 @@ def retrain(corpus: Corpus, genotype: Genotype | str, recipe: RetrainRecipe, see
         learn.best_model.after_fit()  # the best so far
     best = learn.best_model.last_saved_path
     best.unlink()  # it has been loaded; the caller keeps the model in a form of its own
+    remove_partial(best.parent)
     with contextlib.suppress(OSError):  # something else of the caller's lies there
         best.parent.rmdir()
     model, rows = learn.model.lm, learn.epoch_report.rows

@@ -149,6 +149,14 @@ def test_the_count_goes_on_with_the_run(tmp_path):
     assert factors == [0.5**3, 0.5**4]
 
 
+def test_nothing_to_return_to(tmp_path):
+    def once(state, factor):
+        raise NotFinite("α is no longer finite")
+
+    with pytest.raises(FloatingPointError, match="search: α is no longer finite; .*: no checkpoint of the search to return to"):
+        with_rollbacks(Checkpoints(tmp_path, "search", {}), "search", 5, once)
+
+
 @pytest.mark.parametrize("run, clip", [(do_search, 0.25), (do_search, None), (do_retrain, 0.25), (do_retrain, None)])
 def test_at_a_learning_rate_of_a_thousand_nothing_is_silent(tmp_path, caplog, run, clip):
     """Either it is said that the numbers went wrong, or the perplexity is better than guessing."""

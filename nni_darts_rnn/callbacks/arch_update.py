@@ -1,0 +1,182 @@
+"""The architecture step as a fastai callback."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from fastai.callback.rnn import RNNRegularizer
+from fastai.callback.training import GradientClip
+from fastai.torch_core import to_device
+from torch import Tensor, nn
+
+from ..bilevel import EPSILON, AlphaGradient, WeightStep, architecture_gradient, original_gradient
+from ..health import check_finite
+from ..model import activation_regularisation
+from .fit_only import FitOnly
+from .step import ScaleLRByLength
+
+
+def architecture_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """α by name, in the order of the modules: every parameter whose own name is `alpha`."""
+    return {name: p for name, p in model.named_parameters() if name.rpartition(".")[2] == "alpha"}
+
+
+def weight_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """All trainable parameters but α: the `splitter` of a search Learner, so that its optimizer leaves α alone."""
+    architecture = {id(p) for p in architecture_parameters(model).values()}
+    return [p for p in model.parameters() if p.requires_grad and id(p) not in architecture]
+
+
+class ArchParamUpdate(FitOnly):
+    """Moves α before every weight step, by the gradient of the validation loss after that step (DARTS, eq. 6–8).
+
+    `valid_batches` yields (tokens (B, T), targets (B, T)) of a text that the weights do not learn; it is read from its beginning in each
+    epoch, and again as often as the training text is longer. Hidden states (buffers named in the model's `carried`) run along the
+    validation stream here, apart from the training stream's. The weights' optimizer must be `OptimWrapper(opt=torch.optim.SGD)` without α
+    (`splitter=weight_parameters`).
+    The training loss is the weight step's: the Learner's `loss_func` plus the AR/TAR of its `RNNRegularizer`; its `GradientClip` is unrolled too.
+    Other arguments: see `recipes.SearchRecipe`. Weights, buffers, hidden states and random state are left as if only the weight step had run.
+    """
+
+    order, run_valid, _stateattrs = ScaleLRByLength.order + 1, False, ("stream",)
+
+    def __init__(self, valid_batches, arch_lr: float = 3e-3, arch_weight_decay: float = 1e-3, arch_betas: tuple[float, float] = (0.9, 0.999),
+                 hvp: str = "finite_difference", epsilon: float = EPSILON, unrolled_lr: float | None = None, neumann_terms: int = 0,
+                 warmup_epochs: int = 0, reproduce_original: bool = False):
+        self.valid_batches, self.hvp, self.epsilon, self.unrolled_lr = valid_batches, hvp, epsilon, unrolled_lr
+        self.neumann_terms, self.warmup_epochs, self.reproduce_original = neumann_terms, warmup_epochs, reproduce_original
+        self.adam: dict = dict(lr=arch_lr, betas=tuple(arch_betas), weight_decay=arch_weight_decay)
+        self.arch_opt: torch.optim.Adam | None = None
+        self.epochs_done = 0
+        self.last: AlphaGradient | None = None
+
+    @classmethod
+    def of(cls, recipe, valid_batches) -> ArchParamUpdate:
+        """With a SearchRecipe's settings."""
+        return cls(valid_batches, recipe.arch_lr, recipe.arch_weight_decay, (recipe.arch_beta1, recipe.arch_beta2), recipe.hvp, recipe.epsilon,
+                   recipe.unrolled_lr, recipe.neumann_terms, recipe.warmup_epochs, recipe.reproduce_original)
+
+    def start_fit(self):
+        alphas = self._alphas()
+        if not alphas:
+            raise ValueError("the model has no parameter named alpha: nothing to search")
+        moved = {id(p) for group in self._sgd().param_groups for p in group["params"]}
+        if any(id(p) in moved for p in alphas):
+            raise ValueError("the weights' optimizer holds α: give the Learner splitter=weight_parameters")
+        self._require_grad(False)  # the weight step needs no gradient of α, and GradientClip must not count one
+
+    def after_fit(self):
+        self._require_grad(True)
+
+    def _alphas(self) -> list[nn.Parameter]:
+        return list(architecture_parameters(self.learn.model).values())
+
+    def _require_grad(self, value: bool) -> None:
+        for alpha in self._alphas():
+            alpha.requires_grad_(value)
+
+    def _sgd(self) -> torch.optim.Optimizer:
+        optimizer = getattr(self.learn.opt, "opt", None)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ValueError("ArchParamUpdate unrolls a torch optimizer: give the Learner opt_func=partial(OptimWrapper, opt=torch.optim.SGD)")
+        return optimizer
+
+    def adam_optimizer(self) -> torch.optim.Adam:
+        """α's optimizer, made when first asked for."""
+        if self.arch_opt is None:
+            self.arch_opt = torch.optim.Adam(self._alphas(), **self.adam)
+        return self.arch_opt
+
+    def before_train(self):
+        buffers = dict(self.learn.model.named_buffers())
+        self.valid_state = {name: torch.zeros_like(buffers[name]) for name in getattr(self.learn.model, "carried", ())}
+        self.stream = self._read_valid()
+
+    def after_train(self):
+        self.epochs_done += 1
+
+    def _read_valid(self):
+        """Batches of the validation text without end."""
+        for _ in itertools.count():
+            if hasattr(self.valid_batches, "set_epoch"):
+                self.valid_batches.set_epoch(self.epochs_done)
+            empty = True
+            for batch in self.valid_batches:
+                empty = False
+                yield batch
+            if empty:
+                raise ValueError("valid_batches holds no batch: the validation text is too short for this batch size")
+
+    def before_batch(self):
+        if self.epochs_done < self.warmup_epochs:
+            return
+        x, y = self._plain(next(self.stream))
+        self.last = self.gradient((self.learn.xb[0], self.learn.yb[0]), (x, y))
+        check_finite(gradient_of_α=self.last.grads)
+        optimizer = self.adam_optimizer()
+        for alpha, grad in zip(self._alphas(), self.last.grads):
+            alpha.grad = grad
+        optimizer.step()
+        optimizer.zero_grad()
+        check_finite(α=self._alphas())
+
+    def _plain(self, batch) -> tuple[Tensor, Tensor]:
+        """On the model's device, as plain tensors rather than fastai's subclasses."""
+        x, y = to_device(tuple(batch), next(self.learn.model.parameters()).device)
+        return x.as_subclass(Tensor), y.as_subclass(Tensor)
+
+    def gradient(self, train_batch, valid_batch) -> AlphaGradient:
+        """∇α at the present weights, α and hidden states; only the validation stream's hidden state moves on."""
+        model, optimizer = self.learn.model, self._sgd()
+        alphas = architecture_parameters(model)
+        weights = {name: p for name, p in model.named_parameters() if p.requires_grad and name not in alphas}
+        regularizer, clipper = (next((cb for cb in self.learn.cbs if isinstance(cb, kind)), None) for kind in (RNNRegularizer, GradientClip))
+        clip = None if clipper is None else clipper.max_norm
+
+        def run(at_weights, at_alphas, batch, carried):
+            # copies of the buffers: BatchNorm statistics and hidden states stay as they are
+            state = {name: b.clone() for name, b in model.named_buffers()} | carried
+            state.update(zip(weights, at_weights))
+            state.update(zip(alphas, at_alphas))
+            decoded, raw, dropped = torch.func.functional_call(model, state, (batch[0],))
+            return self.learn.loss_func(decoded, batch[1]), raw, dropped, state
+
+        def data_loss(at_weights, at_alphas, batch):
+            return run(at_weights, at_alphas, batch, {})[0]
+
+        def train_loss(at_weights, at_alphas, batch):
+            loss, raw, dropped, _ = run(at_weights, at_alphas, batch, {})
+            if regularizer is None:
+                return loss
+            return loss + activation_regularisation(raw.transpose(0, 1), dropped.transpose(0, 1), regularizer.alpha, regularizer.beta)
+
+        def valid_loss(at_weights, at_alphas, batch):
+            loss, _, _, state = run(at_weights, at_alphas, batch, self.valid_state)
+            moved_on.update({name: state[name] for name in self.valid_state})
+            return loss
+
+        moved_on: dict[str, Tensor] = {}
+        w, a = list(weights.values()), list(alphas.values())
+        if self.reproduce_original and self.hvp != "first_order":
+            if clip is None:
+                raise ValueError("reproduce_original: the published code always clips; the Learner needs GradientClip (the paper's is 0.25)")
+            first = {id(p): name for name, p in model.named_parameters()}
+            tied = {first[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if first[id(p)] != name}
+            group = optimizer.param_groups[0]
+            lr = group["lr"] if self.unrolled_lr is None else self.unrolled_lr
+            result = original_gradient(data_loss, w, a, train_batch, valid_batch, lr, group["weight_decay"], clip, valid_loss=valid_loss,
+                                       tied=[i for i, name in enumerate(weights) if name in tied])
+        else:
+            step = None if self.hvp == "first_order" else WeightStep.of(optimizer, w, clip, self.unrolled_lr)
+            result = architecture_gradient(train_loss, w, a, train_batch, valid_batch, step, self.hvp, self.epsilon, self.neumann_terms, valid_loss)
+        self.valid_state = moved_on
+        return result
+
+    def state_dict(self) -> dict:
+        """For resuming between epochs: Adam's moments and the number of epochs. α itself is the model's."""
+        return {"epochs_done": self.epochs_done, "adam": self.adam_optimizer().state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.epochs_done = state["epochs_done"]
+        self.adam_optimizer().load_state_dict(state["adam"])

@@ -1,0 +1,98 @@
+"""NT-ASGD: averaged SGD from when validation no longer improves."""
+
+from __future__ import annotations
+
+import torch
+from fastai.callback.tracker import SaveModelCallback
+from fastai.optimizer import OptimWrapper
+from torch import Tensor
+
+from .fit_only import FitOnly
+
+
+class NTASGD(FitOnly):
+    """SGD until `monitor` (lower is better) has not improved for `nonmono` epochs on the best before them, then averaged SGD.
+
+    Merity et al. 2017, algorithm 1. The switch is to `torch.optim.ASGD(t0=0, lambd=0)` with the same learning rate and weight decay; from then on
+    validation sees the averaged weights, and so does whatever saves the model up to `SaveModelCallback`. torch's average leaves out the
+    very first step after the switch: after s ≥ 2 steps it is the mean of w_2 … w_s.
+    """
+
+    order = SaveModelCallback.order + 1
+
+    def __init__(self, nonmono: int = 5, monitor: str = "valid_loss"):
+        self.nonmono, self.monitor = nonmono, monitor
+        self.logs: list[float] = []
+        self.kept: list[tuple[Tensor, Tensor]] | None = None
+        self.validated = False
+
+    @property
+    def averaging(self) -> bool:
+        return isinstance(getattr(self.learn.opt, "opt", None), torch.optim.ASGD)
+
+    def start_fit(self):
+        self.validated = False
+        self.column = list(self.recorder.metric_names[1:]).index(self.monitor)
+
+    def before_step(self):
+        if self.averaging:
+            # torch computes a step's rate at the end of the step before, from that batch's learning rate; this batch has its own length
+            for group in self.learn.opt.opt.param_groups:
+                for p in group["params"]:
+                    if "eta" in self.learn.opt.opt.state[p]:
+                        self.learn.opt.opt.state[p]["eta"].fill_(group["lr"])
+
+    @torch.no_grad()
+    def before_validate(self):
+        if not self.averaging or self.kept is not None:
+            return
+        self.kept = []
+        for p, state in self.learn.opt.opt.state.items():
+            if "ax" in state:
+                self.kept.append((p, p.detach().clone()))
+                p.copy_(state["ax"])
+
+    def after_validate(self):
+        self.validated = True
+
+    def after_epoch(self):
+        self.put_back()
+        if not self.validated:
+            return
+        self.validated = False
+        value = float(self.recorder.values[-1][self.column])
+        if not self.averaging and len(self.logs) > self.nonmono and value > min(self.logs[:-self.nonmono]):
+            self.start_averaging()
+        self.logs.append(value)
+
+    def after_cancel_fit(self):
+        self.put_back()  # `after_epoch` does not run then
+
+    @torch.no_grad()
+    def put_back(self):
+        """The weights of the iteration in place of their averages."""
+        for p, weight in self.kept or ():
+            p.copy_(weight)
+        self.kept = None
+
+    def start_averaging(self):
+        old = self.learn.opt
+        groups = [{"params": list(params), "lr": hyper["lr"], "weight_decay": hyper["wd"]} for params, hyper in zip(old.param_lists, old.hypers)]
+        self.learn.opt = OptimWrapper(opt=torch.optim.ASGD(groups, t0=0, lambd=0.0))
+        self.learn.opt.frozen_idx = old.frozen_idx
+
+    def state_dict(self) -> dict:
+        """For resuming: the monitored values so far and, once averaging, the averages. The weights themselves are the model's."""
+        return {"logs": list(self.logs), "averages": self.learn.opt.opt.state_dict() if self.averaging else None}
+
+    def load_state_dict(self, state: dict) -> None:
+        """The inverse of `state_dict`, before `fit`."""
+        self.logs = list(state["logs"])
+        if state["averages"] is not None:
+            if self.learn.opt is None:
+                self.learn.create_opt()
+            if not self.averaging:
+                if self.learn.wd is not None:
+                    self.learn.opt.set_hypers(wd=self.learn.wd)
+                self.start_averaging()
+            self.learn.opt.opt.load_state_dict(state["averages"])

@@ -1,0 +1,135 @@
+"""What a fit says of itself: to a function, to NNI, into a table, beside the progress bar."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from fastai.callback.core import Callback
+from fastai.callback.progress import CSVLogger, ProgressCallback
+from torch import Tensor
+
+from ..files import write_csv
+from ..health import collapse, spread
+from .averaging import NTASGD
+from .fit_only import FitOnly
+
+logger = logging.getLogger(__name__)
+
+
+class MetricsCSV(FitOnly, CSVLogger):
+    """`CSVLogger` that `Learner.validate` does not truncate, and that makes its folder."""
+
+    def start_fit(self):
+        self.path.mkdir(parents=True, exist_ok=True)
+        CSVLogger.before_fit(self)
+
+
+class PerplexityInBar(Callback):
+    """Perplexity beside fastai's progress bar, which shows the loss."""
+
+    order = ProgressCallback.order + 1
+
+    def after_batch(self):
+        if self.training and hasattr(self.learn, "progress") and hasattr(self.learn.progress, "pbar"):
+            self.learn.progress.pbar.comment = f"perplexity {_exp(float(self.learn.smooth_loss)):.1f}"
+
+
+class PrintGenotype(FitOnly):
+    """Prints the cell that α stands for after every `every`-th epoch; `genotypes` keeps them all. The model must have `genotype()`."""
+
+    order = NTASGD.order + 1
+
+    def __init__(self, every: int = 1):
+        self.every, self.genotypes = every, []
+
+    def after_epoch(self):
+        cell = self.learn.model.genotype()
+        self.genotypes.append(cell)
+        if len(self.genotypes) % self.every == 0:
+            bar = getattr(getattr(self.learn, "progress", None), "mbar", None)  # a plain print would break into the bar
+            (bar.write if bar else print)(f"epoch {self.epoch + 1}: {cell}")
+
+
+class EpochReport(FitOnly):
+    """After every epoch hands `report` a dictionary: `default` and `perplexity` (validation), `phase`, `epoch` (from 1), `train_loss`
+    (nats per token), `train_perplexity`, `lr`, `asgd` (whether averaged weights were validated), `tokens_per_second` (training alone),
+    `seconds` (the epoch), and for a supernet `alpha_entropy` (nats, mean over edges), `none_share` and `identity_share`. `rows` keeps them;
+    `table` is a CSV file that is written whole after every epoch. A search that collapses is named."""
+
+    order = NTASGD.order + 1
+
+    def __init__(self, report: Callable[[dict], None] | None = None, phase: str = "retrain", table: str | Path | None = None):
+        self.report, self.phase, self.table, self.rows = report, phase, table, []
+
+    def start_fit(self):
+        self.row = None
+
+    def before_train(self):
+        self.began, self.tokens, self.nats = time.perf_counter(), 0, 0.0
+
+    def in_epoch(self) -> dict:
+        """What has been counted in this epoch so far, for a checkpoint."""
+        return {"seconds": time.perf_counter() - self.began, "tokens": self.tokens, "nats": self.nats}
+
+    def go_on(self, seconds: float, tokens: int, nats: Tensor | float) -> None:
+        """The inverse of `in_epoch`."""
+        self.began, self.tokens, self.nats = time.perf_counter() - seconds, tokens, nats
+
+    def after_batch(self):
+        if self.training:
+            n = self.yb[0].numel()
+            self.tokens += n
+            self.nats = self.nats + self.learn.loss.detach() * n  # stays on the device
+
+    def after_train(self):
+        train_loss = float(self.nats) / max(1, self.tokens)
+        self.row = {"train_loss": train_loss, "train_perplexity": _exp(train_loss),
+                    "tokens_per_second": self.tokens / (time.perf_counter() - self.began), "lr": float(self.opt.hypers[-1]["lr"])}
+
+    def after_validate(self):
+        if self.row is not None:
+            self.row["asgd"] = isinstance(getattr(self.opt, "opt", None), torch.optim.ASGD)
+
+    def after_epoch(self):
+        if self.row is None or "asgd" not in self.row:  # a skipped or cancelled epoch
+            return
+        recorder = self.learn.recorder
+        perplexity = _exp(float(recorder.values[-1][list(recorder.metric_names[1:]).index("valid_loss")]))
+        row = {"default": perplexity, "phase": self.phase, "epoch": self.epoch + 1, "perplexity": perplexity, **self.row,
+               "seconds": time.perf_counter() - self.began}
+        mixed = next((m for m in self.learn.model.modules() if hasattr(m, "probabilities")), None)
+        if mixed is not None:
+            shares = spread(mixed.probabilities(), mixed.primitives)
+            row |= shares
+            if words := collapse(shares, mixed.genotype()):
+                logger.warning("%s, epoch %d: %s", self.phase, self.epoch + 1, words)
+        self.rows.append(row)
+        self.row = None
+        if self.table is not None:
+            write_csv(self.table, [{k: v for k, v in row.items() if k != "default"} for row in self.rows])
+        if self.report is not None:
+            self.report(row)
+
+
+class NNIReporter(EpochReport):
+    """`EpochReport` to NNI's web UI; reports nothing outside a trial."""
+
+    def __init__(self, phase: str = "retrain"):
+        super().__init__(report_to_nni, phase)
+
+
+def report_to_nni(row: dict) -> None:
+    """`row` as an intermediate result of the running NNI trial, if there is one."""
+    import nni  # here: fastai users need not have it
+
+    if nni.get_trial_id() != "STANDALONE":
+        nni.report_intermediate_result(row)
+
+
+def _exp(nats: float) -> float:
+    return math.exp(min(nats, 700.0))  # a float64 ends at e^709
