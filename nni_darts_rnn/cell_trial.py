@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from .genotype import Genotype
-from .trial import Parser, add_run_options, checked_recipe, checked_seed, open_corpus, prepare_torch, quiet_hosts
+from .trial import Parser, add_onnx_option, add_run_options, checked_recipe, checked_seed, open_corpus, prepare_torch, quiet_hosts
 
 BUDGET = "TRIAL_BUDGET"
 
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     add_run_options(parser)
     parser.add_argument("--maximize", action="store_true", help="report 1/perplexity, the geometric mean of the words' probabilities, in place of the "
                         "perplexity: for what takes the largest result for the best, such as the Curvefitting assessor")
-    parser.add_argument("--onnx", action="store_true", help="leave the trained model as model.onnx too, which the Visualization of NNI's web page opens")
+    add_onnx_option(parser)
     arguments = parser.parse_args(argv)
 
     quiet_hosts()
@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace, parameters: dict, report) -> dict:
     from .pipeline import check_fits, package_versions, retrain_phase
 
     if arguments.onnx:
-        from .onnx_file import check_onnx
+        from .onnx_file import check_onnx, write_trained_onnx
 
         check_onnx()
     corpus = open_corpus(arguments)
@@ -90,10 +90,7 @@ def run(arguments: argparse.Namespace, parameters: dict, report) -> dict:
     write_text(folder / "genotype.json", genotype.to_json() + "\n")
     trained = retrain_phase(corpus, genotype, recipe.retrain, seed, folder, report, device=arguments.device)
     if arguments.onnx:
-        from .onnx_file import write_onnx
-        from .trained import load_trained
-
-        write_onnx(folder, load_trained(folder)[0])
+        write_trained_onnx(folder)
     result = {"seed": seed, "corpus": corpus.name, "recipe": recipe.to_dict(), "genotype": genotype.to_json(),
               **{k: trained[k] for k in ("valid_perplexity", "test_perplexity", "parameters", "retrain_seconds")},
               "seconds": trained["retrain_seconds"], "versions": package_versions()}

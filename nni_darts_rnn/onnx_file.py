@@ -38,3 +38,10 @@ def write_onnx(folder: str | Path, model: LanguageModel) -> Path:
     finally:
         model.train(was_training)
     return path
+
+
+def write_trained_onnx(folder: str | Path) -> Path:
+    """The trained model of a trial's folder as model.onnx beside it."""
+    from .trained import load_trained
+
+    return write_onnx(folder, load_trained(folder)[0])

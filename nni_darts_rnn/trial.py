@@ -24,6 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python3 -m nni_darts_rnn.trial", description="One trial of an NNI experiment: search, retrain, test.")
     add_run_options(parser)
     add_keeping_options(parser)
+    add_onnx_option(parser)
     arguments = parser.parse_args(argv)
 
     quiet_hosts()
@@ -68,6 +69,11 @@ def add_keeping_options(parser: argparse.ArgumentParser) -> None:
                         "never: begins anew")
 
 
+def add_onnx_option(parser: argparse.ArgumentParser) -> None:
+    """An option of what nnictl runs in a trial."""
+    parser.add_argument("--onnx", action="store_true", help="leave the trained model as model.onnx too, which the Visualization of NNI's web page opens")
+
+
 def keeping(arguments: argparse.Namespace):
     from .checkpoint import Every, Keeping
 
@@ -83,11 +89,18 @@ def run(arguments: argparse.Namespace, parameters: dict, report, final=None) -> 
     prepare_torch(arguments)
     from .pipeline import check_fits, whole_run
 
+    if arguments.onnx:
+        from .onnx_file import check_onnx, write_trained_onnx
+
+        check_onnx()
     corpus = open_corpus(arguments)
     check_fits(corpus, recipe.search, recipe.retrain)
     folder = Path(os.environ.get("NNI_OUTPUT_DIR", "."))
     print(f"corpus {corpus.describe()}; recipe {recipe.name}; seed {seed}", flush=True)
-    return whole_run(corpus, recipe, seed, folder, report, progress=False, device=arguments.device, keeping=keep, final=final)
+    result = whole_run(corpus, recipe, seed, folder, report, progress=False, device=arguments.device, keeping=keep, final=final)
+    if arguments.onnx:
+        write_trained_onnx(folder)
+    return result
 
 
 def checked_seed(value) -> int:
