@@ -145,7 +145,7 @@ def test_descriptions_that_are_whole_and_wrong(two, tmp_path, change, match, cap
 def test_which_are_kept(tmp_path):
     store = Checkpoints(tmp_path, "search", {})
     for position in ((0, 0), (0, 3), (0, 6), (0, 9), (1, 0), (1, 3), (1, 6), (1, 9)):
-        store.save(*position, {"at": position})
+        store.save(*position, {"at": position, "weight": torch.zeros(1)})
     assert store._positions() == [(1, 0), (1, 6), (1, 9)]  # the newest two, and the last end of an epoch
     assert len(list(tmp_path.iterdir())) == 6
     assert store.roll_back()["at"] == (1, 0) and store._positions() == [(1, 0)]

@@ -137,7 +137,7 @@ def test_the_best_model_so_far_is_not_lost(tmp_path, monkeypatch):
 
 def test_the_count_goes_on_with_the_run(tmp_path):
     store = Checkpoints(tmp_path, "search", {})
-    store.save(1, 0, {"rollbacks": 3})
+    store.save(1, 0, {"rollbacks": 3, "weight": torch.zeros(1)})
     factors = []
 
     def once(state, factor):
@@ -147,6 +147,13 @@ def test_the_count_goes_on_with_the_run(tmp_path):
     with pytest.raises(FloatingPointError, match="α is no longer finite, and"):
         with_rollbacks(store, "search", 5, once)
     assert factors == [0.5**3, 0.5**4]
+
+
+def test_worse_than_guessing_is_said(caplog):
+    health.name_poor("search", 9.9, 10)
+    assert not caplog.records
+    health.name_poor("search", 12.3, 10)
+    assert "search: a validation perplexity of 12.3 is worse than guessing every word alike (10); search.lr may be too large" in caplog.text
 
 
 def test_nothing_to_return_to(tmp_path):

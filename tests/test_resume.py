@@ -108,12 +108,27 @@ def test_signals_finish_the_step_keep_the_run_and_end_it(tmp_path, monkeypatch, 
     phase(name, tmp_path / "whole")
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        stopped_after(3, signum, patch)
+        stopped_after(4, signum, patch)
         with pytest.raises(error):
-            phase(name, tmp_path / "killed", every=5)  # between two checkpoints that were due
+            phase(name, tmp_path / "killed", every=5)
+    assert list(tmp_path.glob(f"killed/checkpoint/{name}-000001-00000005.json"))  # in the middle of the second epoch, where all there is to keep has begun
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     phase(name, tmp_path / "killed")
     check_same(tmp_path / "whole", tmp_path / "killed", name)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["search", "retrain"])
+def test_what_had_ended_when_it_was_killed_is_not_done_again(tmp_path, name):
+    """Killed after the last epoch and before its results were written: they are written from the checkpoint, without a step more."""
+    phase(name, tmp_path / "whole")
+    files = {path: path.read_bytes() for path in (tmp_path / "whole").iterdir() if path.is_file() and path.suffix in (".csv", ".safetensors")}
+    assert files
+    for path in files:
+        if path.suffix == ".safetensors":
+            path.unlink()
+    phase(name, tmp_path / "whole")
+    assert {path: path.read_bytes() for path in files} == files
 
 
 def test_requests_to_stop():
@@ -148,8 +163,9 @@ def test_a_whole_run_goes_on_where_it_was_and_clears_up(tmp_path, monkeypatch):
 
 def test_whose_checkpoint_it_is(tmp_path):
     mine = run_identity(corpus(), RECIPE.search, 3)
-    Checkpoints(tmp_path, "search", mine).save(0, 1, {"rollbacks": 0})
-    assert Checkpoints(tmp_path, "search", mine).load() == {"rollbacks": 0, "epoch": 0, "batch": 1}
+    Checkpoints(tmp_path, "search", mine).save(0, 1, {"rollbacks": 0, "weight": torch.zeros(1)})
+    found = Checkpoints(tmp_path, "search", mine).load()
+    assert (found["rollbacks"], found["epoch"], found["batch"]) == (0, 0, 1)
     assert Checkpoints(tmp_path, "retrain", mine).load() is None
     other_seed, other_text = run_identity(corpus(), RECIPE.search, 4), corpus()
     other_text.train[5] = (other_text.train[5] + 1) % 10
