@@ -125,7 +125,8 @@ def rebuild(skeleton: Any, tensors: dict[str, Tensor]) -> Any:
 
 def random_state() -> dict:
     """The state of every global random generator: Python's, numpy's, torch's on the CPU and on every CUDA device in use."""
-    kind, keys, position, has_gauss, cached = np.random.get_state()
+    numpy: Any = np.random.get_state()  # a tuple; numpy's types before 2.5 do not tell it from the dictionary of another form
+    kind, keys, position, has_gauss, cached = numpy
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     return {"python": random.getstate(), "numpy": (kind, keys.tolist(), position, has_gauss, cached), "torch": torch.get_rng_state(), "cuda": cuda}
 
