@@ -15,12 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .checkpoint_file import DESCRIPTION, TENSORS, read_about, read_state, write_checkpoint
-from .files import remove_partial
-
-try:
-    import fcntl
-except ImportError:  # Windows: two runs in one folder are not kept apart there
-    fcntl = None
+from .files import hold, remove_partial
 
 logger = logging.getLogger(__name__)
 
@@ -220,17 +215,13 @@ def _locked(path: Path, refusal: str) -> Iterator[None]:
     """Holds the lock file; `ValueError(refusal)` where another process does. The system frees the lock of a process that dies."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(path, "ab")
         try:
-            if fcntl:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock = hold(path, wait=False)
+        except BlockingIOError:
+            raise ValueError(refusal) from None
+        with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
                 break
-        except BlockingIOError:
-            lock.close()
-            raise ValueError(refusal) from None
-        except FileNotFoundError:
-            pass
         lock.close()  # its last holder has removed it in the meantime
     with lock:
         yield

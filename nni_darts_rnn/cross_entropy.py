@@ -89,7 +89,7 @@ def _softmax_rows(logits: Tensor, bias: Tensor | None, targets: Tensor, scale: f
     if logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.float64) and targets.dtype == torch.int64 and enabled():
         y, nll = targets.contiguous(), torch.empty(len(logits), dtype=torch.float64)
         b = None if bias is None else bias.contiguous()
-        bad = State.library.softmax_rows[logits.dtype](*logits.shape, logits.data_ptr(), None if b is None else b.data_ptr(), y.data_ptr(), scale,
+        bad = State.loaded.softmax_rows[logits.dtype](*logits.shape, logits.data_ptr(), None if b is None else b.data_ptr(), y.data_ptr(), scale,
                                                         nll.data_ptr(), torch.get_num_threads())
         if bad >= 0:
             raise IndexError(f"Target {int(y[bad])} is out of bounds.")

@@ -18,12 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from .files import digest
-
-try:
-    import fcntl
-except ImportError:  # Windows: two processes that fetch the same corpus at once are not kept apart there
-    fcntl = None
+from .files import digest, hold
 
 logger = logging.getLogger(__name__)
 
@@ -76,12 +71,10 @@ def made_once(target: Path):
     new, hint = target.with_name(target.name + ".new"), "XDG_CACHE_HOME says where the cache is"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(target.with_name(target.name + ".lock"), "ab")
+        lock = hold(target.with_name(target.name + ".lock"))
     except OSError as error:
         raise ValueError(f"{target.parent}: cannot be written ({error.strerror}); {hint}") from None
     with lock:
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX)
         if target.is_dir():  # made by another process in the meantime
             yield None
             return

@@ -23,6 +23,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .files import hold
+
 SOURCE = Path(__file__).with_name("csrc") / "cells.cpp"
 BUILD_SECONDS = 8.0
 """What a build costs at most on two cores, and so what the fast path must save before `prepare` turns it on."""
@@ -35,7 +37,7 @@ class State:
 
     on = False
     forced_off = 0  # depth of `reference()`
-    library: _Library | None = None
+    loaded: _Library | None = None
     problem: str | None = None  # why there is no library although one was asked for
     spare: list[Tensor] = []  # one workspace of a finished pass, for the next one: fresh pages cost as much as the arithmetic on them
 
@@ -44,11 +46,6 @@ def enable(on: bool = True) -> bool:
     """Use the extension from now on in this process, building it if need be (or stop using it). Returns whether it is in use."""
     State.on = bool(on)
     return enabled()
-
-
-def release() -> None:
-    """Give back the memory that is kept from one sequence for the next, as large as the longest needed."""
-    State.spare.clear()
 
 
 def prepare(eager_seconds: float) -> bool:
@@ -88,14 +85,14 @@ def available(build: bool = True) -> bool:
     """Whether the extension is there; `build=False` only loads what an earlier process compiled."""
     if os.environ.get(SWITCH) == "0":
         return False
-    if State.library is None and State.problem is None:
+    if State.loaded is None and State.problem is None:
         try:
-            State.library = _load(build)
+            State.loaded = _load(build)
         except _Unavailable as problem:
             State.problem = str(problem)
             if problem.unexpected:
                 warnings.warn(f"{State.problem}; the slower readable cells are used", stacklevel=3)
-    return State.library is not None
+    return State.loaded is not None
 
 
 def why_not() -> str | None:
@@ -202,7 +199,7 @@ def _load(build: bool) -> _Library:
                 if not build:
                     raise _Unavailable("the fast cells are not compiled yet")
                 folder.mkdir(parents=True, exist_ok=True)
-                with _locked(folder / f"{name}.lock"):
+                with hold(folder / f"{name}.lock"):
                     if not (folder / name).exists():  # another process may have built it while this one waited
                         _compile(folder / name)
         except (OSError, RuntimeError):  # a folder that cannot be written, or no home: this process alone then
@@ -212,16 +209,6 @@ def _load(build: bool) -> _Library:
             return _checked(_Library(folder / name))
         except OSError as error:
             raise _Unavailable(f"the compiled cells cannot be loaded ({_last_line(str(error))})", unexpected=True) from None
-
-
-@contextlib.contextmanager
-def _locked(path: Path):
-    """One process at a time; the lock goes with the process that holds it."""
-    import fcntl  # not on Windows, where this is not reached
-
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _compile(target: Path) -> None:
@@ -253,11 +240,11 @@ def _checked(library: _Library) -> _Library:
     generator = torch.Generator().manual_seed(0)
     x, h, W0, Ws = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((2, 3, 8), (3, 4), (4, 8), (2, 4, 8)))
     genotype = Genotype((("tanh", 0), ("sigmoid", 0)))
-    State.library, before = library, State.library
+    State.loaded, before = library, State.loaded
     try:
         got = fused._run_forward(fused.discrete_graph(genotype), x, h, W0, Ws, None, None, keep=False).outputs
     finally:
-        State.library = before
+        State.loaded = before
     if not torch.allclose(got, cell.discrete_cell(x, h, W0, Ws, genotype), rtol=0, atol=1e-10):
         raise _Unavailable("the compiled cells compute wrong numbers on this machine", unexpected=True)
     return library

@@ -9,6 +9,12 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows: processes are not kept apart there
+    fcntl = None
 
 _PARTIAL = ".partial-"
 
@@ -41,6 +47,21 @@ def _to_disk(path: str | Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def hold(path: str | Path, wait: bool = True) -> BinaryIO:
+    """The lock file at `path`, made if need be and held until it is closed; the system frees the lock of a process that dies.
+
+    Where another process holds it: waits, or `BlockingIOError` with `wait=False`.
+    """
+    lock = open(path, "ab")
+    try:
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        lock.close()
+        raise
+    return lock
 
 
 def remove_partial(folder: str | Path) -> None:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from . import cell, supernet
-from .extension import SWITCH, CellStruct, State, available, eager_seconds, enable, enabled, prepare, reference, release, why_not
+from .extension import SWITCH, CellStruct, State, available, eager_seconds, enable, enabled, prepare, reference, why_not
 from .genotype import PRIMITIVES, Genotype
 
-__all__ = ["SWITCH", "available", "discrete_cell", "eager_seconds", "enable", "enabled", "mixed_cell", "prepare", "reference", "release", "why_not"]
+__all__ = ["SWITCH", "available", "discrete_cell", "eager_seconds", "enable", "enabled", "mixed_cell", "prepare", "reference", "why_not"]
 
 OPS = ("tanh", "relu", "sigmoid", "identity")  # the enum Op of cells.cpp; the mixture of all four comes next
 MIX = len(OPS)
@@ -164,7 +164,7 @@ def _run_forward(graph: Graph, x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Ten
     }
     result = _Forward(new(T, B, H), workspace, buffers)
     arguments = _arguments(graph, result, keep)
-    State.library.forward[x_proj.dtype](ctypes.byref(arguments))
+    State.loaded.forward[x_proj.dtype](ctypes.byref(arguments))
     if not keep:
         _give(workspace)
     return result
@@ -178,7 +178,7 @@ def _run_backward(graph: Graph, saved: _Forward, d_outputs: Tensor, needs: tuple
     d_p = torch.zeros(graph.n_edges, 5, dtype=torch.float64) if needs[4] else None
     scratch = {"d_outputs": d_outputs.contiguous(), "d_states": new(N + 1, B, H), "scratch": new(B, H), "carry": new(B, H).zero_(), "d_h": new(B, H)}
     arguments = _arguments(graph, saved, True, **scratch, d_h0=d_h0, d_W0_h=d_W0_h, d_Ws=d_Ws, d_W_cat=d_W_cat, d_p=d_p)
-    State.library.backward[d_outputs.dtype](ctypes.byref(arguments))
+    State.loaded.backward[d_outputs.dtype](ctypes.byref(arguments))
     _give(saved.workspace)
     return [saved.buffers["pre0"] if needs[0] else None, d_h0, d_W0_h, d_Ws, d_p]
 
@@ -188,7 +188,7 @@ def _arguments(graph: Graph, run: _Forward, keep: bool, **more: Tensor | None) -
     tensors = {**run.buffers, "outputs": run.outputs, **more}
     T, B, H = run.outputs.shape
     return CellStruct(T, B, H, graph.n_nodes, graph.n_edges, torch.get_num_threads(), graph.mixed, keep, supernet.BATCHNORM_EPS,
-                 gemm=State.library.gemm[run.outputs.dtype], **{name: ctypes.addressof(array) for name, array in graph.arrays.items()},
+                 gemm=State.loaded.gemm[run.outputs.dtype], **{name: ctypes.addressof(array) for name, array in graph.arrays.items()},
                  **{name: t.data_ptr() for name, t in tensors.items() if t is not None})
 
 
