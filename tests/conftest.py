@@ -22,10 +22,25 @@ LONG = ("test_remote.py", "test_tuners.py", "test_nni_faults.py", "test_multi_tr
 
 
 def pytest_collection_modifyitems(config, items):
-    left_out = [] if config.getoption("--long") else [item for item in items if any(name in item.nodeid for name in LONG)]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
+    if config.getoption("--long"):
+        return
+    kept, left_out = [], []
+    for item in items:
+        (left_out if any(name in item.nodeid for name in LONG) else kept).append(item)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = kept
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built_in_primitives():
+    """What a module registers stays its own: the messages of others name every primitive there is."""
+    from nni_darts_rnn import cell, genotype
+
+    activations, known = dict(cell.ACTIVATIONS), set(genotype._known_ops)
+    yield
+    for registry, before in ((cell.ACTIVATIONS, activations), (genotype._known_ops, known)):
+        registry.clear()
+        registry.update(before)
 
 
 @pytest.fixture(scope="session")

@@ -68,7 +68,7 @@ def test_published_cells():
 
 
 @pytest.mark.parametrize("make, words", [
-    (lambda: Genotype((("rleu", 0),)), "op 'rleu' of node 1 is none of "),
+    (lambda: Genotype((("rleu", 0),)), "op 'rleu' of node 1 is none of identity, relu, sigmoid, tanh; did you mean 'relu'?"),
     (lambda: Genotype((("none", 0),)), "op 'none' of node 1"),
     (lambda: Genotype((("tanh", 0), ("relu", 2))), "node 2 reads state 2; only states 0 to 1"),
     (lambda: Genotype((("tanh", 0), ("relu", -1))), "node 2 reads state -1"),
