@@ -43,7 +43,7 @@ from .cross_entropy import linear_cross_entropy
 from .files import remove_partial
 from .genotype import Genotype, load_genotype
 from .health import name_poor, with_rollbacks
-from .model import LanguageModel, number_of_parameters, perplexity
+from .model import LanguageModel, choose_device, number_of_parameters, perplexity
 from .recipes import Recipe, RetrainRecipe, SearchRecipe, get_recipe
 from .retrain_checkpoints import ResumableLearner, RetrainCheckpoints
 from .stopping import Stopped, Terminated, stop_requests
@@ -189,9 +189,9 @@ class StreamLoader(DataLoader):
 
 def torch_device(name: str | torch.device | None = "auto") -> torch.device:
     """"auto" or None: CUDA where torch finds it, else the CPU; "gpu" is "cuda"."""
-    if name in ("auto", None):
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device("cuda" if name == "gpu" else name)
+    if name in (None, "auto", "gpu"):
+        return choose_device(name or "auto")
+    device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: {name} was asked for, but torch finds no CUDA device; use auto or cpu")
     return device

@@ -28,9 +28,10 @@ def mixed_cell(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, probabiliti
     """
     N = Ws.shape[0]
     columns = [(k, ACTIVATIONS[name]) for k, name in enumerate(primitives) if name != "none"]
-    rows = probabilities[:, :, None, None].split(list(range(1, N + 1)))  # one (i, K, 1, 1) a node; cut before the loop over time, as each cut
-    nodes = [(W, [p[:, k] for k, _ in columns]) for W, p in zip(Ws.unbind(0), rows)]  # has its own step in the backward pass
-    nodes = [(W, p, sum(p)) for W, p in nodes]  # P = 1 − p_none is the sum of the rest, (i, 1, 1)
+    nodes = []  # cut before the loop over time, as every cut has its own step in the backward pass
+    for W, rows in zip(Ws.unbind(0), probabilities[:, :, None, None].split(list(range(1, N + 1)))):  # (H, 2H), (i, K, 1, 1)
+        p = [rows[:, k] for k, _ in columns]  # (i, 1, 1) each
+        nodes.append((W, p, sum(p)))  # P = 1 − p_none is the sum of the rest
 
     def normalise(s: Tensor) -> Tensor:  # (B, H)
         return F.batch_norm(s, None, None, training=True, eps=BATCHNORM_EPS)
