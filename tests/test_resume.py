@@ -100,6 +100,15 @@ def stopped_after(saves: int, signum: int, monkeypatch) -> None:
     monkeypatch.setattr(Checkpoints, "save", counted)
 
 
+@pytest.fixture
+def terminal():
+    """Ctrl-C as in a terminal: what a shell starts in the background ignores it, and that is kept."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("terminal")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name, signum, error", [("search", signal.SIGTERM, Terminated), ("search", signal.SIGINT, KeyboardInterrupt),
                                                  ("retrain", signal.SIGTERM, Terminated), ("retrain", signal.SIGINT, KeyboardInterrupt)])
@@ -131,6 +140,7 @@ def test_what_had_ended_when_it_was_killed_is_not_done_again(tmp_path, name):
     assert {path: path.read_bytes() for path in files} == files
 
 
+@pytest.mark.usefixtures("terminal")
 def test_requests_to_stop():
     with stop_requests() as stop:
         stop.obey()
