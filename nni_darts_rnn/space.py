@@ -85,12 +85,12 @@ class CellSpace(RecurrentWeights, MutableModule):
         if genotype is not None:
             return self.run_cell(x, h0, genotype)
         x_proj, h0, mask = self.project(x, h0)
-        W0_h, h, outputs = self.W0[self.input_size:], h0, []
+        W0_h, Ws, h, outputs = self.W0[self.input_size:], self.Ws.unbind(0), h0, []  # cut once: every cut has its own step in the backward pass
         masked = (lambda s: s) if mask is None else (lambda s: s * mask)
         for x_t in x_proj.unbind(0):
             c, z = (x_t + masked(h) @ W0_h).chunk(2, -1)  # (B, H) each
             states = (h + torch.sigmoid(c) * (torch.tanh(z) - h)).unsqueeze(0)  # (1, B, H)
-            for W, read, op in zip(self.Ws.unbind(0), self.inputs, self.ops):
+            for W, read, op in zip(Ws, self.inputs, self.ops):
                 s = read(states)
                 c, z = (masked(s) @ W).chunk(2, -1)  # (B, H) each
                 s = s + torch.sigmoid(c) * (op(z) - s)

@@ -226,7 +226,7 @@ template <class T> struct Share {
   std::vector<T> first, second;  // (H) each
 };
 
-// What one thread of a team knows: the cell, and the rows lo … lo + n of the batch that it owns.
+// The threads of one sequence.
 template <class T> struct Team {
   Meeting meeting;
   std::vector<int64_t> bounds;      // thread k's rows: bounds[k] … bounds[k + 1]
@@ -246,6 +246,7 @@ template <class T> struct Team {
   }
 };
 
+// What one thread of a team knows: the cell, and the rows lo … lo + n of the batch that it owns.
 template <class T> struct Sequence {
   const Cell& d;
   Team<T>& team;
