@@ -137,6 +137,22 @@ def test_float32():
 
 
 @needs_extension
+@pytest.mark.parametrize("size", [1.0, 1e-2, 1e-4])
+def test_float32_keeps_its_digits_however_small_the_numbers(size):
+    """An untrained cell's pre-activations are near 0, where tanh(z) taken from exp(z) has lost most of them; normalisation then shows what is left."""
+    *exact, _ = tensors(5, 24, 40, 4)
+    exact[0], exact[1] = exact[0] * size, exact[1] * size
+    rounded = [t.float() for t in exact]
+    exact = [t.double() for t in rounded]
+    genotype = Genotype((("tanh", 0), ("sigmoid", 0), ("identity", 1), ("tanh", 2)))
+    for both, inputs in ((lambda i: both_mixed(i, [True] * 5, None), slice(5)), (lambda i: both_discrete(i, genotype, [True] * 4, None), slice(4))):
+        fast, readable = both(rounded[inputs])
+        truth = both(exact[inputs])[1]
+        far = [max(float((a - t).abs().max() / t.abs().max()) for a, t in zip(found, truth)) for found in (fast, readable)]
+        assert far[0] < 3 * far[1] + 1e-6, far
+
+
+@needs_extension
 def test_extreme_and_undefined_numbers():
     x, h, W0, Ws, p, _ = tensors(2, 4, 8, 2, torch.float32)
     for value in (30.0, 100.0, 1e4):

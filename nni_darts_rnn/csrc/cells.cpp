@@ -94,18 +94,29 @@ template <class T, int k> inline T taylor(T r) {
   else return T(inverse_factorial(k)) + r * taylor<T, k + 1>(r);
 }
 
-// exp(x) = 2^n exp(r), |r| <= ln2/2; branch-free so that loops over it vectorise. NaN stays NaN. x must not overflow.
-template <class T> inline T exp_(T x) {
+// x = n ln2 + r with |r| <= ln2/2 -> r, and 2^n in `scale`; branch-free so that loops over it vectorise. NaN stays NaN. x must not overflow exp.
+template <class T> inline T reduce(T x, T& scale) {
   using L = Limits<T>;
   x = x < L::low ? L::low : x;
   const T n = __builtin_rint(x * T(1.4426950408889634074));
   const T high = std::is_same<T, float>::value ? T(0.693359375) : T(6.93145751953125e-1);
   const T rest = std::is_same<T, float>::value ? T(-2.12194440054690581e-4) : T(1.42860682030941723e-6);
-  const T r = (x - n * high) - n * rest;
   typename L::Int bits = (typename L::Int(int32_t(n)) + L::bias) << L::shift;
-  T scale;
   __builtin_memcpy(&scale, &bits, sizeof scale);
+  return (x - n * high) - n * rest;
+}
+
+template <class T> inline T exp_(T x) {
+  T scale;
+  const T r = reduce(x, scale);
   return taylor<T, 0>(r) * scale;
+}
+
+// exp(x) − 1, with all its digits near 0 too
+template <class T> inline T expm1_(T x) {
+  T scale;
+  const T r = reduce(x, scale);
+  return taylor<T, 1>(r) * r * scale + (scale - T(1));
 }
 
 template <class T> inline T gate(T c) {
@@ -113,17 +124,18 @@ template <class T> inline T gate(T c) {
   return T(1) / (T(1) + exp_<T>(-c));
 }
 
-// tanh and sigmoid from one exp and one division: with e = exp(−z), σ = 1/(1+e) and tanh = 2/(1+e²) − 1
+// tanh and sigmoid from one exp and one division: with e = exp(−z), σ = 1/(1+e) and tanh = (1−e)(1+e)/(1+e²), where 1−e must not cancel near 0
 template <class T> inline void tanh_sigmoid(T z, T& t, T& s) {
   z = z < Limits<T>::both ? Limits<T>::both : z;
-  const T e = exp_<T>(-z), e2 = e * e, q = T(1) / ((T(1) + e) * (T(1) + e2));
-  s = q * (T(1) + e2);
-  t = T(2) * q * (T(1) + e) - T(1);
+  const T m = expm1_<T>(-z), up = T(2) + m, e = T(1) + m, both = T(1) + e * e, q = T(1) / (up * both);  // up = 1 + e
+  s = q * both;
+  t = -m * up * up * q;
 }
 
 template <class T> inline T tanh_(T z) {
   z = z < Limits<T>::both ? Limits<T>::both : z;
-  return T(2) / (T(1) + exp_<T>(T(-2) * z)) - T(1);
+  const T m = expm1_<T>(T(-2) * z);
+  return -m / (T(2) + m);
 }
 
 template <class T> struct Mix { T tanh, relu, sigmoid, identity, P; };
