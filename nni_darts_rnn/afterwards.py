@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 
 from . import figures
-from .experiments import CORPUS_NAMES, Trial, load_experiment
+from .experiments import CORPUS_NAMES, load_experiment
 from .talk import Talk, answer
 
-CONVERGED = 1000  # epochs from which a retraining needs no longer one to follow it
-LONGER = 8  # times as many epochs as in the trial, otherwise
 
 
 def plot(arguments) -> None:
@@ -52,15 +50,7 @@ def best(arguments) -> None:
              f"best trial  {trial.id}, seed {trial.seed}: validation perplexity {result.valid_perplexity:.2f}{test}{weights}",
              f"cell        {result.genotype}", f"folder      {trial.folder}",
              f"pictures    {', '.join(pictures) or 'none yet: nni-darts-rnn plot draws them'}"]
-    answer(arguments, data, "\n".join(words), ["nni-darts-rnn", "retrain", "--from", arguments.experiment, *_longer(trial)])
-
-
-def _longer(trial: Trial) -> list[str]:
-    """Settings that train the trial's cell on, to convergence: trials of a search are often short."""
-    if trial.recipe is None:
-        return []
-    epochs = trial.recipe.retrain.epochs
-    return [] if epochs >= CONVERGED else ["--set", f"retrain.epochs={LONGER * epochs}"]
+    answer(arguments, data, "\n".join(words), ["nni-darts-rnn", "retrain", "--from", arguments.experiment])
 
 
 def report(arguments) -> None:

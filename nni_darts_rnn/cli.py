@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
                  "Example: nni-darts-rnn search --corpus pydoc --seed 1 --out found")
     retrain = add("retrain", commands.retrain, "train a cell from scratch and test it",
                   "Trains a cell from scratch on a corpus, keeps the best on validation in --out, and tests it. With --from it is the cell of an "
-                  "experiment's best trial; corpus and recipe are then that trial's where no other is given.",
+                  "experiment's best trial, trained until validation no longer improves; corpus and recipe are then that trial's where no other is given.",
                   "Examples: nni-darts-rnn retrain --genotype DARTS_V2; nni-darts-rnn retrain --from k3v8x2ab --set retrain.epochs=40")
     cell = retrain.add_mutually_exclusive_group()
     cell.add_argument("--genotype", help="DARTS_V1, DARTS_V2, ENAS, a genotype.json, or a folder with one")

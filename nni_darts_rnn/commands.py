@@ -7,8 +7,11 @@ import json
 from pathlib import Path
 
 from .experiments import corpus_words, load_experiment, set_words
+from .recipes import Recipe, get_recipe
 from .talk import Talk, answer
 from .trial import checked_recipe, checked_seed, keeping, open_corpus, prepare_torch
+
+MOST_EPOCHS = 1000  # of a retraining that ends when it no longer gets better
 
 
 def search(arguments) -> None:
@@ -41,9 +44,10 @@ def retrain(arguments) -> None:
     talk(f"corpus {corpus.describe()}")
     folder = _out(arguments, name or Path(corpus.name).name, seed)
     r = recipe.retrain
-    talk(f"training {arguments.genotype} with {r.hidden_size} units for up to {r.epochs} epochs, recipe {recipe.name}, seed {seed}; "
+    end = "" if r.patience is None else f" or until {r.patience} bring no better validation perplexity"
+    talk(f"training {arguments.genotype} with {r.hidden_size} units for up to {r.epochs} epochs{end}, recipe {recipe.name}, seed {seed}; "
          f"{_size(corpus, r.hidden_size, arguments.genotype.n_nodes)} on {_machine(arguments)}; results in {folder}")
-    talk.epochs = r.epochs
+    talk.epochs, talk.about = r.epochs, "about" if r.patience is None else "at most"
     done = retrain_phase(corpus, arguments.genotype, r, seed, folder, talk.epoch, talk.progress, arguments.device, keep)
     done.pop("rows")
     done |= {"unigram_perplexity": unigram_perplexity(corpus), "bigram_perplexity": bigram_perplexity(corpus), "folder": str(folder)}
@@ -123,6 +127,12 @@ def _out(arguments, name: str, seed: int) -> Path:
     return folder
 
 
+def _to_convergence(recipe: Recipe) -> Recipe:
+    """The recipe of a trial, which is often short, with a retraining that goes on while it gets better."""
+    r = recipe.retrain
+    return get_recipe(recipe, {"retrain.epochs": max(MOST_EPOCHS, r.epochs), "retrain.patience": r.patience or max(10, 2 * r.nonmono)})
+
+
 def _choose_cell(arguments) -> str | None:
     """Puts the best trial's cell, corpus and recipe in place for `--from`, the usual ones otherwise; a name for the results, or None."""
     name = None
@@ -130,7 +140,8 @@ def _choose_cell(arguments) -> str | None:
         experiment = load_experiment(arguments.experiment)
         trial = experiment.best()
         arguments.genotype, name = trial.result.genotype, f"{experiment.id}-{trial.id}"
-        arguments.recipe = trial.recipe if arguments.recipe is None else arguments.recipe
+        if arguments.recipe is None and trial.recipe is not None:
+            arguments.recipe = _to_convergence(trial.recipe)
         if arguments.corpus is None:
             for option in ("corpus", "corpus_folder", "corpus_mirror", "alpha_fraction"):
                 setattr(arguments, option, getattr(arguments, option) or getattr(trial.options, option))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from pathlib import Path
 
 import nni
@@ -14,13 +12,12 @@ from nni.nas.evaluator.pytorch import Lightning, LightningModule, Trainer
 from torch import Tensor
 
 from .corpus import BpttBatches, Corpus, search_lengths, streams
+from .epoch_counts import EpochCounts
 from .files import write_csv, write_json, write_text
 from .genotype import Genotype
-from .health import check_epoch, collapse, spread
+from .health import check_epoch, watched_spread
 from .model import activation_regularisation, perplexity
 from .recipes import SearchRecipe
-
-logger = logging.getLogger(__name__)
 
 TRAIN, VALID = 0, 1  # which stream a batch comes from; its own hidden state goes with it
 
@@ -130,7 +127,7 @@ class SupernetReport(pl.Callback):
 
     def __init__(self, corpus: Corpus, recipe: SearchRecipe, report=None, folder: Path | None = None):
         self.corpus, self.recipe, self.report, self.folder = corpus, recipe, report or (lambda row: None), folder
-        self.rows, self.alphas = [], []
+        self.rows, self.alphas, self.counts = [], [], EpochCounts("search")
         self.genotype: Genotype | None = None
 
     def on_train_start(self, trainer, pl_module):
@@ -138,29 +135,20 @@ class SupernetReport(pl.Callback):
             self._finish(trainer, pl_module, epoch=trainer.current_epoch, train_loss=None, seconds=None)
 
     def on_train_epoch_start(self, trainer, pl_module):
-        self.began, self.tokens, self.nats = time.perf_counter(), 0, 0.0
-
-    def in_epoch(self) -> dict:
-        """What has been counted in this epoch so far, for a checkpoint."""
-        return {"seconds": time.perf_counter() - self.began, "tokens": self.tokens, "nats": self.nats}
-
-    def go_on(self, seconds: float, tokens: int, nats: Tensor | float) -> None:
-        """The inverse of `in_epoch`."""
-        self.began, self.tokens, self.nats = time.perf_counter() - seconds, tokens, nats
+        self.counts.begin()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         learned = training_part(batch)
         if learned is None:
             return
         tokens = learned[0]
-        self.tokens += tokens.numel()
-        self.nats = self.nats + outputs["data_loss"].detach() * tokens.numel()  # stays on the device: no synchronisation each step
+        left = (trainer.max_epochs - trainer.current_epoch) * trainer.num_training_batches - batch_idx - 1
+        self.counts.add(tokens.numel(), outputs["data_loss"], trainer.max_epochs, left)
         if trainer.progress_bar_callback is not None and batch_idx % 10 == 0:
-            pl_module.log("perplexity", torch.exp(self.nats / self.tokens), prog_bar=True, logger=False)
+            pl_module.log("perplexity", torch.exp(self.counts.nats / self.counts.tokens), prog_bar=True, logger=False)
 
     def on_train_epoch_end(self, trainer, pl_module):
-        seconds = time.perf_counter() - self.began
-        train_loss = float(self.nats) / max(1, self.tokens)
+        seconds, train_loss = self.counts.seconds, self.counts.loss
         check_epoch(float(np.exp(min(train_loss, 700))), len(self.corpus.vocab), "training")
         self._finish(trainer, pl_module, trainer.current_epoch + 1, train_loss, seconds)
 
@@ -172,13 +160,11 @@ class SupernetReport(pl.Callback):
         row = {"default": value, "phase": "search", "epoch": epoch, "perplexity": value}
         mixed = [m for m in model.modules() if hasattr(m, "probabilities")]
         if mixed:
-            shares, self.genotype = spread(mixed[0].probabilities(), mixed[0].primitives), mixed[0].genotype()
+            self.genotype = mixed[0].genotype()
             self.alphas.append(mixed[0].alpha.detach().cpu().tolist())
-            row |= shares
-            if words := collapse(shares, self.genotype):
-                logger.warning("search, epoch %d: %s", epoch, words)
+            row |= watched_spread(mixed[0], "search", epoch)
         if seconds is not None:
-            row |= {"train_perplexity": float(np.exp(min(train_loss, 700))), "tokens_per_second": self.tokens / seconds, "seconds": seconds}
+            row |= {"train_perplexity": float(np.exp(min(train_loss, 700))), "tokens_per_second": self.counts.tokens / seconds, "seconds": seconds}
         self.rows.append(row)
         if self.folder is not None and mixed:
             write_json(self.folder / "alpha.json", {"primitives": list(mixed[0].primitives), "epochs": [r["epoch"] for r in self.rows],

@@ -89,6 +89,14 @@ def spread(probabilities: Tensor, primitives) -> dict[str, float]:
     return found | {f"{name}_share": float(p[:, list(primitives).index(name)].mean()) for name in ("none", "identity") if name in primitives}
 
 
+def watched_spread(mixed, phase: str, epoch: int) -> dict[str, float]:
+    """`spread` of a mixed cell after an epoch; a collapse is named."""
+    shares = spread(mixed.probabilities(), mixed.primitives)
+    if words := collapse(shares, mixed.genotype()):
+        logger.warning("%s, epoch %d: %s", phase, epoch, words)
+    return shares
+
+
 def collapse(shares: dict[str, float], genotype: Genotype) -> str | None:
     """One sentence about a search that collapses, or None: `none` or `identity` has most of the weight, or the cell is nothing but identity."""
     ops = [op for op, _ in genotype.recurrent]

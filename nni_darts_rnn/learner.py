@@ -263,7 +263,11 @@ def lm_learner(dls, genotype: Genotype | str | LanguageModel, recipe: RetrainRec
     torch.manual_seed(seed)
     lm = genotype if isinstance(genotype, LanguageModel) else LanguageModel.from_genotype(
         V, recipe.hidden_size, genotype, dropout_h=recipe.dropout_h, dropout_x=recipe.dropout_x, **_dropouts(recipe))
-    return _learner(dls, lm, recipe, path, [BestModel(), NTASGD(recipe.nonmono), *cbs], metrics_file)
+    averaging = NTASGD(recipe.nonmono)
+    learn = _learner(dls, lm, recipe, path, [BestModel(), averaging, *cbs], metrics_file)
+    if recipe.patience is not None:
+        learn.converged = lambda: averaging.since_best() >= recipe.patience
+    return learn
 
 
 def search_learner(dls, recipe: SearchRecipe | Recipe | str = "penn", *, seed: int = 0, valid_batches=None, path: str | Path | None = None, cbs=(),

@@ -82,9 +82,13 @@ class RetrainRecipe:
     ar: float = _field(0.0, 0, help="activation regularisation")
     tar: float = _field(1e-3, 0, help="temporal activation regularisation")
     nonmono: int = _field(5, 1, help="epochs without improvement before averaging (ASGD) begins")
-    epochs: int = _field(3600, 1, help="passes over the training text")
+    epochs: int = _field(3600, 1, help="passes over the training text, at most")
+    patience: int = _field(None, 1, optional=True, help="epochs without a new best validation perplexity that end the training; none: all epochs are run")
 
     def __post_init__(self):
+        if self.patience is not None and self.patience <= self.nonmono:
+            raise ValueError(f"retrain.patience: {self.patience} must be above retrain.nonmono = {self.nonmono}: averaging, which begins after so many epochs "
+                             "without improvement, would never be tried")
         if self.min_bptt > self.bptt + self.max_bptt_above:
             raise ValueError(f"retrain.min_bptt: {self.min_bptt} must be at most bptt + max_bptt_above = {self.bptt + self.max_bptt_above}")
 

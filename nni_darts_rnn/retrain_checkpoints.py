@@ -16,12 +16,20 @@ from .stopping import StopRequest
 
 
 class ResumableLearner(Learner):
-    """A Learner whose `fit` can begin with another epoch than the first. fastai's `fit(start_epoch=…)` runs the callbacks of those before too."""
+    """A Learner whose `fit` can begin with another epoch than the first. fastai's `fit(start_epoch=…)` runs the callbacks of those before too.
+
+    `converged` is asked before every epoch but the first of all; once it says so, the fit ends well.
+    """
 
     first_epoch = 0
 
+    def converged(self) -> bool:
+        return False
+
     def _do_fit(self):
         for epoch in range(self.first_epoch, self.n_epoch):
+            if self.converged():  # asked here, so that a fit that was cut off after its last epoch ends there too when it goes on
+                break
             self.epoch = epoch
             self._with_events(self._do_epoch, "epoch", CancelEpochException)
 
@@ -69,7 +77,7 @@ class RetrainCheckpoints(Callback):
     def before_train(self):
         if self.state is not None and self.first[1]:  # in the middle of an epoch, whose beginning has put these back to zero
             self.model.hidden = self.state["hidden"].to(self.model.hidden.device)
-            self._cb(EpochReport).go_on(**self.state["in_epoch"])
+            self._cb(EpochReport).counts.go_on(**self.state["in_epoch"])
 
     def before_batch(self):
         if self.state is not None:
@@ -81,7 +89,7 @@ class RetrainCheckpoints(Callback):
             return  # the end of the epoch comes soon
         if self.store.due() or self.stop.signum is not None:
             done = self.iter + 1 + (self.first[1] if self.epoch == self.first[0] else 0)
-            self._save(self.epoch, done, self._cb(EpochReport).in_epoch())
+            self._save(self.epoch, done, self._cb(EpochReport).counts.state())
         self.stop.obey()
 
     def after_validate(self):

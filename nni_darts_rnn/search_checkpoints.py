@@ -54,7 +54,7 @@ class SearchCheckpoints(pl.Callback):
         if self.state is not None:  # the first one; the beginning of an epoch has put the hidden states and counts back to zero
             if self.batch:
                 pl_module.load_state_dict(self.state["model"])
-                self.report.go_on(**self.state["in_epoch"])
+                self.report.counts.go_on(**self.state["in_epoch"])
             restore_random_state(self.state["random"])
             self.state = None
 
@@ -63,7 +63,7 @@ class SearchCheckpoints(pl.Callback):
             return  # the end of the epoch comes at once
         done = batch_idx + 1 + (self.batch if trainer.current_epoch == self.epoch else 0)
         if self.store.due() or self.stop.signum is not None:
-            self._save(trainer, pl_module, trainer.current_epoch, done, self.report.in_epoch())
+            self._save(trainer, pl_module, trainer.current_epoch, done, self.report.counts.state())
         self.stop.obey()
 
     def on_train_epoch_end(self, trainer, pl_module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,8 @@ class Talk:
     def __init__(self, arguments):
         self.silent = arguments.json
         self.progress = not arguments.json and sys.stderr.isatty()
-        self.epochs = 0
+        self.epochs, self.about = 0, "about"
+        _tell(logging.WARNING if self.silent else logging.INFO)
 
     def __call__(self, text: str) -> None:
         if not self.silent:
@@ -23,7 +25,7 @@ class Talk:
     def epoch(self, row: dict) -> None:
         rate = f", {row['tokens_per_second']:,.0f} tokens/s" if row.get("tokens_per_second") else ""
         left = (self.epochs - row["epoch"]) * (row.get("seconds") or 0)
-        remaining = f", about {duration(left)} left" if left else ""
+        remaining = f", {self.about} {duration(left)} left" if left else ""
         self(f"{row['phase']} epoch {row['epoch']}: validation perplexity {row['default']:.2f}{rate}{remaining}")
 
 
@@ -33,6 +35,21 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+class _Lines(logging.Handler):
+    """A line on standard error, as that is when the line is written."""
+
+    def emit(self, record):
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
+def _tell(level: int) -> None:
+    """Shows what the package logs, from a level on; Python by itself shows warnings alone. (In a trial NNI writes notes into trial.log.)"""
+    ours = logging.getLogger(__package__)
+    ours.setLevel(level)
+    if not any(isinstance(handler, _Lines) for handler in ours.handlers):
+        ours.addHandler(_Lines())
 
 
 def answer(arguments, data: dict, words: str, then: Sequence[object] = ()) -> None:

@@ -11,9 +11,11 @@ from fastai.callback.schedule import ParamScheduler
 from fastai.learner import ValueMetric
 from fastai.optimizer import SGD
 
+from nni_darts_rnn import epoch_counts
 from nni_darts_rnn.bilevel import WeightStep, architecture_gradient, original_gradient
 from nni_darts_rnn.callbacks import NTASGD, ActivationRegularizer, ArchParamUpdate, EpochReport, NNIReporter, PrintGenotype, ScaleLRByLength
 from nni_darts_rnn.corpus import EOS, UNK, Corpus, Vocabulary
+from nni_darts_rnn.epoch_counts import EpochCounts
 from nni_darts_rnn.genotype import Genotype
 from nni_darts_rnn.learner import language_dls, lm_learner, search_learner
 from nni_darts_rnn.model import activation_regularisation
@@ -401,6 +403,24 @@ def test_epoch_report(tmp_path):
     assert rows[0]["train_loss"] == pytest.approx(torch.tensor(10.0).log().item(), abs=0.3)
     learn.validate()
     assert len(rows) == 3
+
+
+def test_a_phase_says_how_long_it_will_take_once(monkeypatch, caplog):
+    now = [100.0]
+    monkeypatch.setattr(epoch_counts.time, "perf_counter", lambda: now[0])
+    caplog.set_level("INFO", "nni_darts_rnn")
+    counts = EpochCounts("search")
+    for left in range(199, -1, -1):  # two epochs of 100 batches; the first batch takes a minute, the others half a second
+        now[0] += 60 if left == 199 else 0.5
+        if left == 99:
+            counts.begin()
+        counts.add(10, torch.tensor(0.5), 2, left)
+    (record,) = caplog.records
+    assert record.getMessage() == "search: about 98 s to go, for 2 epochs in all"  # 195 batches
+    assert counts.tokens == 1000 and counts.loss == pytest.approx(0.5) and counts.seconds == 49.5
+    again = EpochCounts("search")
+    again.go_on(**counts.state())
+    assert (again.tokens, again.loss, again.seconds) == (counts.tokens, counts.loss, counts.seconds)
 
 
 def test_search_report_has_the_entropy_of_alpha(tmp_path):

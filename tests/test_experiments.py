@@ -165,7 +165,7 @@ def test_best(mixed, capsys):
     assert run("best", "abcd1234") == 0
     text = capsys.readouterr()
     assert "bbbbb, seed 2: validation perplexity 70.00, test 68.00, 163,190 parameters" in text.out and str(trial_folder(mixed, "bbbbb")) in text.out
-    assert text.err == "next: nni-darts-rnn retrain --from abcd1234 --set retrain.epochs=40\n"
+    assert text.err == "next: nni-darts-rnn retrain --from abcd1234\n"
     assert run("best", "abcd1234", "--json") == 0
     text = capsys.readouterr()
     found = json.loads(text.out)
@@ -214,12 +214,15 @@ def test_do_it_again_gives_the_same_numbers_and_retrain_from(home, capsys):
         assert run(*shlex.split(command)[1:], "--json") == 0
     assert (home / "again" / "alpha.json").read_bytes() == (where / "alpha.json").read_bytes()
     capsys.readouterr()
-    assert run("retrain", "--from", "abcd1234", "--set", "retrain.epochs=2") == 0
+    assert run("retrain", "--from", "abcd1234", "--set", "retrain.patience=3") == 0
     text = capsys.readouterr()
-    assert "trial aaaaa" in text.err and "up to 2 epochs" in text.err and "about" in text.err and "Traceback" not in text.err
+    assert "trial aaaaa" in text.err and "up to 1000 epochs or until 3 bring no better validation perplexity" in text.err
+    assert "at most" in text.err and "Traceback" not in text.err
     out = home / "runs" / "retrain-abcd1234-aaaaa-0"
     assert text.err.splitlines()[-1] == "next: " + shlex.join(["nni-darts-rnn", "evaluate", str(out.relative_to(home)), "--corpus", str(folder)])
     assert json.loads((out / "model.json").read_text())["hidden_size"] == 4
+    values = [float(line.split(",")[2]) for line in (out / "retrain.csv").read_text().splitlines()[1:]]
+    assert len(values) == 1000 or values.index(min(values)) == len(values) - 1 - 3  # it had converged
     again = json.loads((home / "again" / "model.json").read_text())["extra"]["result"]
     assert again["valid_perplexity"] == pytest.approx(done.result.valid_perplexity, rel=1e-6)
 

@@ -11,6 +11,7 @@ from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.text.data import LMDataLoader
 
+from nni_darts_rnn.checkpoint import Checkpoints, Every
 from nni_darts_rnn.corpus import EOS, UNK, Corpus, Vocabulary
 from nni_darts_rnn.genotype import Genotype
 from nni_darts_rnn.learner import StatefulLM, StreamLoader, language_dls, lm_learner, perplexity, retrain, search_learner, torch_device
@@ -177,6 +178,19 @@ def test_retrain_learns_keeps_the_best_model_and_tests_it(tmp_path):
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["retrain.csv"]
     lines = (tmp_path / "new" / "retrain.csv").read_text().splitlines()
     assert lines[0].startswith("phase,epoch,perplexity,train_loss,") and [line.split(",")[1] for line in lines[1:]] == list("123456")
+
+
+def test_training_ends_once_validation_no_longer_improves(tmp_path):
+    recipe = get_recipe(TINY, {"retrain.epochs": 300, "retrain.lr": 10.0, "retrain.nonmono": 1, "retrain.patience": 3}).retrain
+    store = Checkpoints(tmp_path / "kept", "retrain", {}, Every())
+    ended = retrain(corpus(400), CELL, recipe, 0, tmp_path, store=store)
+    values = [row["perplexity"] for row in ended["rows"]]
+    assert 4 < len(values) < 300 and values.index(min(values)) == len(values) - 1 - 3
+    assert ended["valid_perplexity"] == pytest.approx(min(values), rel=1e-6)
+    # one that was cut off after its last epoch does not train any more
+    again = retrain(corpus(400), CELL, recipe, 0, tmp_path, store=store)
+    assert [row["perplexity"] for row in again["rows"]] == values
+    assert all(torch.equal(a, b) for a, b in zip(ended["model"].parameters(), again["model"].parameters()))
 
 
 def test_a_diverged_retraining_says_so(tmp_path):

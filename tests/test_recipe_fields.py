@@ -17,7 +17,7 @@ SEARCH = dict(hidden_size=6, n_nodes=2, batch_size=4, eval_batch_size=3, bptt=7,
               reproduce_original=True)
 RETRAIN = dict(hidden_size=6, batch_size=4, eval_batch_size=3, test_batch_size=2, bptt=7, short_bptt_probability=0.4, bptt_std=1.5, min_bptt=3,
                max_bptt_above=2, lr=3.0, weight_decay=1e-3, clip=0.7, dropout=0.11, dropout_h=0.12, dropout_x=0.13, dropout_i=0.14, dropout_e=0.15,
-               ar=0.2, tar=0.3, nonmono=4, epochs=1)
+               ar=0.2, tar=0.3, nonmono=4, epochs=1, patience=6)
 
 
 def corpus(n: int = 200) -> Corpus:
@@ -78,8 +78,11 @@ def test_retraining_through_fastai(tmp_path):
         "short_bptt_probability": rule.short_probability, "bptt_std": rule.std, "min_bptt": rule.minimum, "max_bptt_above": rule.maximum - rule.bptt,
         "lr": learn.lr, "weight_decay": learn.wd, "clip": of[GradientClip].max_norm, "ar": of[ActivationRegularizer].alpha,
         "tar": of[ActivationRegularizer].beta, "nonmono": of[NTASGD].nonmono}
-    assert found == {k: v for k, v in RETRAIN.items() if k not in ("test_batch_size", "epochs")}
+    assert found == {k: v for k, v in RETRAIN.items() if k not in ("test_batch_size", "epochs", "patience")}
     assert of[ScaleLRByLength].bptt == 7 and valid.rule.bptt == 7 and valid.rule.std == 0
+    for after, said in ((5, False), (6, True)):
+        of[NTASGD].logs = [3.0, 1.0] + [2.0] * after
+        assert learn.converged() == said
     # the two that only `retrain` sees: the test text in so many streams, for so many epochs
     done = retrain(corpus(), "DARTS_V1", recipe, 0, tmp_path / "a")
     assert done["epochs"] == 1

@@ -14,7 +14,7 @@ SEARCH = SHARED | dict(hidden_size=300, n_nodes=8, batch_size=256, weight_decay=
                        arch_beta1=0.9, arch_beta2=0.999, hvp="finite_difference", epsilon=3e-2, unrolled_lr=None, neumann_terms=0, warmup_epochs=0,
                        reproduce_original=False)
 RETRAIN = SHARED | dict(hidden_size=850, batch_size=64, test_batch_size=1, bptt_std=5, min_bptt=5, max_bptt_above=20, weight_decay=8e-7,
-                        dropout_e=0.1, nonmono=5, epochs=3600)
+                        dropout_e=0.1, nonmono=5, epochs=3600, patience=None)
 
 
 @pytest.mark.parametrize("name, search, retrain", [
@@ -125,6 +125,7 @@ def test_to_dict_is_json_and_comes_back():
     ("penn", {"search.reproduce_original": "maybe"}, "must be true or false"),
     ("penn", {"search.reproduce_original": 1}, "must be true or false"),
     ("penn", {"retrain.min_bptt": 56}, "retrain.min_bptt: 56 must be at most bptt + max_bptt_above = 55"),
+    ("tiny", {"retrain.nonmono": 4, "retrain.patience": 4}, "retrain.patience: 4 must be above retrain.nonmono = 4"),
     ("tiny", {"retrain.bptt": 1, "retrain.max_bptt_above": 0}, "retrain.min_bptt: 3 must be at most bptt + max_bptt_above = 1"),
     ("penn", {"search.reproduce_original": True, "search.clip": None}, "search.reproduce_original"),
 ])

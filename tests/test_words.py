@@ -8,7 +8,7 @@ import sys
 import pytest
 from test_cli import SMALL, place, status  # noqa: F401 (place is a fixture)
 
-from nni_darts_rnn import cli
+from nni_darts_rnn import cli, epoch_counts
 
 
 @pytest.fixture
@@ -16,17 +16,20 @@ def corpus(place):  # noqa: F811
     return ["--corpus", str(place.parent / "corpus"), *SMALL]
 
 
-def test_each_phase_says_on_what_it_works_and_the_next_command_works(corpus, capsys):
+def test_each_phase_says_on_what_it_works_and_the_next_command_works(corpus, capsys, monkeypatch):
+    monkeypatch.setattr(epoch_counts, "LOOK", 0.0)
     assert status(cli.main, "search", *corpus, "--out", "found") == 0
     said = capsys.readouterr()
     assert json.loads(said.out)["recurrent"]
     for words in (r"corpus corpus: 280 training, 112 validation, 112 test tokens; 8 words", r"searching 2 nodes of 8 units for 1 epochs, recipe tiny, seed 0",
-                  r"584 parameters and α on the CPU, \d+ threads?", "results in found", r"search epoch 1: validation perplexity [\d.]+, [\d,]+ tokens/s",
+                  r"584 parameters and α on the CPU, \d+ threads?", "results in found", r"search: about \d+ s to go, for 1 epoch in all",
+                  r"search epoch 1: validation perplexity [\d.]+, [\d,]+ tokens/s",
                   r"found \[.*\] in \d+ s", "next: nni-darts-rnn retrain"):
         assert re.search(words, said.err), words
     follow = said.err.splitlines()[-1].removeprefix("next: nni-darts-rnn ").split()
     assert status(cli.main, *follow, "--out", "trained") == 0
     said = capsys.readouterr()
+    assert re.search(r"retrain: about \d+ s to go, for 1 epoch in all", said.err)
     parameters = re.search(r"; ([\d,]+) parameters on the CPU", said.err).group(1)
     assert f"{parameters} parameters; of the same test text: unigram" in said.out  # what it said before is what it trained
     follow = said.err.splitlines()[-1].removeprefix("next: nni-darts-rnn ").split()

@@ -81,6 +81,10 @@ class NTASGD(FitOnly):
         self.learn.opt = OptimWrapper(opt=torch.optim.ASGD(groups, t0=0, lambd=0.0))
         self.learn.opt.frozen_idx = old.frozen_idx
 
+    def since_best(self) -> int:
+        """Validated epochs after the best one so far."""
+        return len(self.logs) - 1 - self.logs.index(min(self.logs)) if self.logs else 0
+
     def state_dict(self) -> dict:
         """For resuming: the monitored values so far and, once averaging, the averages. The weights themselves are the model's."""
         return {"logs": list(self.logs), "averages": self.learn.opt.opt.state_dict() if self.averaging else None}

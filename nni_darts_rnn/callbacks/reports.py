@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger, ProgressCallback
-from torch import Tensor
 
+from ..epoch_counts import EpochCounts
 from ..files import write_csv
-from ..health import collapse, spread
+from ..health import watched_spread
 from .averaging import NTASGD
 from .fit_only import FitOnly
-
-logger = logging.getLogger(__name__)
 
 
 class MetricsCSV(FitOnly, CSVLogger):
@@ -64,32 +60,21 @@ class EpochReport(FitOnly):
     order = NTASGD.order + 1
 
     def __init__(self, report: Callable[[dict], None] | None = None, phase: str = "retrain", table: str | Path | None = None):
-        self.report, self.phase, self.table, self.rows = report, phase, table, []
+        self.report, self.phase, self.table, self.rows, self.counts = report, phase, table, [], EpochCounts(phase)
 
     def start_fit(self):
         self.row = None
 
     def before_train(self):
-        self.began, self.tokens, self.nats = time.perf_counter(), 0, 0.0
-
-    def in_epoch(self) -> dict:
-        """What has been counted in this epoch so far, for a checkpoint."""
-        return {"seconds": time.perf_counter() - self.began, "tokens": self.tokens, "nats": self.nats}
-
-    def go_on(self, seconds: float, tokens: int, nats: Tensor | float) -> None:
-        """The inverse of `in_epoch`."""
-        self.began, self.tokens, self.nats = time.perf_counter() - seconds, tokens, nats
+        self.counts.begin()
 
     def after_batch(self):
         if self.training:
-            n = self.yb[0].numel()
-            self.tokens += n
-            self.nats = self.nats + self.learn.loss.detach() * n  # stays on the device
+            self.counts.add(self.yb[0].numel(), self.learn.loss, self.n_epoch, (self.n_epoch - self.epoch) * self.n_iter - self.iter - 1)
 
     def after_train(self):
-        train_loss = float(self.nats) / max(1, self.tokens)
-        self.row = {"train_loss": train_loss, "train_perplexity": _exp(train_loss),
-                    "tokens_per_second": self.tokens / (time.perf_counter() - self.began), "lr": float(self.opt.hypers[-1]["lr"])}
+        self.row = {"train_loss": self.counts.loss, "train_perplexity": _exp(self.counts.loss),
+                    "tokens_per_second": self.counts.tokens / self.counts.seconds, "lr": float(self.opt.hypers[-1]["lr"])}
 
     def after_validate(self):
         if self.row is not None:
@@ -101,13 +86,10 @@ class EpochReport(FitOnly):
         recorder = self.learn.recorder
         perplexity = _exp(float(recorder.values[-1][list(recorder.metric_names[1:]).index("valid_loss")]))
         row = {"default": perplexity, "phase": self.phase, "epoch": self.epoch + 1, "perplexity": perplexity, **self.row,
-               "seconds": time.perf_counter() - self.began}
+               "seconds": self.counts.seconds}
         mixed = next((m for m in self.learn.model.modules() if hasattr(m, "probabilities")), None)
         if mixed is not None:
-            shares = spread(mixed.probabilities(), mixed.primitives)
-            row |= shares
-            if words := collapse(shares, mixed.genotype()):
-                logger.warning("%s, epoch %d: %s", self.phase, self.epoch + 1, words)
+            row |= watched_spread(mixed, self.phase, self.epoch + 1)
         self.rows.append(row)
         self.row = None
         if self.table is not None:

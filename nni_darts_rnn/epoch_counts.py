@@ -1,0 +1,60 @@
+"""What an epoch has come to so far, and how long its phase will take: for the reports of both phases."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from torch import Tensor
+
+from .talk import duration
+
+logger = logging.getLogger(__name__)
+LOOK = 2.0  # seconds of batches from which the rest of a phase is foretold
+
+
+class EpochCounts:
+    """Training tokens of the epoch at hand, the sum of their losses (nats) and the epoch's seconds.
+
+    Once, some seconds into a phase, it says how long the phase has to go (level INFO): what a corpus and a recipe take depends on the machine,
+    and the first batches tell.
+    """
+
+    def __init__(self, phase: str):
+        self.phase, self.since = phase, None  # since: when the first batch was done (it compiles, allocates and so on), and how many were since
+        self.foretold = False
+        self.begin()
+
+    def begin(self) -> None:
+        self.began, self.tokens, self.nats = time.perf_counter(), 0, 0.0
+
+    def add(self, tokens: int, loss: Tensor, epochs: int, left: float) -> None:
+        """A batch of `tokens` with a mean loss in nats, which stays on its device; `left` batches of all `epochs` are still to come."""
+        self.tokens += tokens
+        self.nats = self.nats + loss.detach() * tokens
+        if self.foretold:
+            return
+        now = time.perf_counter()
+        if self.since is None:
+            self.since = (now, left)
+        elif now - self.since[0] >= LOOK:
+            self.foretold = True
+            took = (now - self.since[0]) / (self.since[1] - left)
+            logger.info("%s: about %s to go, for %d epoch%s in all", self.phase, duration(left * took), epochs, "s" * (epochs > 1))
+
+    def state(self) -> dict:
+        """For a checkpoint in the middle of the epoch."""
+        return {"seconds": self.seconds, "tokens": self.tokens, "nats": self.nats}
+
+    def go_on(self, seconds: float, tokens: int, nats: Tensor | float) -> None:
+        """The inverse of `state`."""
+        self.began, self.tokens, self.nats = time.perf_counter() - seconds, tokens, nats
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.began
+
+    @property
+    def loss(self) -> float:
+        """Nats per training token."""
+        return float(self.nats) / max(1, self.tokens)
