@@ -1,9 +1,9 @@
-"""A search through NNI's own strategy and Lightning's Trainer, one batch at a time: `search_step.py` lets it take turns with other versions."""
+"""A search through NNI's own strategy and Lightning's Trainer, a few batches at a time: `search_step.py` lets it take turns with other versions."""
 
 from __future__ import annotations
 
 import logging
-import threading
+import time
 import warnings
 
 import pytorch_lightning as pl
@@ -14,51 +14,45 @@ from nni_darts_rnn import fused, get_recipe, search_evaluator
 from nni_darts_rnn.corpus import Corpus, Vocabulary
 from nni_darts_rnn.search import make_space, make_strategy
 
-STEPS = 40  # batches of random words; more than a comparison takes
+STEPS = 2  # batches of a call
 
 
-class ThroughNNI(pl.Callback):
-    """Call it for one step of the strategy, NNI's stock first-order `DARTS` or the package's second-order one, each on the package's space.
+class ThroughNNI:
+    """Call it for a short search by the strategy, NNI's stock first-order `DARTS` or the package's second-order one, each on the package's space;
+    it returns the seconds of its fastest step.
 
-    Lightning's loop runs in a thread of its own and waits before every batch. What it does between two batches is not counted.
+    A search of its own a call, in the caller's thread: OpenMP keeps a team of threads for each thread that calls it, and where the teams together
+    have more than the machine has cores, they stop spinning between operations, which makes small operations two to three times slower.
     """
 
     def __init__(self, size, first_order: bool, fast: bool):
-        self.fast, self.go, self.done, self.finished = fast, threading.Semaphore(0), threading.Semaphore(0), False
-        recipe = get_recipe("penn", {"search": {"hidden_size": size.H, "n_nodes": size.N, "batch_size": size.B, "eval_batch_size": size.B, "bptt": size.T,
-                                                "short_bptt_probability": 0.0, "epochs": 1}}).search
+        self.size, self.first_order, self.fast = size, first_order, fast
+        self.recipe = get_recipe("penn", {"search": {"hidden_size": size.H, "n_nodes": size.N, "batch_size": size.B, "eval_batch_size": size.B,
+                                                     "bptt": size.T, "short_bptt_probability": 0.0, "epochs": 1}}).search
         words = torch.randint(size.V, (size.B * (size.T * STEPS + 1),))
         few = words[:size.B * (size.T + 1)]
-        corpus = Corpus("random words", Vocabulary(["<eos>", "<unk>", *(f"w{i}" for i in range(size.V - 2))]), words, few, few)
-        strategy = nni_strategy.DARTS(gradient_clip_val=recipe.clip) if first_order else make_strategy(recipe)
+        self.corpus = Corpus("random words", Vocabulary(["<eos>", "<unk>", *(f"w{i}" for i in range(size.V - 2))]), words, few, few)
         warnings.simplefilter("ignore")  # NNI's and Lightning's advice
-        for name in ("nni", "pytorch_lightning.utilities.rank_zero"):
+        for name in ("nni", "pytorch_lightning.utilities.rank_zero", "nni_darts_rnn.evaluator"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        supernet = strategy.mutate_model(make_space(size.V, recipe))
-        evaluator = search_evaluator(corpus, recipe, callbacks=[self], accelerator="cpu", enable_progress_bar=False)
-        self.evaluator, self.supernet, threads = strategy.mutate_evaluator(evaluator), supernet, torch.get_num_threads()
-        self.thread = threading.Thread(target=self._run, args=(threads,), daemon=True)
-        self.thread.start()
-        self._wait()
 
-    def _run(self, threads: int) -> None:
-        torch.set_num_threads(threads)  # OpenMP counts them thread by thread
-        try:
-            self.evaluator.evaluate(self.supernet)
-        finally:
-            self.finished = True
-            self.done.release()
+    def __call__(self, train, valid) -> float:
+        fused.enable(self.fast)
+        strategy = nni_strategy.DARTS(gradient_clip_val=self.recipe.clip) if self.first_order else make_strategy(self.recipe)
+        supernet, clock = strategy.mutate_model(make_space(self.size.V, self.recipe)), Clock()
+        evaluator = search_evaluator(self.corpus, self.recipe, callbacks=[clock], accelerator="cpu", enable_progress_bar=False)
+        strategy.mutate_evaluator(evaluator).evaluate(supernet)
+        return min(clock.seconds)
 
-    def _wait(self) -> None:
-        self.done.acquire()
-        if self.finished:
-            raise RuntimeError(f"Lightning's loop ended, by an error that it has printed or after {STEPS} batches")
+
+class Clock(pl.Callback):
+    """Seconds of each step; what Lightning does between two steps is not counted."""
+
+    def __init__(self):
+        self.seconds = []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.done.release()  # set up, or the batch before this one is done
-        self.go.acquire()
+        self.began = time.perf_counter()
 
-    def __call__(self, train, valid) -> None:
-        fused.enable(self.fast)
-        self.go.release()
-        self._wait()
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.seconds.append(time.perf_counter() - self.began)
