@@ -9,7 +9,6 @@ from .experiments import CORPUS_NAMES, load_experiment
 from .talk import Talk, answer
 
 
-
 def plot(arguments) -> None:
     folder, talk = arguments.folder, Talk(arguments)
     if not folder.is_dir():

@@ -21,8 +21,8 @@ class EpochCounts:
     """
 
     def __init__(self, phase: str):
-        self.phase, self.since = phase, None  # since: when the first batch was done (it compiles, allocates and so on), and how many were since
-        self.foretold = False
+        self.phase, self.foretold = phase, False
+        self.since: tuple[float, float] | None = None  # when the first batch was done, which compiles, allocates and so on; batches left then
         self.begin()
 
     def begin(self) -> None:

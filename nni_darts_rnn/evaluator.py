@@ -9,7 +9,6 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from nni.nas.evaluator.pytorch import Lightning, LightningModule, Trainer
-from torch import Tensor
 
 from .corpus import BpttBatches, Corpus, search_lengths, streams
 from .epoch_counts import EpochCounts
