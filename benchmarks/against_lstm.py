@@ -23,8 +23,9 @@ from nni_darts_rnn.baselines import bigram_perplexity, unigram_perplexity
 from nni_darts_rnn.cell import variational_mask
 from nni_darts_rnn.genotype import load_genotype
 from nni_darts_rnn.model import LanguageModel, number_of_parameters
-from nni_darts_rnn.pipeline import package_versions, take_fast_path
+from nni_darts_rnn.pipeline import take_fast_path
 from nni_darts_rnn.trial import add_run_options, checked_recipe, open_corpus, prepare_torch
+from nni_darts_rnn.versions import package_versions
 
 
 class LSTMLayer(nn.Module):

@@ -85,7 +85,8 @@ def run(arguments: argparse.Namespace, parameters: dict, report) -> dict:
     recipe = checked_recipe(arguments, settings)
     prepare_torch(arguments)
     from .files import write_json, write_text
-    from .pipeline import check_fits, package_versions, retrain_phase
+    from .pipeline import check_fits, retrain_phase
+    from .versions import package_versions
 
     if arguments.onnx:
         from .onnx_file import check_onnx, write_trained_onnx

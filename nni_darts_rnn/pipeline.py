@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-import platform
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from .checkpoint import USUAL, Checkpoints, Keeping, alone_in, run_identity
@@ -17,17 +15,7 @@ from .files import write_json
 from .genotype import Genotype
 from .recipes import Recipe, RetrainRecipe, SearchRecipe
 from .tensorboard import watched
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of Python and of every package that a result depends on."""
-    found = {"python": platform.python_version()}
-    for name in ("nni-darts-rnn", "nni", "torch", "pytorch-lightning", "fastai", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+from .versions import package_versions
 
 
 def check_fits(corpus: Corpus, *parts: SearchRecipe | RetrainRecipe) -> None:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
-import torch
 
 from .cell import DiscreteRNN
 from .files import check_seal, sealed, whole, write_text
 from .genotype import Genotype
 from .model import LanguageModel
+from .versions import package_versions
 
 FORMAT, FORMAT_VERSION = "nni_darts_rnn language model", 1
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
@@ -41,7 +39,7 @@ def save_trained(folder: str | Path, model: LanguageModel, vocab_words, extra: d
         "format": FORMAT, "version": FORMAT_VERSION, "sha256": hashlib.sha256(weights).hexdigest(),
         "genotype": json.loads(model.rnn.genotype.to_json()), "vocab_size": model.vocab_size, "hidden_size": model.hidden_size,
         "dropouts": {name: getattr(model, name) for name in DROPOUTS} | {name: getattr(model.rnn, name) for name in RNN_DROPOUTS},
-        "packages": _packages(), "extra": extra or {}, "words": words,
+        "packages": package_versions(), "extra": extra or {}, "words": words,
     }
     text = sealed(description)  # before anything is written: `extra` may hold what JSON cannot
     folder = Path(folder)
@@ -114,13 +112,3 @@ def _read(path: Path) -> bytes:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-def _packages() -> dict[str, str]:
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("nni-darts-rnn", "safetensors", "numpy", "fastai"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            pass  # a source tree, or a reader without fastai
-    return found
