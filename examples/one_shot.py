@@ -6,6 +6,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
+import pytorch_lightning as pl
 from nni.nas.experiment import NasExperiment
 
 from nni_darts_rnn import Genotype, get_recipe, load_corpus, search_evaluator, strategies
@@ -26,6 +27,7 @@ def make_strategy(name: str, recipe):
 
 def search(name: str, corpus, recipe, seed: int = 0, folder: str | Path | None = None, **trainer_options):
     """(genotype, the space whose weights the search has trained, its strategy). NNI keeps its log and checkpoint in `folder`."""
+    pl.seed_everything(seed, verbose=False)
     strategy, options = make_strategy(name, recipe)
     space = make_space(len(corpus.vocab), recipe)
     evaluator = search_evaluator(corpus, recipe, seed, print, **options | trainer_options)

@@ -4,6 +4,7 @@
 |---|---|---|
 | `DARTS`, `GumbelDARTS`, `Proxyless` | list α as `list(set(…))`, in the order of addresses: a resumed Adam may give a moment to another α | lists α in the order of the modules |
 | `Proxyless` | exports a path drawn anew from α | exports the strongest path |
+| `RandomOneShot` | draws its paths from a generator that nothing seeds | draws from one that can be seeded |
 | `ENAS` | its loader hands Lightning 2 batches that its step takes apart wrongly | unpacks what its loader yields |
 | `ENAS` | makes a new, untrained controller to export from; never clips the gradient | keeps the controller in `set_model` |
 | `ENAS`, `PolicyBasedRL` | without a fitting tianshou fail with advice to install one that does not fit | says `tianshou<0.5` |
@@ -21,13 +22,14 @@ import itertools
 import time
 from importlib.metadata import PackageNotFoundError, version
 
+import numpy as np
 from nni.mutable import Categorical, CategoricalMultiple
 from nni.nas import strategy as nni_strategy
 from nni.nas.execution.event import ModelEventType
 from nni.nas.oneshot.pytorch.supermodule.differentiable import DifferentiableMixedInput, DifferentiableMixedLayer
 from nni.nas.oneshot.pytorch.supermodule.proxyless import ProxylessMixedInput, ProxylessMixedLayer
 from nni.nas.space import ModelStatus
-from nni.nas.strategy import Random, RandomOneShot, RegularizedEvolution
+from nni.nas.strategy import Random, RegularizedEvolution
 from nni.nas.strategy.middleware import Deduplication
 
 from .strategy import SecondOrderDARTS, alpha_in_order
@@ -73,6 +75,17 @@ def _strongest_paths(module) -> dict:
     for layer in module.supernet_modules():
         sample.update(below.get(type(layer), type(layer)).export(layer, memo=sample))
     return sample
+
+
+class RandomOneShot(nni_strategy.RandomOneShot):
+    """NNI's `RandomOneShot`, whose paths follow numpy's seed, as `pytorch_lightning.seed_everything` sets it."""
+
+    def mutate_model(self, model):
+        supernet = super().mutate_model(model)
+        state = np.random.RandomState(np.random.randint(2**31))
+        for mutable in supernet.simplify().values():
+            mutable.random = functools.partial(mutable.random, random_state=state)
+        return supernet
 
 
 def require_tianshou(what: str) -> None:

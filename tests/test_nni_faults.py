@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import nni
+import numpy as np
 import pytest
 import torch
 from nni.algorithms.hpo.hyperband_advisor import Hyperband as NniHyperband
@@ -25,6 +26,7 @@ from nni.nas.evaluator import FunctionalEvaluator
 from nni.nas.experiment import NasExperiment
 from nni.nas.experiment.config import NasExperimentConfig
 from nni.nas.nn.pytorch import InputChoice, LayerChoice, ModelSpace
+from nni.nas.oneshot.pytorch.supermodule.sampling import PathSamplingLayer
 from nni.runtime.trial_command_channel import TrialCommandChannel, get_default_trial_command_channel, set_default_trial_command_channel
 from nnictl import free_port
 from torch import nn
@@ -109,6 +111,18 @@ def test_proxyless_exports_the_strongest_paths():
     torch.manual_seed(0)
     assert exported(nni_strategy.Proxyless()) == {0, 1}
     assert exported(strategies.Proxyless()) == {1}
+
+
+@pytest.mark.parametrize("kind, repeats", [(nni_strategy.RandomOneShot, False), (strategies.RandomOneShot, True)])
+def test_random_paths_follow_the_seed(kind, repeats):
+    def paths(seed):
+        np.random.seed(seed)
+        supernet = kind().mutate_model(make_space(10, RECIPE))
+        layers = [m for m in supernet.modules() if isinstance(m, PathSamplingLayer)]
+        assert len(layers) == 2 * RECIPE.n_nodes
+        return [layer.resample({}) for _ in range(20) for layer in layers]
+
+    assert (paths(3) == paths(3)) == repeats and paths(3) != paths(4)
 
 
 @tianshou
@@ -230,7 +244,7 @@ from nni.nas.strategy import Random
 from nni_darts_rnn import DartsRnnSpace
 config = NasExperimentConfig("ts", "simplified", "local", max_trial_number=1, trial_concurrency=1)
 experiment = NasExperiment(DartsRnnSpace(9, 4, 2), FunctionalEvaluator(print), Random(), config)
-experiment._start_engine_and_strategy = experiment._send_space_to_nni_manager
+experiment.strategy.run = lambda: None  # no trial; the engine is there, as NNI's manager waits for it before it takes the space
 experiment.start(int(sys.argv[1]))
 experiment.stop()
 print("id", experiment.id)
