@@ -37,11 +37,15 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
-class _Lines(logging.Handler):
-    """A line on standard error, as that is when the line is written."""
+class _Lines(logging.StreamHandler):
+    """A line on standard error, as that is when the line is written. One that cannot be written costs nothing but itself."""
 
-    def emit(self, record):
-        print(self.format(record), file=sys.stderr, flush=True)
+    def __init__(self):
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self):
+        return sys.stderr
 
 
 def _tell(level: int) -> None:

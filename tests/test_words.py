@@ -1,6 +1,9 @@
 """What the commands say: on what they work and what they found to people, on standard error; nothing but JSON to machines."""
 
+import errno
+import io
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -44,3 +47,15 @@ def test_machines_get_one_line_of_json_and_no_other_word(corpus, place):  # noqa
         assert done.returncode == 0 and not done.stderr, done.stderr  # the hosts' warnings that mean nothing are silent too
         (line,) = done.stdout.splitlines()
         assert json.loads(line)["next"].startswith("nni-darts-rnn ")
+
+
+def test_a_note_that_cannot_be_written_costs_nothing_else(corpus, monkeypatch):
+    """Standard error goes into a file at times, and that file's disk may be full."""
+    assert status(cli.main, "search", *corpus, "--out", "found") == 0  # from here on notes are told
+
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sys, "stderr", Full())
+    logging.getLogger("nni_darts_rnn.checkpoint").warning("no checkpoint was written")
