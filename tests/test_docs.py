@@ -140,3 +140,12 @@ def test_pictures_are_small():
     pictures = [path for path in (ROOT / "docs" / "pictures").iterdir()]
     assert pictures and all(os.path.getsize(path) < 150_000 for path in pictures)
     assert {path.name for path in pictures} == {Path(t).name for page in PAGES for t in re.findall(r"\]\(([^)\s]*pictures/[^)\s]+)\)", page.read_text())}
+
+
+def test_the_results_page_is_made_from_what_is_stored():
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("build_results", ROOT / "docs" / "build_results.py")
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    assert build.page() == build.PAGE.read_text(encoding="utf-8")

@@ -1,0 +1,323 @@
+"""Does a search find better cells than chance at the same cost? Arms at one budget, several seeds each, every cell retrained several times.
+
+    python benchmarks/search_quality.py run --corpus FOLDER --arm second-order original first-order shared random   # one NNI experiment an arm
+    python benchmarks/search_quality.py run --corpus FOLDER --arm second-order --set search.warmup_epochs=1 --name "α warm-up"
+    python benchmarks/search_quality.py table                                                          # figures, tests and picture of what there is
+
+An interrupted `run` goes on where it was when it is given again: finished trials are kept in --work, and an unfinished phase has its checkpoints there.
+
+Arms: `second-order`, the package's own; `original`, with quark0/darts' numerics; `first-order`; `shared`, random search with weight sharing (Li and
+Talwalkar 2019: weights of all cells trained on a random one each step, then the best of random cells on validation text); `random`, random search
+(each cell trained for the short retraining, the best on validation text is kept); `one`, a random cell as it comes.
+
+The budget is arithmetic: that of the recipe's second-order search. A step is 13 forward passes of the mixed cell in second order (`search_step.py`
+has the formula), 5 in first order (α: forward and backward to the data; weights: 3), and 3 of the discrete cell in training. The other arms get
+as many epochs, or cells, as come nearest. All search on the first half of the training text and its validation text, and retrain on all of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import json
+import random
+import shlex
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+from search_step import Size, machine
+
+RESULTS = Path(__file__).parent / "results"
+ARMS = ("second-order", "original", "first-order", "shared", "random", "one")
+WORDS, SHORT = 2000, 1  # the most frequent words that are kept; epochs of the short retraining
+DROPOUT = {f"{part}.{name}": value for part in ("search", "retrain")
+           for name, value in (("dropout", 0.4), ("dropout_x", 0.4), ("dropout_h", 0.2), ("dropout_i", 0.2))}
+SETTINGS = DROPOUT | {"search.hidden_size": 64, "search.batch_size": 64, "search.eval_batch_size": 64, "search.epochs": 2, "retrain.hidden_size": 64,
+                      "retrain.eval_batch_size": 64, "retrain.test_batch_size": 64, "retrain.epochs": 3, "retrain.dropout_e": 0.0}
+FIELDS = ("name", "arm", "seed", "retrain_seed", "genotype", "short_valid", "valid", "test", "search_seconds", "retrain_seconds")
+
+
+def frequent(corpus, words: int):
+    """The corpus with <unk> for all but its most frequent training words."""
+    import torch
+
+    from nni_darts_rnn.vocabulary import EOS, UNK, Vocabulary
+
+    counts = torch.bincount(corpus.train, minlength=len(corpus.vocab))
+    ids = [i for i in torch.argsort(counts, descending=True, stable=True).tolist() if corpus.vocab.words[i] not in (EOS, UNK)][:words - 2]
+    vocab = Vocabulary((EOS, UNK, *(corpus.vocab.words[i] for i in ids)))
+    new = torch.tensor([vocab.index[word] for word in corpus.vocab.words])  # (V,)
+    return replace(corpus, vocab=vocab, train=new[corpus.train], valid=new[corpus.valid], test=new[corpus.test])
+
+
+def half(corpus):
+    return replace(corpus, train=corpus.train[:len(corpus.train) // 2], alpha=None)
+
+
+def random_cell(generator: random.Random, n_nodes: int):
+    from nni_darts_rnn.genotype import PRIMITIVES, Genotype
+
+    ops = [name for name in PRIMITIVES if name != "none"]
+    return Genotype(tuple((generator.choice(ops), generator.randrange(node)) for node in range(1, n_nodes + 1)))
+
+
+def budget(recipe, words: int) -> float:
+    """How much more arithmetic a step of the recipe's search is than a training step of one cell on as many tokens."""
+    N = recipe.n_nodes
+    mixed = Size(1, 1, recipe.hidden_size, words, N).flops()  # 13 passes
+    decoder = 2 * recipe.hidden_size * words
+    discrete = 3 * (4 * recipe.hidden_size**2 * (N + 2) + decoder)  # one edge a node, and both halves of W0
+    return mixed / discrete
+
+
+def find_cell(arm: str, corpus, recipe, seed: int, folder: Path):
+    """The cell that an arm chooses."""
+    from nni_darts_rnn.health import NotFinite
+    from nni_darts_rnn.learner import retrain
+    from nni_darts_rnn.pipeline import search_phase
+
+    quick, generator, part = recipe.search, random.Random(seed), half(corpus)
+    epochs = budget(quick, len(corpus.vocab)) * quick.epochs  # of training one cell on half of the text
+    if arm in ("second-order", "original", "first-order"):
+        if arm == "original":
+            quick = replace(quick, reproduce_original=True)
+        if arm == "first-order":
+            quick = replace(quick, hvp="first_order", epochs=round(quick.epochs * 13 / 5))
+        return search_phase(part, quick, seed, folder)["genotype"]
+    if arm == "one":
+        return random_cell(generator, quick.n_nodes)
+    if arm == "random":
+        found = []
+        for k in range(round(epochs / (2 * SHORT))):
+            cell = random_cell(generator, quick.n_nodes)
+            ended = retrain(corpus, cell, replace(recipe.retrain, epochs=SHORT), 1000 * seed + k, folder / f"cell{k}")
+            found.append((ended["valid_perplexity"], k, cell))
+        return min(found)[2]
+    quick = replace(quick, epochs=round(epochs) - 1)
+    while True:
+        try:
+            return shared(part, quick, random.Random(seed), seed)
+        except NotFinite:  # as a search does: again, with half the learning rate
+            quick = replace(quick, lr=quick.lr / 2)
+
+
+def shared(corpus, recipe, generator: random.Random, seed: int):
+    """Weight-sharing random search; the last of its epochs' worth is for judging cells on the validation text, a forward pass each."""
+    import pytorch_lightning as pl
+
+    from nni_darts_rnn.evaluator import search_evaluator
+    from nni_darts_rnn.model import perplexity
+    from nni_darts_rnn.search import make_space
+    from nni_darts_rnn.strategies import RandomOneShot
+
+    pl.seed_everything(seed, verbose=False)
+    space, strategy = make_space(len(corpus.vocab), recipe), RandomOneShot()
+    evaluator = search_evaluator(corpus, recipe, seed, gradient_clip_val=recipe.clip, accelerator="cpu", devices=1, enable_progress_bar=False)
+    supernet, evaluator = strategy.mutate_model(space), strategy.mutate_evaluator(evaluator)
+    evaluator.evaluate(supernet)
+    trained = space.lm.state_dict()
+    found = []
+    for k in range(round(3 * len(corpus.train) / len(corpus.valid))):
+        cell = random_cell(generator, recipe.n_nodes)
+        model = make_space(len(corpus.vocab), recipe).freeze(cell.to_sample())
+        model.lm.load_state_dict(trained, strict=False)
+        found.append((perplexity(model, corpus.valid, recipe.eval_batch_size, recipe.bptt), k, cell))
+    return min(found)[2]
+
+
+def trial(options, recipe) -> None:
+    """What NNI runs: one seed of one arm; its rows go to --work as one file, and what NNI shows is their mean perplexity."""
+    import nni
+
+    from nni_darts_rnn.files import write_json
+    from nni_darts_rnn.pipeline import retrain_phase, take_fast_path
+    from nni_darts_rnn.trial import open_corpus, prepare_torch
+
+    seed = int(nni.get_next_parameter()["seed"])
+    prepare_torch(options)
+    corpus, folder = frequent(open_corpus(options), WORDS), options.work / options.name / str(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    take_fast_path(corpus, recipe.search)
+    took, chosen = folder / "search.json", None
+    if took.exists():  # by a run that was stopped
+        from nni_darts_rnn.genotype import Genotype
+
+        chosen = json.loads(took.read_text())
+        cell = Genotype.from_json(chosen["genotype"])
+    else:
+        began = time.perf_counter()
+        cell = find_cell(options.arm[0], corpus, recipe, seed, folder)
+        chosen = {"genotype": cell.to_json(), "seconds": time.perf_counter() - began}
+        write_json(took, chosen)
+    rows = []
+    for again in range(options.retrain_seeds):
+        done = retrain_phase(corpus, cell, recipe.retrain, again, folder / f"retrain{again}", nni.report_intermediate_result)
+        rows.append({"name": options.name, "arm": options.arm[0], "seed": seed, "retrain_seed": again, "genotype": cell.to_json(),
+                     "short_valid": done["rows"][SHORT - 1]["perplexity"], "valid": done["valid_perplexity"], "test": done["test_perplexity"],
+                     "search_seconds": chosen["seconds"], "retrain_seconds": done["retrain_seconds"]})
+    write_json(folder / "rows.json", rows)
+    nni.report_final_result(sum(row["valid"] for row in rows) / len(rows))
+
+
+def run(options) -> None:
+    """An NNI experiment an arm, of the seeds that are not there yet."""
+    from nni.experiment import Experiment
+
+    for arm in options.arm:
+        name = options.name or arm
+        missing = [seed for seed in range(1, options.seeds + 1) if not (options.work / name / str(seed) / "rows.json").exists()]
+        if missing:
+            command = [sys.executable, str(Path(__file__).resolve()), "trial", "--arm", arm, "--name", name, "--work", str(options.work.resolve()),
+                       "--corpus", str(Path(options.corpus).resolve()) if Path(options.corpus).exists() else options.corpus,
+                       "--threads", str(options.threads), "--retrain-seeds", str(options.retrain_seeds)]
+            for setting in options.set:
+                command += ["--set", setting]
+            experiment = Experiment("local")
+            config = experiment.config
+            config.experiment_name, config.trial_command, config.trial_code_directory = f"search quality: {name}", shlex.join(command), Path(__file__).parent
+            config.search_space = {"seed": {"_type": "choice", "_value": missing}}
+            config.tuner.name, config.max_trial_number, config.trial_concurrency = "GridSearch", len(missing), options.concurrency
+            config.experiment_working_directory = (options.work / "nni").resolve()
+            experiment.run(options.port)
+            experiment.stop()
+        done = collect(options.work, name)
+        print(f"{name}: {len(done) // options.retrain_seeds} of {options.seeds} seeds done", flush=True)
+        save(done)
+
+
+def collect(work: Path, name: str) -> list[dict]:
+    return [row for path in sorted(work.glob(f"{name}/*/rows.json")) for row in json.loads(path.read_text())]
+
+
+def save(rows: list[dict]) -> None:
+    """Rows into the CSV in the place of those of the same name and seed."""
+    path = RESULTS / "search_quality.csv"
+    before = stored() if path.exists() else []
+    new = {(r["name"], int(r["seed"]), int(r["retrain_seed"])) for r in rows}
+    kept = [r for r in before if (r["name"], int(r["seed"]), int(r["retrain_seed"])) not in new]
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        writer.writerows(kept + rows)
+
+
+def stored() -> list[dict]:
+    with open(RESULTS / "search_quality.csv", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def sign_flip(differences: np.ndarray) -> float:
+    """p of a paired test of mean 0, two-sided and exact: the share of all 2^n choices of signs whose mean is as far from 0 (Fisher 1935, section 21)."""
+    signs = np.array(list(itertools.product((1, -1), repeat=len(differences))))
+    means = np.abs(signs @ differences)
+    return float(np.mean(means >= means[0] * (1 - 1e-12)))
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Places from 1; equal values share the mean of theirs."""
+    return np.array([(values < v).sum() + ((values == v).sum() + 1) / 2 for v in values])
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
+
+
+def summary(rows: list[dict]) -> dict:
+    """By arm: seeds, mean and standard deviation of the cells' perplexities (a cell's is the mean of its retrainings), the best, the test against
+    `random` and `original` by seed; over all cells the rank correlation of short and long retraining."""
+    cells: dict = {}
+    for row in rows:
+        cells.setdefault(row["name"], {}).setdefault(int(row["seed"]), []).append(row)
+    mean = {name: {seed: {k: float(np.mean([float(r[k]) for r in there])) for k in ("short_valid", "valid", "test", "search_seconds")}
+                   for seed, there in seeds.items()} for name, seeds in cells.items()}
+    found: dict = {"arms": {}}
+    for name, seeds in mean.items():
+        valid, test = (np.array([cell[k] for cell in seeds.values()]) for k in ("valid", "test"))
+        best = min(seeds, key=lambda seed: seeds[seed]["valid"])
+        ops = Counter(op for there in cells[name].values() for op, _ in json.loads(there[0]["genotype"])["recurrent"])
+        arm = {"seeds": len(seeds), "retrainings": min(map(len, cells[name].values())), "valid_mean": valid.mean(), "valid_sd": valid.std(ddof=1) if len(valid) > 1 else None,
+               "test_mean": test.mean(), "test_sd": test.std(ddof=1) if len(test) > 1 else None, "best_valid": seeds[best]["valid"], "best_test": seeds[best]["test"],
+               "best_genotype": cells[name][best][0]["genotype"], "search_seconds": float(np.mean([c["search_seconds"] for c in seeds.values()])),
+               "ops": {op: count / sum(ops.values()) for op, count in sorted(ops.items())}}
+        for other in ("random", "shared", "original", "one"):
+            both = sorted(seeds.keys() & mean.get(other, {}).keys())
+            if other != name and len(both) > 1:
+                differences = np.array([seeds[s]["valid"] - mean[other][s]["valid"] for s in both])
+                arm[f"minus_{other}"], arm[f"p_{other}"] = differences.mean(), sign_flip(differences)
+        found["arms"][name] = arm
+    every = [cell for seeds in mean.values() for cell in seeds.values()]
+    found["short_long_rank_correlation"] = spearman(*(np.array([cell[k] for cell in every]) for k in ("short_valid", "valid")))
+    again = [[float(r["valid"]) for r in there] for seeds in cells.values() for there in seeds.values() if len(there) > 1]
+    found["sd_of_retrainings"] = float(np.sqrt(np.mean([np.var(values, ddof=1) for values in again]))) if again else None
+    return found
+
+
+def picture(rows: list[dict], path: Path) -> None:
+    """Every cell as a point, by arm, with the arm's mean."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    figure = Figure(figsize=(7, 0.7 + 0.45 * len(names)), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.subplots()
+    for place, name in enumerate(names):
+        by_seed: dict = {}
+        for row in rows:
+            if row["name"] == name:
+                by_seed.setdefault(row["seed"], []).append(float(row["valid"]))
+        values = [np.mean(v) for v in by_seed.values()]
+        axes.plot(values, [place] * len(values), "o", color="tab:blue", alpha=0.5)
+        axes.plot([np.mean(values)] * 2, [place - 0.3, place + 0.3], color="black")
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel("validation perplexity of the retrained cells (lower is better; bar: mean)")
+    figure.savefig(path, metadata={"Date": None})
+
+
+def table() -> None:
+    rows = stored()
+    found = summary(rows) | {"command": "python benchmarks/search_quality.py table", "date": date.today().isoformat(), "machine": machine(),
+                             "settings": SETTINGS | {"words": WORDS, "short_epochs": SHORT}}
+    (RESULTS / "search_quality.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    picture(rows, RESULTS / "search_quality.svg")
+    for name, arm in found["arms"].items():
+        against = ", ".join(f"{arm[f'minus_{other}']:+.2f} to {other} (p {arm[f'p_{other}']:.3f})" for other in ("random", "original") if f"p_{other}" in arm)
+        print(f"{name:>14}: {arm['seeds']} seeds, valid {arm['valid_mean']:.2f} ± {arm['valid_sd'] or 0:.2f}, test {arm['test_mean']:.2f}, "
+              f"best {arm['best_valid']:.2f} (test {arm['best_test']:.2f}), search {arm['search_seconds']:.0f} s; {against}")
+    print(f"rank correlation of short and long retraining {found['short_long_rank_correlation']:.2f}")
+
+
+def main() -> None:
+    from nni_darts_rnn.trial import add_run_options, checked_recipe
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("run", "table", "trial"), help="trial: what NNI runs")
+    add_run_options(parser)
+    parser.set_defaults(recipe="penn", threads=1)
+    parser.add_argument("--arm", nargs="+", choices=ARMS, default=["second-order"])
+    parser.add_argument("--name", help="what the rows are called; default: the arm")
+    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--retrain-seeds", type=int, default=2)
+    parser.add_argument("--work", type=Path, default=Path("search_quality"), help="folder of finished and unfinished trials")
+    parser.add_argument("--concurrency", type=int, default=2, help="trials at a time")
+    parser.add_argument("--port", type=int, default=8080, help="of NNI's web page")
+    options = parser.parse_args()
+    if options.what == "table":
+        return table()
+    given, options.set = options.set, [f"{key}={value}" for key, value in SETTINGS.items()] + options.set
+    recipe = checked_recipe(options, {})
+    options.set = given
+    if options.what == "trial":
+        return trial(options, recipe)
+    return run(options)
+
+
+if __name__ == "__main__":
+    main()

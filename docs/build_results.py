@@ -1,0 +1,145 @@
+"""docs/results.md from what the benchmarks have stored: `python docs/build_results.py`. No figure on that page is typed by hand.
+
+The published figures beside them are quoted here, each with its source.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+STORED = Path(__file__).parents[1] / "benchmarks" / "results"
+PAGE = Path(__file__).with_name("results.md")
+
+PUBLISHED = (  # cell or model, corpus, test perplexity, source
+    ("DARTS, second order", "Penn Treebank", "55.7", "Liu, Simonyan and Yang 2019"),
+    ("DARTS, first order", "Penn Treebank", "57.6", "the same"),
+    ("random search with weight sharing", "Penn Treebank", "55.5", "Li and Talwalkar 2019"),
+    ("ENAS", "Penn Treebank", "55.8; 58.6 as trained by the DARTS authors", "Pham et al. 2018; Liu et al. 2019"),
+    ("DARTS, second order, transferred", "WikiText-2", "69.6", "Liu et al. 2019"),
+    ("AWD-LSTM", "WikiText-2", "66.0", "as listed in Liu et al. 2019"),
+)
+
+HEAD = """# Results
+
+Made by `python docs/build_results.py` from `benchmarks/results/`; every section has the command that measured it, and when and where.
+Perplexities are per word; lower is better. Small sizes, and what did not work stays in: nothing here is the paper's 850 units trained for thousands
+of epochs, for which these machines are too slow.
+"""
+
+
+def page() -> str:
+    parts = [HEAD, *(section() for section in (quality, lstm, gradient, step, layer)), published()]
+    return "\n".join(part for part in parts if part)
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    lines = [list(map(str, row)) for row in (head, *rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def stored(name: str):
+    """A file's JSON, or None where it has not been measured yet."""
+    path = STORED / name
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def made(found: dict) -> str:
+    """When, where and by which command."""
+    machine = found["machine"]
+    where = machine if isinstance(machine, str) else f"{machine['cores']} cores of {machine['cpu']}, Python {machine['python']}, torch {machine['torch']}"
+    return f"`{found['command']}`, {found['date']}; {where}.\n"
+
+
+def spread(mean: float, sd: float | None) -> str:
+    return f"{mean:.2f}" + ("" if sd is None else f" ± {sd:.2f}")
+
+
+def quality() -> str:
+    found = stored("search_quality.json")
+    if found is None:
+        return ""
+    settings, arms = found["settings"], found["arms"]
+    rows = []
+    for name, arm in arms.items():
+        against = [f"{arm[f'minus_{other}']:+.2f} to {other}, p = {arm[f'p_{other}']:.3f}" for other in arms if f"p_{other}" in arm]
+        rows.append((name, f"{arm['seeds']} × {arm['retrainings']}", spread(arm["valid_mean"], arm["valid_sd"]), spread(arm["test_mean"], arm["test_sd"]),
+                     f"{arm['best_valid']:.2f} / {arm['best_test']:.2f}", f"{arm['search_seconds']:.0f}", "; ".join(against)))
+    best = min(arms.values(), key=lambda arm: arm["best_valid"])
+    return "\n".join([
+        "## Does the search beat chance?\n",
+        f"Penn Treebank with its {settings['words']:,} most frequent words, {settings['search.hidden_size']} units, batches of "
+        f"{settings['search.batch_size']} streams, the paper's learning rate (20). Arms have one budget of arithmetic (the head of `benchmarks/search_quality.py` says "
+        f"which arm does what). Every cell is retrained from scratch for {settings['retrain.epochs']} epochs from each of the retraining seeds; a cell's figure is their "
+        "mean, ± the standard deviation over search seeds. Differences are paired by seed, and p is the exact two-sided sign-flip test's.\n",
+        table(("arm", "seeds × retrainings", "validation", "test", "best cell, validation / test", "search, s", "difference in validation"), rows),
+        f"![Every retrained cell as a point, by arm, with the arm's mean](../benchmarks/results/search_quality.svg)\n\nThe rank correlation between "
+        f"{settings['short_epochs']} epoch of retraining and {settings['retrain.epochs']} is {found['short_long_rank_correlation']:.2f} over all cells; two retrainings of "
+        f"one cell differ with a standard deviation of {found['sd_of_retrainings']:.2f}. The best cell:\n\n```json\n{best['best_genotype']}\n```\n",
+        made(found)])
+
+
+def lstm() -> str:
+    found = stored("against_lstm.json")
+    results = found["results"]
+    rows = [(name, f"{r['parameters']:,}" if "parameters" in r else "", f"{r['valid_perplexity']:.2f}" if "valid_perplexity" in r else "",
+             f"{r['test_perplexity']:.2f}", f"{r['seconds']:.0f}" if "seconds" in r else "") for name, r in results.items()]
+    return "\n".join([
+        "## The example's cell beside nn.LSTM\n",
+        f"Penn Treebank, {found['recipe']['hidden_size']} units, {found['recipe']['epochs']} epochs, {found['threads']} thread, one seed.\n",
+        table(("", "parameters", "validation", "test", "s"), rows), made(found)])
+
+
+def gradient() -> str:
+    found = stored("gradient_quality.json")
+    settings, rows = found["settings"], found["rows"]
+    xi = settings["lr"]
+    moments = [(H, steps) for H in settings["sizes"] for steps in settings["moments"]]
+    names = list(dict.fromkeys(row["estimator"] for row in rows if row["xi"] == xi))
+
+    def cell(name, H, steps):
+        row = next(r for r in rows if (r["estimator"], r["hidden_size"], r["steps"], r["xi"]) == (name, H, steps, xi))
+        return f"{row['cosine']:.2f} / {row['relative_error']:.2g}"
+
+    return "\n".join([
+        "## The architecture gradient\n",
+        f"Cosine to double backprop through the step / relative error, at ξ = {xi:g}; {settings['corpus']}, batch {settings['batch_size']}, {settings['length']} time "
+        f"steps, medians of {settings['draws']} draws, float64, torch {settings['torch']}.\n",
+        table(("estimator", *(f"H {H}, {steps} steps" for H, steps in moments)), [(name, *(cell(name, *m) for m in moments)) for name in names]),
+        "`python benchmarks/gradient_quality.py --corpus FOLDER`.\n"])
+
+
+def step() -> str:
+    found = stored("search_step.json")
+    sizes = [(name, made_) for name, made_ in found.items() if isinstance(made_, dict) and "versions" in made_]
+    rows = []
+    for name, at in sizes:
+        for version, r in at["versions"].items():
+            rows.append((name, version, f"{r['ms']:,.0f}", f"{r['ratio']:.2f} ×", f"{r['share_of_peak']:.0%}", f"{r['peak_gb']:.2f}"))
+    grown = found["growth"]
+    axes = [axis for axis, r in grown.items() if isinstance(r, dict) and "flops_ratio" in r]
+    return "\n".join([
+        "## Speed of a search step\n",
+        "; ".join(f"{name}: " + ", ".join(f"{k} {v:,}" for k, v in at["size"].items()) for name, at in sizes) + f". {sizes[0][1]['threads']} threads. The share of the peak "
+        "counts the arithmetic of a second-order step, of which NNI's first-order step has 6/13.\n",
+        table(("size", "version", "ms", "ratio", "share of the peak", "peak GB"), rows),
+        "Growth of the fused step when one of them is doubled:\n",
+        table(("", *axes), [("time", *(f"{grown[a]['ratio']:.2f} ×" for a in axes)), ("arithmetic", *(f"{grown[a]['flops_ratio']:.2f} ×" for a in axes))]),
+        *dict.fromkeys(made(at) for _, at in sizes)])
+
+
+def layer() -> str:
+    found = stored("retrain_step.json")
+    rows = [(name, f"H {at['size']['H']}, B {at['size']['B']}", version, f"{r['tokens_per_second']:,.0f}", f"{r['ratio']:.2f} ×")
+            for name, at in found["sizes"].items() for version, r in at["layer"].items()]
+    return "\n".join(["## Speed of the recurrent layer in training\n", table(("size", "", "version", "tokens/s", "ratio"), rows), made(found)])
+
+
+def published() -> str:
+    return "## Published, for comparison\n\n" + table(("cell or model", "corpus", "test perplexity", "source"), PUBLISHED)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

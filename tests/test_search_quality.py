@@ -1,0 +1,91 @@
+"""The comparison of searches: its statistics against hand-made cases, its budget against the operations counted, each arm on a small text."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import search_quality as quality
+
+from nni_darts_rnn.corpus import EOS, UNK, Corpus, Vocabulary
+from nni_darts_rnn.genotype import Genotype
+from nni_darts_rnn.recipes import get_recipe
+
+TINY = get_recipe("tiny", {"search.hidden_size": 6, "search.n_nodes": 2, "search.batch_size": 4, "search.eval_batch_size": 2, "search.lr": 1.0,
+                           "retrain.hidden_size": 6, "retrain.batch_size": 4, "retrain.eval_batch_size": 3, "retrain.epochs": 1, "retrain.lr": 1.0})
+
+
+def corpus(n=400) -> Corpus:
+    tokens = torch.from_numpy((np.cumsum(np.random.default_rng(0).choice(3, n + 150, p=(0.1, 0.8, 0.1))) % 10).astype(np.int64))
+    return Corpus("letters", Vocabulary((EOS, UNK, *"abcdefgh")), *tokens.split((n, 80, 70)))
+
+
+def test_sign_flip():
+    assert quality.sign_flip(np.arange(1.0, 9.0)) == 2 / 256  # no other choice of signs is as far, but all turned round
+    assert quality.sign_flip(np.array([1.0, -1.0])) == 1.0
+    assert quality.sign_flip(np.array([3.0, 1.0, -1.0])) == 6 / 8  # the sums are 3, 5, 1, 3 and their opposites
+
+
+def test_ranks():
+    assert quality.ranks(np.array([5.0, 1.0, 3.0, 3.0])).tolist() == [4.0, 1.0, 2.5, 2.5]
+    a = np.array([3.0, 1.0, 4.0, 1.5, 9.0])
+    b = np.array([2.0, 7.0, 1.0, 8.0, 2.5])
+    d = quality.ranks(a) - quality.ranks(b)
+    assert quality.spearman(a, b) == pytest.approx(1 - 6 * (d**2).sum() / (5 * 24))  # the formula without ties
+    assert quality.spearman(a, np.exp(a)) == pytest.approx(1)
+
+
+def test_budget_is_the_arithmetic():
+    """Counted product by product: 13 passes of the mixed cell and the decoder against 3 of the discrete ones, a token each."""
+    recipe, words = replace(TINY.search, hidden_size=5, n_nodes=3), 11
+    H, decoder = 5, 2 * 5 * 11
+    mixed = 2 * (2 * H * 2 * H) + sum(2 * H * 2 * H for node in range(1, 4) for _ in range(node))
+    discrete = 2 * (2 * H * 2 * H) + sum(2 * H * 2 * H for _ in range(3))
+    assert quality.budget(recipe, words) == pytest.approx(13 * (mixed + decoder) / (3 * (discrete + decoder)))
+
+
+def test_frequent_words():
+    whole = Corpus("t", Vocabulary(("a", EOS, "b", UNK, "c")), torch.tensor([0, 2, 2, 1, 4, 0, 2]), torch.tensor([4, 0]), torch.tensor([3, 2]))
+    small = quality.frequent(whole, 4)
+    assert small.vocab.words == (EOS, UNK, "b", "a")
+    assert [small.vocab.decode([i]) or EOS for i in small.train.tolist()] == ["a", "b", "b", "\n", UNK, "a", "b"]
+    assert small.valid.tolist() == [1, 3] and small.test.tolist() == [1, 2]
+
+
+def test_random_cells_are_drawn_evenly():
+    draw = random.Random(0)
+    cells = [quality.random_cell(draw, 3) for _ in range(3000)]
+    ops = [op for cell in cells for op, _ in cell.recurrent]
+    assert all(abs(ops.count(op) / len(ops) - 0.25) < 0.02 for op in ("tanh", "relu", "sigmoid", "identity"))
+    third = [cell.recurrent[2][1] for cell in cells]
+    assert all(abs(third.count(j) / len(third) - 1 / 3) < 0.04 for j in range(3))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("arm", quality.ARMS)
+def test_each_arm_finds_a_cell_and_the_same_one_again(arm, tmp_path):
+    found = [quality.find_cell(arm, corpus(), TINY, 3, tmp_path / str(k)) for k in range(2)]
+    assert found[0] == found[1] and isinstance(found[0], Genotype) and found[0].n_nodes == 2
+
+
+def test_summary(tmp_path):
+    def row(name, seed, again, valid):
+        return {"name": name, "arm": name, "seed": seed, "retrain_seed": again, "genotype": json.dumps({"recurrent": [["relu", 0]], "concat": [1]}),
+                "short_valid": valid + 10, "valid": valid, "test": valid + 1, "search_seconds": 5, "retrain_seconds": 1}
+
+    rows = [row("second-order", s, r, 50.0 + s + r) for s in (1, 2, 3) for r in (0, 1)] + [row("random", s, r, 52.0 + s + r) for s in (1, 2, 3) for r in (0, 1)]
+    found = quality.summary(rows)
+    arm = found["arms"]["second-order"]
+    assert (arm["seeds"], arm["retrainings"]) == (3, 2) and arm["valid_mean"] == 52.5 and arm["valid_sd"] == pytest.approx(1.0)
+    assert arm["minus_random"] == -2 and arm["p_random"] == 2 / 8 and arm["best_valid"] == 51.5 and arm["best_test"] == 52.5
+    assert found["short_long_rank_correlation"] == pytest.approx(1) and found["sd_of_retrainings"] == pytest.approx(0.5**0.5)
+    quality.picture(rows, tmp_path / "p.svg")
+    assert "second-order" in (tmp_path / "p.svg").read_text()
