@@ -132,7 +132,7 @@ class RecurrentWeights(nn.Module):
         from . import fused  # here, since it imports this module
 
         x_proj, h0, mask = self.project(x, h0)
-        if getattr(torch.compiler, "is_exporting", bool)():  # before torch 2.7 nothing tells, and time is unrolled
+        if torch.compiler.is_exporting():
             return scanned_cell(x_proj, h0, self.W0[self.input_size:], self.Ws, genotype, mask)
         return fused.discrete_cell(x_proj, h0, self.W0[self.input_size:], self.Ws, genotype, mask)
 

@@ -14,7 +14,6 @@ from nni_darts_rnn.model import LanguageModel
 I, H = 3, 4
 SMALL = Genotype((("tanh", 0), ("relu", 1), ("sigmoid", 0), ("identity", 2)), (1, 3, 4))
 
-needs_scan = pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="this torch unrolls time when it exports")
 
 
 def layer(num_layers=1, bidirectional=False, batch_first=False, genotype=SMALL, dtype=torch.float64):
@@ -49,7 +48,6 @@ def to_onnx(model, args, path, **dynamic):
     return session(path)
 
 
-@needs_scan
 def test_two_layers_both_ways_of_any_length_and_batch(tmp_path):
     rnn, T, B = layer(2, bidirectional=True, batch_first=True), Dim("T", min=1), Dim("B", min=1)
     program = torch.export.export(rnn, inputs(rnn, 5, 2, True), dynamic_shapes=({0: B, 1: T}, {1: B}))
@@ -65,7 +63,6 @@ def test_two_layers_both_ways_of_any_length_and_batch(tmp_path):
             torch.testing.assert_close(theirs, ours.detach(), rtol=0, atol=1e-13)
 
 
-@needs_scan
 def test_eleven_nodes_straight_to_onnx(tmp_path):
     rnn = layer(genotype=ENAS, dtype=torch.float32)
     run = to_onnx(rnn, inputs(rnn, 5, 2, False), tmp_path / "rnn.onnx", dynamic_shapes=({0: Dim("T", min=1), 1: Dim("B", min=1)},))
@@ -75,7 +72,6 @@ def test_eleven_nodes_straight_to_onnx(tmp_path):
             torch.testing.assert_close(theirs, ours.detach(), rtol=0, atol=1e-6)
 
 
-@needs_scan
 def test_language_model_in_onnx(tmp_path):
     torch.manual_seed(0)
     lm, T, B = LanguageModel.from_genotype(20, H, SMALL).eval(), Dim("T", min=1), Dim("B", min=1)
@@ -85,7 +81,6 @@ def test_language_model_in_onnx(tmp_path):
         torch.testing.assert_close(theirs, ours.detach(), rtol=0, atol=1e-6)
 
 
-@needs_scan
 def test_the_scan_is_the_cell_with_a_mask_too():
     torch.manual_seed(0)
     weights = [torch.randn(*s, dtype=torch.float64) for s in ((6, 2, 2 * H), (2, H), (H, 2 * H), (4, H, 2 * H))]
