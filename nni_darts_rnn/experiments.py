@@ -173,7 +173,7 @@ def read_experiment(folder: Path, entry: dict | None = None) -> Experiment:
     for trial_id in dict.fromkeys([*jobs, *folders]):
         job = jobs.get(trial_id, {})
         where = folders.get(trial_id) or Path(job.get("logPath") or folder)
-        trials.append(_read_trial(trial_id, where, job, options, alive=status not in ("STOPPED", "DONE", "ERROR", "unknown")))
+        trials.append(read_trial(trial_id, where, job, options, alive=status not in ("STOPPED", "DONE", "ERROR", "unknown")))
     started, ended = (_seconds(entry.get(key) or profile.get(key)) for key in ("startTime", "endTime"))
     return Experiment(str(entry.get("id") or profile.get("id") or folder.name), folder,
                       str(params.get("experimentName") or entry.get("experimentName") or ""),
@@ -231,7 +231,8 @@ def _trial_options(command: str | None, code_folder: str | None):
 
 # -------------------------------------------------------------------------------------------------------------- trials
 
-def _read_trial(trial_id: str, folder: Path, job: dict, options, alive: bool) -> Trial:
+def read_trial(trial_id: str, folder: Path, job: dict, options, alive: bool) -> Trial:
+    """What a trial's folder holds; `job` is what NNI's database has of it, `alive` whether its experiment still runs."""
     parameters, result, note = _parameters(job.get("data")), None, ""
     seed, recipe = parameters.get("seed", 0) if job.get("data") else None, None
     if (folder / RESULT).is_file():

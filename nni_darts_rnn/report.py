@@ -15,7 +15,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from . import __version__, figures
-from .experiments import Experiment, Trial, differences
+from .experiments import Experiment, Trial, differences, read_trial
 from .files import write_text
 from .report_style import PAGE
 from .talk import duration
@@ -26,6 +26,13 @@ COMPARED = 5  # trials whose curves the comparison shows; more lines than that a
 def write_report(experiment: Experiment, path: str | Path) -> Path:
     """Writes the page, whole or not at all."""
     return write_text(path, render(experiment))
+
+
+def write_trial_report(folder: str | Path, options, experiment: str, trial: str) -> Path:
+    """`folder`/report.html about the one trial that has left its results there, of these ids. `options` are the trial command's."""
+    found = read_trial(trial, Path(folder), {}, options, alive=False)
+    return write_report(Experiment(experiment, Path(folder), f"Trial {trial}", "this trial alone", None, None, options, (found,)),
+                        Path(folder) / "report.html")
 
 
 def render(experiment: Experiment) -> str:

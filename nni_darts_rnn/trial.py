@@ -100,7 +100,20 @@ def run(arguments: argparse.Namespace, parameters: dict, report, final=None) -> 
     result = whole_run(corpus, recipe, seed, folder, report, progress=False, device=arguments.device, keeping=keep, final=final)
     if arguments.onnx:
         write_trained_onnx(folder)
+    _leave_report(folder, arguments)
     return result
+
+
+def _leave_report(folder: Path, arguments: argparse.Namespace) -> None:
+    """A page about this trial among its files, which NNI's server serves. One that cannot be made is no reason to fail a finished trial."""
+    import nni
+
+    from .report import write_trial_report
+
+    try:
+        write_trial_report(folder, arguments, nni.get_experiment_id(), nni.get_trial_id())
+    except (OSError, ValueError) as error:
+        print(f"report.html was not written: {error}", file=sys.stderr)
 
 
 def checked_seed(value) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import urllib.request
 from pathlib import Path
 
 from nnictl import Experiment
@@ -27,7 +28,7 @@ def test_all_trials_succeed_and_report(finished):
 
 
 def test_what_a_trial_leaves(finished):
-    _, trials, _ = finished
+    experiment, trials, _ = finished
     from nni_darts_rnn.genotype import Genotype
     from nni_darts_rnn.trained import load_trained
 
@@ -36,7 +37,13 @@ def test_what_a_trial_leaves(finished):
         folder = Path(trial["logPath"])
         for name in ("genotype.json", "alpha.json", "search.csv", "retrain.csv", "cell.svg", "model.safetensors", "model.json", "result.json"):
             assert (folder / name).stat().st_size > 0, name
+        for name in ("cell.svg", "report.html"):  # as NNI's server gives them to a browser
+            with urllib.request.urlopen(f"http://127.0.0.1:{experiment.port}/api/v1/nni/trial-file/{trial['trialJobId']}/{name}", timeout=20) as answer:
+                assert answer.read() == (folder / name).read_bytes()
         result = json.loads((folder / "result.json").read_text())
+        page = (folder / "report.html").read_text(encoding="utf-8")
+        assert f"Trial {trial['trialJobId']}" in page and f"{result['test_perplexity']:,.2f}" in page and page.count("<svg") == 3
+        assert f"nni-darts-rnn search --corpus pydoc --recipe tiny --seed {result['seed']}" in page and "<script" not in page
         seeds.append(result["seed"])
         genotype = Genotype.from_json((folder / "genotype.json").read_text())
         assert Genotype.from_json(result["genotype"]) == genotype
