@@ -11,6 +11,7 @@ from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.text.data import LMDataLoader
 
+from nni_darts_rnn import fused
 from nni_darts_rnn.checkpoint import Checkpoints, Every
 from nni_darts_rnn.corpus import EOS, UNK, Corpus, Vocabulary
 from nni_darts_rnn.genotype import Genotype
@@ -139,6 +140,7 @@ def test_validation_loss_and_perplexity_are_those_of_a_slow_reading(tmp_path):
 def fingerprint(folder) -> list[str]:
     """A retraining with averaging and a search: their weights' hash and the test perplexity."""
     recipe = get_recipe(TINY, {"retrain.nonmono": 1, "retrain.lr": 40.0, "retrain.epochs": 4}).retrain
+    fused.enable(False)  # which an earlier test may have turned on in this process alone
     torch.seed()  # the state before does not matter
     outcome = retrain(corpus(), CELL, recipe, 5, folder)
     torch.seed()
