@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import itertools
 import json
 import random
 import shlex
@@ -31,7 +30,10 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import permutation_test, spearmanr
 from search_step import Size, machine
+
+from nni_darts_rnn.files import write_csv
 
 RESULTS = Path(__file__).parent / "results"
 ARMS = ("second-order", "original", "first-order", "shared", "random", "one")
@@ -40,7 +42,6 @@ DROPOUT = {f"{part}.{name}": value for part in ("search", "retrain")
            for name, value in (("dropout", 0.4), ("dropout_x", 0.4), ("dropout_h", 0.2), ("dropout_i", 0.2))}
 SETTINGS = DROPOUT | {"search.hidden_size": 64, "search.batch_size": 64, "search.eval_batch_size": 64, "search.epochs": 2, "retrain.hidden_size": 64,
                       "retrain.eval_batch_size": 64, "retrain.test_batch_size": 64, "retrain.epochs": 3, "retrain.dropout_e": 0.0}
-FIELDS = ("name", "arm", "seed", "retrain_seed", "genotype", "short_valid", "valid", "test", "search_seconds", "retrain_seconds")
 
 
 def frequent(corpus, words: int):
@@ -78,7 +79,7 @@ def budget(recipe, words: int) -> float:
 
 def find_cell(arm: str, corpus, recipe, seed: int, folder: Path):
     """The cell that an arm chooses."""
-    from nni_darts_rnn.health import NotFinite
+    from nni_darts_rnn.health import ROLLBACKS, SHRINK, NotFinite
     from nni_darts_rnn.learner import retrain
     from nni_darts_rnn.pipeline import search_phase
 
@@ -100,11 +101,12 @@ def find_cell(arm: str, corpus, recipe, seed: int, folder: Path):
             found.append((ended["valid_perplexity"], k, cell))
         return min(found)[2]
     quick = replace(quick, epochs=round(epochs) - 1)
-    while True:
+    for again in range(ROLLBACKS + 1):
         try:
-            return shared(part, quick, random.Random(seed), seed)
-        except NotFinite:  # as a search does: again, with half the learning rate
-            quick = replace(quick, lr=quick.lr / 2)
+            return shared(part, replace(quick, lr=quick.lr * SHRINK**again), random.Random(seed), seed)
+        except NotFinite as error:  # as in a search: again, with a smaller learning rate, so many times
+            gone = error
+    raise FloatingPointError(f"{arm}: {gone.what}")
 
 
 def shared(corpus, recipe, generator: random.Random, seed: int):
@@ -144,7 +146,7 @@ def trial(options, recipe) -> None:
     corpus, folder = frequent(open_corpus(options), WORDS), options.work / options.name / str(seed)
     folder.mkdir(parents=True, exist_ok=True)
     take_fast_path(corpus, recipe.search)
-    took, chosen = folder / "search.json", None
+    took = folder / "search.json"
     if took.exists():  # by a run that was stopped
         from nni_darts_rnn.genotype import Genotype
 
@@ -201,10 +203,7 @@ def save(rows: list[dict]) -> None:
     before = stored() if path.exists() else []
     new = {(r["name"], int(r["seed"]), int(r["retrain_seed"])) for r in rows}
     kept = [r for r in before if (r["name"], int(r["seed"]), int(r["retrain_seed"])) not in new]
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(kept + rows)
+    write_csv(path, kept + rows)
 
 
 def stored() -> list[dict]:
@@ -213,19 +212,12 @@ def stored() -> list[dict]:
 
 
 def sign_flip(differences: np.ndarray) -> float:
-    """p of a paired test of mean 0, two-sided and exact: the share of all 2^n choices of signs whose mean is as far from 0 (Fisher 1935, section 21)."""
-    signs = np.array(list(itertools.product((1, -1), repeat=len(differences))))
-    means = np.abs(signs @ differences)
-    return float(np.mean(means >= means[0] * (1 - 1e-12)))
-
-
-def ranks(values: np.ndarray) -> np.ndarray:
-    """Places from 1; equal values share the mean of theirs."""
-    return np.array([(values < v).sum() + ((values == v).sum() + 1) / 2 for v in values])
+    """p of a paired test of mean 0, two-sided and exact: over all 2^n choices of signs (Fisher 1935, section 21)."""
+    return float(permutation_test((differences,), np.mean, permutation_type="samples", n_resamples=np.inf).pvalue)
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
+    return float(spearmanr(a, b).statistic)
 
 
 def summary(rows: list[dict]) -> dict:
@@ -260,25 +252,25 @@ def summary(rows: list[dict]) -> dict:
 
 def picture(rows: list[dict], path: Path) -> None:
     """Every cell as a point, by arm, with the arm's mean."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
+    from nni_darts_rnn.plot import canvas
 
     names = list(dict.fromkeys(row["name"] for row in rows))
-    figure = Figure(figsize=(7, 0.7 + 0.45 * len(names)), layout="constrained")
-    FigureCanvasSVG(figure)
-    axes = figure.subplots()
-    for place, name in enumerate(names):
-        by_seed: dict = {}
-        for row in rows:
-            if row["name"] == name:
-                by_seed.setdefault(row["seed"], []).append(float(row["valid"]))
-        values = [np.mean(v) for v in by_seed.values()]
-        axes.plot(values, [place] * len(values), "o", color="tab:blue", alpha=0.5)
-        axes.plot([np.mean(values)] * 2, [place - 0.3, place + 0.3], color="black")
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.set_xlabel("validation perplexity of the retrained cells (lower is better; bar: mean)")
-    figure.savefig(path, metadata={"Date": None})
+    with canvas.style():
+        figure = canvas.new_figure(7, 0.7 + 0.45 * len(names))
+        figure.set_layout_engine("constrained")
+        axes = figure.subplots()
+        for place, name in enumerate(names):
+            by_seed: dict = {}
+            for row in rows:
+                if row["name"] == name:
+                    by_seed.setdefault(row["seed"], []).append(float(row["valid"]))
+            values = [np.mean(v) for v in by_seed.values()]
+            axes.plot(values, [place] * len(values), "o", color="tab:blue", alpha=0.5)
+            axes.plot([np.mean(values)] * 2, [place - 0.3, place + 0.3], color="black")
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.set_xlabel("validation perplexity of the retrained cells (lower is better; bar: mean)")
+        canvas.save(figure, path)
 
 
 def table() -> None:

@@ -18,7 +18,7 @@ from .stopping import StopRequest
 class ResumableLearner(Learner):
     """A Learner whose `fit` can begin with another epoch than the first. fastai's `fit(start_epoch=…)` runs the callbacks of those before too.
 
-    `converged` is asked before every epoch but the first of all; once it says so, the fit ends well.
+    `converged` is asked before every epoch; once it says so, the fit ends well.
     """
 
     first_epoch = 0

@@ -73,7 +73,8 @@ class EpochReport(FitOnly):
             self.counts.add(self.yb[0].numel(), self.learn.loss, self.n_epoch, (self.n_epoch - self.epoch) * self.n_iter - self.iter - 1)
 
     def after_train(self):
-        self.row = {"train_loss": self.counts.loss, "train_perplexity": _exp(self.counts.loss),
+        train_loss = self.counts.loss
+        self.row = {"train_loss": train_loss, "train_perplexity": _exp(train_loss),
                     "tokens_per_second": self.counts.tokens / self.counts.seconds, "lr": float(self.opt.hypers[-1]["lr"])}
 
     def after_validate(self):
