@@ -84,8 +84,13 @@ class RandomOneShot(nni_strategy.RandomOneShot):
         supernet = super().mutate_model(model)
         state = np.random.RandomState(np.random.randint(2**31))
         for mutable in supernet.simplify().values():
-            mutable.random = functools.partial(mutable.random, random_state=state)
+            mutable.random = functools.partial(_draw, mutable.random, state)
         return supernet
+
+
+def _draw(random, usual, memo=None, random_state=None):
+    """`random` with the caller's generator, or else the usual one; the space's own choices are asked by the next strategy too, with its own."""
+    return random(memo, usual if random_state is None else random_state)
 
 
 def require_tianshou(what: str) -> None:

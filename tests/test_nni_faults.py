@@ -125,6 +125,14 @@ def test_random_paths_follow_the_seed(kind, repeats):
     assert (paths(3) == paths(3)) == repeats and paths(3) != paths(4)
 
 
+def test_a_space_whose_weights_were_trained_on_random_paths_is_drawn_from_as_before():
+    space = make_space(10, RECIPE)
+    before = [space.random(random_state=np.random.RandomState(5)) for _ in range(2)]
+    strategies.RandomOneShot().mutate_model(space)
+    after = [space.random(random_state=np.random.RandomState(5)) for _ in range(2)]
+    assert [model.genotype() for model in after] == [model.genotype() for model in before]
+
+
 @tianshou
 def test_enas_loader(tmp_path):
     with pytest.raises(Exception):
