@@ -14,10 +14,9 @@ import sys
 from pathlib import Path
 
 from .genotype import Genotype
+from .rungs import BUDGET
 from .stopping import Terminated
 from .trial import Parser, add_onnx_option, add_run_options, checked_recipe, checked_seed, open_corpus, prepare_torch, quiet_hosts
-
-BUDGET = "TRIAL_BUDGET"
 
 
 def main(argv: list[str] | None = None) -> int:

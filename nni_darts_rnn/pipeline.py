@@ -146,17 +146,21 @@ def _draw(folder: Path, *names: str) -> None:
 
 
 def whole_run(corpus: Corpus, recipe: Recipe, seed: int, folder: Path, report=None, progress: bool = False, device: str = "auto",
-              keeping: Keeping = USUAL, final: Callable[[dict], None] | None = None) -> dict:
+              keeping: Keeping = USUAL, final: Callable[[dict], None] | None = None, more: bool = False) -> dict:
     """A trial: search, retraining, test. Leaves everything the two phases leave, and result.json, which it returns as a dictionary.
 
-    It keeps itself as the phases do; a call that goes on repeats neither. `final` gets the result before the checkpoints go.
+    It keeps itself as the phases do; a call that goes on repeats neither. `final` gets the result before the checkpoints go. With `more` they
+    stay, and the same call with a larger `retrain.epochs` goes on from the last epoch.
     """
     check_fits(corpus, recipe.search, recipe.retrain)
     with alone_in(folder) as kept:
         store = _store(kept, "search", run_identity(corpus, recipe.search, seed), keeping)
         searched = _search_phase(corpus, recipe.search, seed, folder, report, progress, device, store)
         genotype, rest = searched["genotype"], replace(keeping, resume="auto" if keeping.resume == "must" else keeping.resume)
-        last = _store(kept, "retrain", _retrain_identity(corpus, genotype, recipe.retrain, seed), rest)
+        identity = _retrain_identity(corpus, genotype, recipe.retrain, seed)
+        if more:
+            del identity["recipe"]["epochs"]
+        last = _store(kept, "retrain", identity, rest)
         retrained = _retrain_phase(corpus, genotype, recipe.retrain, seed, folder, report, progress, device, last)
         result = {
             "seed": seed, "corpus": corpus.name, "recipe": recipe.to_dict(), "genotype": genotype.to_json(),
@@ -168,6 +172,7 @@ def whole_run(corpus: Corpus, recipe: Recipe, seed: int, folder: Path, report=No
         write_json(folder / "result.json", result)
         if final is not None:
             final(result)
-        last.clear()
-        store.clear()
+        if not more:
+            last.clear()
+            store.clear()
     return result

@@ -1,6 +1,7 @@
 """What nnictl runs in a trial: `python3 -m nni_darts_rnn.trial`.
 
-The tuner's parameters are `seed` and any field of the recipe (`search.…`, `retrain.…`); anything else is refused before training begins.
+The tuner's parameters are `seed` and any field of the recipe (`search.…`, `retrain.…`), and Hyperband's TRIAL_BUDGET, the number of epochs of
+retraining (see `rungs.py`); anything else is refused before training begins.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import sys
 from pathlib import Path
 
+from .rungs import BUDGET, configuration_folder, copy_results, with_budget
 from .stopping import Terminated
 
 
@@ -25,6 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     add_run_options(parser)
     add_keeping_options(parser)
     add_onnx_option(parser)
+    parser.add_argument("--rungs", metavar="FOLDER", help="with Hyperband: where a configuration's search and training are kept for its next trial; "
+                        "default: in the experiment's folder")
     arguments = parser.parse_args(argv)
 
     quiet_hosts()
@@ -84,8 +88,8 @@ def run(arguments: argparse.Namespace, parameters: dict, report, final=None) -> 
     """Checks everything, then runs the trial in NNI's output folder. `ValueError` with one line for what is not allowed. `final` gets the result
     before the trial's checkpoints go."""
     keep = keeping(arguments)
-    seed = checked_seed(parameters.pop("seed", 0))
-    recipe = checked_recipe(arguments, parameters)
+    seed = checked_seed(parameters.get("seed", 0))
+    recipe = checked_recipe(arguments, {key: value for key, value in with_budget(parameters).items() if key != "seed"})
     prepare_torch(arguments)
     from .pipeline import check_fits, whole_run
 
@@ -97,7 +101,16 @@ def run(arguments: argparse.Namespace, parameters: dict, report, final=None) -> 
     check_fits(corpus, recipe.search, recipe.retrain)
     folder = Path(os.environ.get("NNI_OUTPUT_DIR", "."))
     print(f"corpus {corpus.describe()}; recipe {recipe.name}; seed {seed}", flush=True)
-    result = whole_run(corpus, recipe, seed, folder, report, progress=False, device=arguments.device, keeping=keep, final=final)
+    rung = BUDGET in parameters
+    where = configuration_folder(parameters, folder, arguments.rungs) if rung else folder
+
+    def done(result: dict) -> None:
+        if rung:
+            copy_results(where, folder)
+        if final is not None:
+            final(result)
+
+    result = whole_run(corpus, recipe, seed, where, report, progress=False, device=arguments.device, keeping=keep, final=done, more=rung)
     if arguments.onnx:
         write_trained_onnx(folder)
     _leave_report(folder, arguments)

@@ -1,0 +1,142 @@
+"""Successive halving over seeds: a seed's next trial goes on where its last one ended."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from argparse import ArgumentParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from nni.algorithms.hpo.hyperband_advisor import Hyperband as NniHyperband
+from nni.runtime import msg_dispatcher_base
+from nni.runtime.tuner_command_channel import CommandType
+from nnictl import Experiment
+
+from nni_darts_rnn import trial
+from nni_darts_rnn.corpus import load_corpus
+from nni_darts_rnn.experiments import load_experiment
+from nni_darts_rnn.files import digest
+from nni_darts_rnn.hyperband import Hyperband
+
+ROOT = Path(__file__).parents[1]
+TIMES = {"seconds", "tokens_per_second", "search_seconds", "retrain_seconds"}
+SIZES = ["search.bptt=16", "search.batch_size=16", "retrain.bptt=16", "retrain.max_bptt_above=8", "retrain.batch_size=16",
+         "retrain.test_batch_size=16", "search.eval_batch_size=16", "retrain.eval_batch_size=16"]
+
+
+def rows(path: Path) -> list[dict]:
+    with path.open(newline="") as file:
+        return [{key: value for key, value in row.items() if key not in TIMES} for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """A folder with the first lines of Python's documentation."""
+    folder, whole = tmp_path_factory.mktemp("corpus"), load_corpus("pydoc")
+    for split, n in (("train", 6000), ("valid", 1000), ("test", 1000)):
+        words = " ".join(whole.vocab.words[i] for i in getattr(whole, split)[:n].tolist())
+        (folder / f"{split}.txt").write_text(words.replace(" <eos> ", "\n") + "\n", encoding="utf-8")
+    return folder
+
+
+def run_trial(folder: Path, corpus: Path, monkeypatch, parameters: dict, *options: str) -> tuple[dict, list[dict]]:
+    """A trial as NNI runs it in `folder`: its result and what it reported."""
+    parser, reported = ArgumentParser(), []
+    trial.add_run_options(parser)
+    trial.add_keeping_options(parser)
+    trial.add_onnx_option(parser)
+    parser.add_argument("--rungs")
+    words = ["--corpus", str(corpus), "--recipe", "tiny", "--device", "cpu", *options]
+    for size in SIZES:
+        words += ["--set", size]
+    folder.mkdir(parents=True)
+    monkeypatch.setenv("NNI_OUTPUT_DIR", str(folder))
+    return trial.run(parser.parse_args(words), parameters, reported.append), reported
+
+
+def test_a_seed_goes_on_from_its_last_trial(tmp_path, corpus, monkeypatch):
+    trials = tmp_path / "experiment" / "environments" / "local-env" / "trials"
+    first, _ = run_trial(trials / "a", corpus, monkeypatch, {"seed": 3, "TRIAL_BUDGET": 1})
+    second, reported = run_trial(trials / "b", corpus, monkeypatch, {"seed": 3, "TRIAL_BUDGET": 3})
+    whole, _ = run_trial(tmp_path / "whole" / "trial", corpus, monkeypatch, {"seed": 3, "retrain.epochs": 3})
+    assert [(row["phase"], row["epoch"]) for row in reported] == [("retrain", 2), ("retrain", 3)]  # neither searched nor trained again
+    assert second["search_seconds"] == pytest.approx(first["search_seconds"], rel=0.1)
+    for key in whole.keys() - TIMES:
+        assert second[key] == whole[key], key
+    assert rows(trials / "a" / "retrain.csv") == rows(tmp_path / "whole" / "trial" / "retrain.csv")[:1]
+    for name in ("retrain.csv", "search.csv"):
+        assert rows(trials / "b" / name) == rows(tmp_path / "whole" / "trial" / name)
+    for name in ("model.safetensors", "genotype.json", "alpha.json"):
+        assert digest(trials / "b" / name) == digest(tmp_path / "whole" / "trial" / name)
+    assert digest(trials / "a" / "model.safetensors") != digest(trials / "b" / "model.safetensors")
+    assert not (trials / "b" / "checkpoint").exists() and (trials / "b" / "report.html").exists()
+    kept, = (trials.parent / "rungs").iterdir()
+    assert kept.name.startswith("seed-3-")
+    with pytest.raises(ValueError, match="other settings"):  # a folder of --rungs is of one recipe
+        run_trial(tmp_path / "c", corpus, monkeypatch, {"seed": 3, "TRIAL_BUDGET": 3}, "--rungs", str(kept.parent), "--set", "retrain.lr=1")
+    again, reported = run_trial(tmp_path / "d", corpus, monkeypatch, {"seed": 3, "TRIAL_BUDGET": 3}, "--rungs", str(kept.parent))
+    assert not reported and all(again[key] == second[key] for key in second.keys() - TIMES)
+
+
+@pytest.mark.parametrize("budget", [0, 0.5, "many"])
+def test_a_budget_that_is_no_number_of_epochs(tmp_path, corpus, monkeypatch, budget):
+    with pytest.raises(ValueError, match="retrain.epochs: "):
+        run_trial(tmp_path / "trial", corpus, monkeypatch, {"seed": 3, "TRIAL_BUDGET": budget})
+    assert not list((tmp_path / "trial").iterdir()) and not (tmp_path / "rungs").exists()
+
+
+def sent_by(kind, monkeypatch, *arguments) -> list:
+    """What the advisor answers when it is asked for ten trials, in a bracket of nine."""
+    sent: list = []
+    environment = msg_dispatcher_base.dispatcher_env_vars
+    monkeypatch.setattr(msg_dispatcher_base, "dispatcher_env_vars", environment._replace(NNI_TUNER_COMMAND_CHANNEL="ws://_unittest_halving"))
+    monkeypatch.setattr(kind, "send", lambda self, command, text: sent.append((command, json.loads(text))), raising=False)
+    advisor = kind("minimize", 9, 3, "serial", *arguments)
+    advisor.handle_update_search_space({"seed": {"_type": "randint", "_value": [1, 1000]}})
+    advisor.handle_request_trial_jobs(10)
+    return sent
+
+
+def test_hyperband_draws_the_same_again(monkeypatch):
+    def seeds(seed):
+        return [job["parameters"]["seed"] for _, job in sent_by(Hyperband, monkeypatch, seed)]
+
+    assert seeds(1) == seeds(1) != seeds(2) and len(set(seeds(1))) == 9
+    assert seeds(1) == np.random.RandomState(1).randint(1, 1000, 9).tolist()
+
+
+def test_hyperband_waits_for_the_next_rung(monkeypatch):
+    for kind, last in ((NniHyperband, CommandType.NoMoreTrialJobs), (Hyperband, CommandType.NewTrialJob)):
+        commands = [command for command, _ in sent_by(kind, monkeypatch)]
+        assert commands[:9] == [CommandType.NewTrialJob] * 9 and commands[-1] == last and len(commands) == 9 + (kind is NniHyperband)
+
+
+def test_the_example_by_nnictl(tmp_path, corpus, monkeypatch):
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    path = tmp_path / "examples" / "darts_rnn_halving.yml"
+    text = path.read_text()
+    sizes = f"--corpus {corpus} --recipe tiny " + " ".join(f"--set {size}" for size in SIZES)
+    text = text.replace("--corpus pydoc --recipe small", sizes).replace("R: 9", "R: 3").replace("maxTrialNumber: 13", "maxTrialNumber: 4")
+    assert sizes in text
+    path.write_text(text)
+    experiment = Experiment(path, tmp_path, tmp_path)
+    try:
+        trials = sorted(experiment.wait(200), key=lambda t: t["sequenceId"])
+        assert [t["status"] for t in trials] == ["SUCCEEDED"] * 4
+        results = [json.loads((Path(t["logPath"]) / "result.json").read_text()) for t in trials]
+        assert [r["recipe"]["retrain"]["epochs"] for r in results] == [1, 1, 1, 3]
+        first = {r["seed"]: r["valid_perplexity"] for r in results[:3]}
+        assert len(first) == 3 and results[3]["seed"] == min(first, key=first.get)  # the best one went on
+        assert len(rows(Path(trials[3]["logPath"]) / "retrain.csv")) == 3
+        metrics = [json.loads(json.loads(m["data"])) for m in experiment.get(f"metric-data/{trials[3]['trialJobId']}") if m["type"] == "PERIODICAL"]
+        assert [(row["phase"], row["epoch"]) for row in metrics] == [("retrain", 2), ("retrain", 3)]
+        kept, = Path(trials[0]["logPath"]).parents[1].glob("rungs")
+        assert len(list(kept.iterdir())) == 3
+        monkeypatch.setenv("HOME", str(tmp_path))
+        again = next(t for t in load_experiment(experiment.id).trials if t.id == trials[3]["trialJobId"]).commands()
+        assert "--set retrain.epochs=3" in again[1] and f"--seed {results[3]['seed']}" in again[0]
+    finally:
+        experiment.stop()
