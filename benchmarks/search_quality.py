@@ -40,8 +40,10 @@ ARMS = ("second-order", "original", "first-order", "shared", "random", "one")
 WORDS, SHORT = 2000, 1  # the most frequent words that are kept; epochs of the short retraining
 DROPOUT = {f"{part}.{name}": value for part in ("search", "retrain")
            for name, value in (("dropout", 0.4), ("dropout_x", 0.4), ("dropout_h", 0.2), ("dropout_i", 0.2))}
-SETTINGS = DROPOUT | {"search.hidden_size": 64, "search.batch_size": 64, "search.eval_batch_size": 64, "search.epochs": 2, "retrain.hidden_size": 64,
-                      "retrain.eval_batch_size": 64, "retrain.test_batch_size": 64, "retrain.epochs": 3, "retrain.dropout_e": 0.0}
+# the paper's clip, 0.25, lets a step at learning rate 20 move the supernet's weights by 5, of a norm of some 8 at this size: its training perplexity
+# rose to that of a guess. 0.1 is Li and Talwalkar's, with batches of 64.
+SETTINGS = DROPOUT | {"search.hidden_size": 64, "search.batch_size": 64, "search.clip": 0.1, "search.eval_batch_size": 64, "search.epochs": 2,
+                      "retrain.hidden_size": 64, "retrain.eval_batch_size": 64, "retrain.test_batch_size": 64, "retrain.epochs": 3, "retrain.dropout_e": 0.0}
 
 
 def frequent(corpus, words: int):
@@ -194,7 +196,15 @@ def run(options) -> None:
 
 
 def collect(work: Path, name: str) -> list[dict]:
-    return [row for path in sorted(work.glob(f"{name}/*/rows.json")) for row in json.loads(path.read_text())]
+    """The rows of an arm's finished seeds; where it searched, with the supernet's last validation perplexity."""
+    rows = []
+    for path in sorted(work.glob(f"{name}/*/rows.json")):
+        searched, last = path.with_name("search.csv"), ""
+        if searched.exists():
+            with open(searched, encoding="utf-8") as file:
+                last = list(csv.DictReader(file))[-1]["perplexity"]
+        rows += [row | {"supernet_valid": last} for row in json.loads(path.read_text())]
+    return rows
 
 
 def save(rows: list[dict]) -> None:
@@ -236,6 +246,8 @@ def summary(rows: list[dict]) -> dict:
         arm = {"seeds": len(seeds), "retrainings": min(map(len, cells[name].values())), "valid_mean": valid.mean(), "valid_sd": valid.std(ddof=1) if len(valid) > 1 else None,
                "test_mean": test.mean(), "test_sd": test.std(ddof=1) if len(test) > 1 else None, "best_valid": seeds[best]["valid"], "best_test": seeds[best]["test"],
                "best_genotype": cells[name][best][0]["genotype"], "search_seconds": float(np.mean([c["search_seconds"] for c in seeds.values()])),
+               "supernet_valid": float(np.median(supernets)) if (supernets := [float(there[0]["supernet_valid"]) for there in cells[name].values()
+                                                                               if there[0].get("supernet_valid")]) else None,
                "ops": {op: count / sum(ops.values()) for op, count in sorted(ops.items())}}
         for other in ("random", "shared", "original", "one"):
             both = sorted(seeds.keys() & mean.get(other, {}).keys())
@@ -245,8 +257,14 @@ def summary(rows: list[dict]) -> dict:
         found["arms"][name] = arm
     every = [cell for seeds in mean.values() for cell in seeds.values()]
     found["short_long_rank_correlation"] = spearman(*(np.array([cell[k] for cell in every]) for k in ("short_valid", "valid")))
-    again = [[float(r["valid"]) for r in there] for seeds in cells.values() for there in seeds.values() if len(there) > 1]
-    found["sd_of_retrainings"] = float(np.sqrt(np.mean([np.var(values, ddof=1) for values in again]))) if again else None
+    most = max(len(there) for seeds in cells.values() for there in seeds.values())
+    again = np.array([[float(r["valid"]) for r in sorted(there, key=lambda r: int(r["retrain_seed"]))]
+                      for seeds in cells.values() for there in seeds.values() if len(there) == most])  # (cells, retrainings)
+    if most > 1:
+        found["sd_of_retrainings"] = float(np.sqrt(np.mean(np.var(again, axis=1, ddof=1))))
+        # the same batches and first weights make all cells better or worse: without that, as in an analysis of variance in two ways
+        left = again - again.mean(0) - again.mean(1, keepdims=True) + again.mean()
+        found["sd_beside_retraining_seed"] = float(np.sqrt((left**2).sum() / max(1, (len(again) - 1) * (most - 1))))
     return found
 
 

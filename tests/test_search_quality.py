@@ -77,6 +77,16 @@ def test_each_arm_finds_a_cell_and_the_same_one_again(arm, tmp_path):
     assert found[0] == found[1] and isinstance(found[0], Genotype) and found[0].n_nodes == 2
 
 
+def test_rows_have_the_supernets_last_perplexity(tmp_path):
+    for seed, last in ((1, "30.5"), (2, None)):
+        folder = tmp_path / "an arm, changed" / str(seed)
+        folder.mkdir(parents=True)
+        (folder / "rows.json").write_text(json.dumps([{"seed": seed}]))
+        if last:
+            (folder / "search.csv").write_text(f"phase,epoch,perplexity\nsearch,0,99\nsearch,1,{last}\n")
+    assert quality.collect(tmp_path, "an arm, changed") == [{"seed": 1, "supernet_valid": "30.5"}, {"seed": 2, "supernet_valid": ""}]
+
+
 def test_summary(tmp_path):
     def row(name, seed, again, valid):
         return {"name": name, "arm": name, "seed": seed, "retrain_seed": again, "genotype": json.dumps({"recurrent": [["relu", 0]], "concat": [1]}),
@@ -88,5 +98,9 @@ def test_summary(tmp_path):
     assert (arm["seeds"], arm["retrainings"]) == (3, 2) and arm["valid_mean"] == 52.5 and arm["valid_sd"] == pytest.approx(1.0)
     assert arm["minus_random"] == -2 and arm["p_random"] == 2 / 8 and arm["best_valid"] == 51.5 and arm["best_test"] == 52.5
     assert found["short_long_rank_correlation"] == pytest.approx(1) and found["sd_of_retrainings"] == pytest.approx(0.5**0.5)
+    assert found["sd_beside_retraining_seed"] == pytest.approx(0, abs=1e-6) and arm["supernet_valid"] is None
+    rows[0]["valid"] += 1.0  # one of 6 cells × 2: what is left is 1/4 in each way but for the means over 6
+    left = quality.summary(rows)["sd_beside_retraining_seed"]
+    assert left == pytest.approx((((1 - 1 / 6) ** 2 / 4 * 2 + 5 * (1 / 12) ** 2 * 2) / 5) ** 0.5)
     quality.picture(rows, tmp_path / "p.svg")
     assert "second-order" in (tmp_path / "p.svg").read_text()
