@@ -34,19 +34,29 @@ def blocks(page: Path) -> list[tuple[str, str, int]]:
     return [(m.group(1), m.group(2), text[:m.start()].count("\n") + 1) for m in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S)]
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    """An empty folder to work in, with a text, an experiment `EXPERIMENT`, a search's folder `found` and a model's folder `trained`."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / TEXT).mkdir()
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Path:
+    """A folder with a text, a search's folder `found` and a model's folder `trained`."""
+    folder = tmp_path_factory.mktemp("results")
+    (folder / TEXT).mkdir()
     line = "the class of an object is what its name says and what the object does\nthe name is not the object but a way to it\n"
     for split, times in (("train", 30), ("valid", 8), ("test", 8)):
-        (tmp_path / TEXT / f"{split}.txt").write_text(line * times)
+        (folder / TEXT / f"{split}.txt").write_text(line * times)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["search", *tiny("search"), "--out", "found"]) == 0
+        assert main(["retrain", *tiny("retrain"), "--genotype", "found", "--out", "trained"]) == 0
+    shutil.copy(folder / "found" / "genotype.json", folder / "trained")  # as in a trial, whose folder both phases share
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, results):
+    """A folder to work in, with what is in `results` and an experiment `EXPERIMENT`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(results, tmp_path, dirs_exist_ok=True)
     write_trial(trial_folder(write_experiment(tmp_path, {"aaaaa": ("SUCCEEDED", {"seed": 1})}), "aaaaa"), 80.0)
-    assert main(["search", *tiny("search"), "--out", "found"]) == 0
-    assert main(["retrain", *tiny("retrain"), "--genotype", "found", "--out", "trained"]) == 0
-    shutil.copy("found/genotype.json", "trained")  # as in a trial, whose folder both phases share
     return tmp_path
 
 
