@@ -1,7 +1,7 @@
 """Does a search find better cells than chance at the same cost? Arms at one budget, several seeds each, every cell retrained several times.
 
     python benchmarks/search_quality.py run --corpus FOLDER --arm second-order original first-order shared random   # one NNI experiment an arm
-    python benchmarks/search_quality.py run --corpus FOLDER --arm second-order --set search.warmup_epochs=1 --name "α warm-up"
+    python benchmarks/search_quality.py run --corpus FOLDER --arm second-order --set search.epochs=5 --set search.warmup_epochs=4 --name "α warm-up"
     python benchmarks/search_quality.py table                                                          # figures, tests and picture of what there is
 
 An interrupted `run` goes on where it was when it is given again: finished trials are kept in --work, and an unfinished phase has its checkpoints there.
@@ -11,8 +11,9 @@ Talwalkar 2019: weights of all cells trained on a random one each step, then the
 (each cell trained for the short retraining, the best on validation text is kept); `one`, a random cell as it comes.
 
 The budget is arithmetic: that of the recipe's second-order search. A step is 13 forward passes of the mixed cell in second order (`search_step.py`
-has the formula), 5 in first order (α: forward and backward to the data; weights: 3), and 3 of the discrete cell in training. The other arms get
-as many epochs, or cells, as come nearest. All search on the first half of the training text and its validation text, and retrain on all of it.
+has the formula), 5 in first order (α: forward and backward to the data; weights: 3), 3 while α waits, and 3 of the discrete cell in training. The other arms get
+as many epochs, or cells, as come nearest; α's warm-up of 4 epochs and one with α cost 25 passes in place of 26. All search on the
+first half of the training text and its validation text, and retrain on all of it.
 """
 
 from __future__ import annotations
