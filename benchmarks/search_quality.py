@@ -1,7 +1,7 @@
 """Does a search find better cells than chance at the same cost? Arms at one budget, several seeds each, every cell retrained several times.
 
     python benchmarks/search_quality.py run --corpus FOLDER --arm second-order original first-order shared random   # one NNI experiment an arm
-    python benchmarks/search_quality.py run --corpus FOLDER --arm second-order --set search.epochs=5 --set search.warmup_epochs=4 --name "α warm-up"
+    python benchmarks/search_quality.py run --corpus FOLDER --arm second-order --set search.epochs=5 --set search.warmup_epochs=4 --name "second-order, α warm-up"
     python benchmarks/search_quality.py table                                                          # figures, tests and picture of what there is
 
 An interrupted `run` goes on where it was when it is given again: finished trials are kept in --work, and an unfinished phase has its checkpoints there.
@@ -11,9 +11,9 @@ Talwalkar 2019: weights of all cells trained on a random one each step, then the
 (each cell trained for the short retraining, the best on validation text is kept); `one`, a random cell as it comes.
 
 The budget is arithmetic: that of the recipe's second-order search. A step is 13 forward passes of the mixed cell in second order (`search_step.py`
-has the formula), 5 in first order (α: forward and backward to the data; weights: 3), 3 while α waits, and 3 of the discrete cell in training. The other arms get
-as many epochs, or cells, as come nearest; α's warm-up of 4 epochs and one with α cost 25 passes in place of 26. All search on the
-first half of the training text and its validation text, and retrain on all of it.
+has the formula), 5 in first order (α: forward and backward to the data; weights: 3), 3 while α waits, and 3 of the discrete cell in
+training. The other arms get as many epochs, or cells, as come nearest; α's warm-up of 4 epochs and one with α cost 25 passes in place of 26. All
+search on the first half of the training text and its validation text, and retrain on all of it.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ ARMS = ("second-order", "original", "first-order", "shared", "random", "one")
 WORDS, SHORT = 2000, 1  # the most frequent words that are kept; epochs of the short retraining
 DROPOUT = {f"{part}.{name}": value for part in ("search", "retrain")
            for name, value in (("dropout", 0.4), ("dropout_x", 0.4), ("dropout_h", 0.2), ("dropout_i", 0.2))}
-# the paper's clip, 0.25, lets a step at learning rate 20 move the supernet's weights by 5, of a norm of some 8 at this size: its training perplexity
-# rose to that of a guess. 0.1 is Li and Talwalkar's, with batches of 64.
+# the paper's clip, 0.25, lets a step at learning rate 20 move the supernet's weights by 5, half of their norm at the start at this size: of 8 searches
+# 2 ended worse than a guess. 0.1 is Li and Talwalkar's, with batches of 64.
 SETTINGS = DROPOUT | {"search.hidden_size": 64, "search.batch_size": 64, "search.clip": 0.1, "search.eval_batch_size": 64, "search.epochs": 2,
                       "retrain.hidden_size": 64, "retrain.eval_batch_size": 64, "retrain.test_batch_size": 64, "retrain.epochs": 3, "retrain.dropout_e": 0.0}
 
@@ -244,11 +244,11 @@ def summary(rows: list[dict]) -> dict:
         valid, test = (np.array([cell[k] for cell in seeds.values()]) for k in ("valid", "test"))
         best = min(seeds, key=lambda seed: seeds[seed]["valid"])
         ops = Counter(op for there in cells[name].values() for op, _ in json.loads(there[0]["genotype"])["recurrent"])
+        supernets = [float(there[0]["supernet_valid"]) for there in cells[name].values() if there[0].get("supernet_valid")]
         arm = {"seeds": len(seeds), "retrainings": min(map(len, cells[name].values())), "valid_mean": valid.mean(), "valid_sd": valid.std(ddof=1) if len(valid) > 1 else None,
                "test_mean": test.mean(), "test_sd": test.std(ddof=1) if len(test) > 1 else None, "best_valid": seeds[best]["valid"], "best_test": seeds[best]["test"],
                "best_genotype": cells[name][best][0]["genotype"], "search_seconds": float(np.mean([c["search_seconds"] for c in seeds.values()])),
-               "supernet_valid": float(np.median(supernets)) if (supernets := [float(there[0]["supernet_valid"]) for there in cells[name].values()
-                                                                               if there[0].get("supernet_valid")]) else None,
+               "supernet_valid": float(np.median(supernets)) if supernets else None,
                "ops": {op: count / sum(ops.values()) for op, count in sorted(ops.items())}}
         for other in ("random", "shared", "original", "one"):
             both = sorted(seeds.keys() & mean.get(other, {}).keys())

@@ -74,7 +74,8 @@ def quality() -> str:
         f"Penn Treebank with its {settings['words']:,} most frequent words, {settings['search.hidden_size']} units, batches of "
         f"{settings['search.batch_size']} streams, the paper's learning rate (20), in the search a clip of {settings['search.clip']} where nothing else is said. Arms have one budget of arithmetic (the head of `benchmarks/search_quality.py` says "
         f"which arm does what). Every cell is retrained from scratch for {settings['retrain.epochs']} epochs from each of the retraining seeds; a cell's figure is their "
-        "mean, ± the standard deviation over search seeds. Differences are paired by seed, and p is the exact two-sided sign-flip test's.\n",
+        "mean, ± the standard deviation over search seeds. Differences are paired by seed, and p is the exact two-sided sign-flip test's. Seconds are of two searches at a time on two cores that "
+        "other work often shared, so they do not compare arms; the budget does.\n",
         table(("arm", "seeds × retrainings", "validation", "test", "best cell, validation / test", "supernet", "search, s", "difference in validation"), rows),
         f"![Every retrained cell as a point, by arm, with the arm's mean](../benchmarks/results/search_quality.svg)\n\nThe rank correlation between "
         f"{settings['short_epochs']} epoch of retraining and {settings['retrain.epochs']} is {found['short_long_rank_correlation']:.2f} over all cells; two retrainings of "

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from .genotype import Genotype
-from .rungs import BUDGET
+from .rungs import recipe_fields
 from .stopping import Terminated
 from .trial import Parser, add_onnx_option, add_run_options, checked_recipe, checked_seed, open_corpus, prepare_torch, quiet_hosts
 
@@ -58,16 +58,14 @@ def read_parameters(parameters: dict) -> tuple[Genotype, int, dict]:
     settings: dict = {}
     sample: dict = {}
     seed = checked_seed(parameters.get("seed", 0))
-    for key, value in parameters.items():
+    for key, value in recipe_fields(parameters).items():
         if re.fullmatch(r"cell/node_\d+", key) and isinstance(value, dict):
             sample |= {f"{key}/{label}": value[name] for label, name in (("op", "_name"), ("input", "input")) if name in value}
         elif re.fullmatch(r"cell/node_\d+/(op|input)", key):
             sample[key] = value
-        elif key == BUDGET:
-            settings["retrain.epochs"] = value
         elif key.startswith("search."):
             raise ValueError(f"setting {key!r}: a trial of a cell has no search; use retrain.<field>")
-        elif key != "seed":
+        else:
             settings[key] = value
     if not sample:
         raise ValueError("the tuner drew no cell: the search space needs cell/node_<i>/op and cell/node_<i>/input, as in search_spaces/darts_rnn_cell.json")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from .genotype import Genotype, did_you_mean
 from .recipes import RECIPES, Recipe, get_recipe
-from .rungs import with_budget
+from .rungs import recipe_fields
 from .trial import Parser, add_run_options, checked_recipe, checked_seed
 
 RESULT = "result.json"
@@ -254,7 +254,7 @@ def read_trial(trial_id: str, folder: Path, job: dict, options, alive: bool) -> 
     if recipe is None and job.get("data"):
         try:
             seed = checked_seed(seed)
-            recipe = checked_recipe(options, {k: v for k, v in with_budget(parameters).items() if k != "seed"})
+            recipe = checked_recipe(options, recipe_fields(parameters))
         except ValueError as error:
             seed, recipe = seed if isinstance(seed, int) else None, None
             note = note or str(error)

@@ -11,19 +11,21 @@ import json
 import shutil
 from pathlib import Path
 
+from .files import whole
+
 BUDGET = "TRIAL_BUDGET"
 """What NNI's Hyperband calls a trial's number of epochs among its parameters."""
 
 
-def with_budget(parameters: dict) -> dict:
-    """A tuner's parameters with the budget as what it is here, the field `retrain.epochs`."""
-    return {"retrain.epochs" if key == BUDGET else key: value for key, value in parameters.items()}
+def recipe_fields(parameters: dict) -> dict:
+    """A tuner's parameters without the seed, and with the budget as what it is here, the field `retrain.epochs`."""
+    return {"retrain.epochs" if key == BUDGET else key: value for key, value in parameters.items() if key != "seed"}
 
 
 def configuration_folder(parameters: dict, trial_folder: Path, rungs: str | None) -> Path:
     """Where the configuration is kept: in `rungs`, or in the experiment's own folder (of this machine, where there are several)."""
-    configuration = {key: value for key, value in sorted(parameters.items()) if key != BUDGET}
-    name = hashlib.sha256(json.dumps(configuration).encode()).hexdigest()[:12]
+    configuration = {key: value for key, value in parameters.items() if key != BUDGET}
+    name = hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()[:12]
     if "seed" in configuration:
         name = f"seed-{configuration['seed']}-{name}"
     root = Path(rungs) if rungs else trial_folder.absolute().parents[1] / "rungs"  # trials are in <environment>/trials/<trial>
@@ -34,9 +36,8 @@ def copy_results(kept: Path, trial_folder: Path) -> None:
     """What the configuration has left so far, without its checkpoints, into the folder of a trial, where NNI and `report` look for it."""
     from .checkpoint import FOLDER
 
-    trial_folder.mkdir(parents=True, exist_ok=True)
-    for path in sorted(kept.iterdir()):
-        if path.is_file():
-            shutil.copy2(path, trial_folder / path.name)
-        elif path.name != FOLDER:
-            shutil.copytree(path, trial_folder / path.name, dirs_exist_ok=True)
+    for path in sorted(kept.rglob("*")):
+        name = path.relative_to(kept)
+        if path.is_file() and name.parts[0] != FOLDER:
+            with whole(trial_folder / name) as temporary:
+                shutil.copyfile(path, temporary)

@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from .rungs import BUDGET, configuration_folder, copy_results, with_budget
+from .rungs import BUDGET, configuration_folder, copy_results, recipe_fields
 from .stopping import Terminated
 
 
@@ -22,14 +22,19 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def main(argv: list[str] | None = None) -> int:
+def make_parser() -> Parser:
+    """The trial command's options."""
     parser = Parser(prog="python3 -m nni_darts_rnn.trial", description="One trial of an NNI experiment: search, retrain, test.")
     add_run_options(parser)
     add_keeping_options(parser)
     add_onnx_option(parser)
     parser.add_argument("--rungs", metavar="FOLDER", help="with Hyperband: where a configuration's search and training are kept for its next trial; "
                         "default: in the experiment's folder")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = make_parser().parse_args(argv)
 
     quiet_hosts()
     import nni
@@ -87,9 +92,11 @@ def keeping(arguments: argparse.Namespace):
 def run(arguments: argparse.Namespace, parameters: dict, report, final=None) -> dict:
     """Checks everything, then runs the trial in NNI's output folder. `ValueError` with one line for what is not allowed. `final` gets the result
     before the trial's checkpoints go."""
-    keep = keeping(arguments)
+    keep, rung = keeping(arguments), BUDGET in parameters
+    if arguments.rungs and not rung:
+        raise ValueError(f"--rungs {arguments.rungs}: the tuner gave no {BUDGET}; only Hyperband does")
     seed = checked_seed(parameters.get("seed", 0))
-    recipe = checked_recipe(arguments, {key: value for key, value in with_budget(parameters).items() if key != "seed"})
+    recipe = checked_recipe(arguments, recipe_fields(parameters))
     prepare_torch(arguments)
     from .pipeline import check_fits, whole_run
 
@@ -101,7 +108,6 @@ def run(arguments: argparse.Namespace, parameters: dict, report, final=None) -> 
     check_fits(corpus, recipe.search, recipe.retrain)
     folder = Path(os.environ.get("NNI_OUTPUT_DIR", "."))
     print(f"corpus {corpus.describe()}; recipe {recipe.name}; seed {seed}", flush=True)
-    rung = BUDGET in parameters
     where = configuration_folder(parameters, folder, arguments.rungs) if rung else folder
 
     def done(result: dict) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from nni.nas.evaluator import Evaluator
 from nni.nas.space import RawFormatModelSpace
+from texts import write_texts
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
@@ -80,11 +81,7 @@ def test_shared_weights(text, tmp_path):
 @pytest.fixture(scope="module")
 def folder(text, tmp_path_factory):
     """The same text as a folder, which the process of each trial can read."""
-    folder = tmp_path_factory.mktemp("text")
-    for split in ("train", "valid", "test"):
-        words = " ".join(text.vocab.words[i] for i in getattr(text, split).tolist())
-        (folder / f"{split}.txt").write_text(words.replace(" <eos> ", "\n") + "\n", encoding="utf-8")
-    return folder
+    return write_texts(tmp_path_factory.mktemp("text"), text)
 
 
 @pytest.mark.parametrize("name", NAMES)

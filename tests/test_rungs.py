@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
-from argparse import ArgumentParser
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,8 @@ from nni.algorithms.hpo.hyperband_advisor import Hyperband as NniHyperband
 from nni.runtime import msg_dispatcher_base
 from nni.runtime.tuner_command_channel import CommandType
 from nnictl import Experiment
+from test_resume import rows
+from texts import write_texts
 
 from nni_darts_rnn import trial
 from nni_darts_rnn.corpus import load_corpus
@@ -22,39 +22,26 @@ from nni_darts_rnn.files import digest
 from nni_darts_rnn.hyperband import Hyperband
 
 ROOT = Path(__file__).parents[1]
-TIMES = {"seconds", "tokens_per_second", "search_seconds", "retrain_seconds"}
+TIMES = {"seconds", "search_seconds", "retrain_seconds"}
 SIZES = ["search.bptt=16", "search.batch_size=16", "retrain.bptt=16", "retrain.max_bptt_above=8", "retrain.batch_size=16",
          "retrain.test_batch_size=16", "search.eval_batch_size=16", "retrain.eval_batch_size=16"]
-
-
-def rows(path: Path) -> list[dict]:
-    with path.open(newline="") as file:
-        return [{key: value for key, value in row.items() if key not in TIMES} for row in csv.DictReader(file)]
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
     """A folder with the first lines of Python's documentation."""
-    folder, whole = tmp_path_factory.mktemp("corpus"), load_corpus("pydoc")
-    for split, n in (("train", 6000), ("valid", 1000), ("test", 1000)):
-        words = " ".join(whole.vocab.words[i] for i in getattr(whole, split)[:n].tolist())
-        (folder / f"{split}.txt").write_text(words.replace(" <eos> ", "\n") + "\n", encoding="utf-8")
-    return folder
+    return write_texts(tmp_path_factory.mktemp("corpus"), load_corpus("pydoc"), train=6000, valid=1000, test=1000)
 
 
 def run_trial(folder: Path, corpus: Path, monkeypatch, parameters: dict, *options: str) -> tuple[dict, list[dict]]:
     """A trial as NNI runs it in `folder`: its result and what it reported."""
-    parser, reported = ArgumentParser(), []
-    trial.add_run_options(parser)
-    trial.add_keeping_options(parser)
-    trial.add_onnx_option(parser)
-    parser.add_argument("--rungs")
+    reported: list[dict] = []
     words = ["--corpus", str(corpus), "--recipe", "tiny", "--device", "cpu", *options]
     for size in SIZES:
         words += ["--set", size]
     folder.mkdir(parents=True)
     monkeypatch.setenv("NNI_OUTPUT_DIR", str(folder))
-    return trial.run(parser.parse_args(words), parameters, reported.append), reported
+    return trial.run(trial.make_parser().parse_args(words), parameters, reported.append), reported
 
 
 def test_a_seed_goes_on_from_its_last_trial(tmp_path, corpus, monkeypatch):
@@ -85,6 +72,12 @@ def test_a_seed_goes_on_from_its_last_trial(tmp_path, corpus, monkeypatch):
 def test_a_budget_that_is_no_number_of_epochs(tmp_path, corpus, monkeypatch, budget):
     with pytest.raises(ValueError, match="retrain.epochs: "):
         run_trial(tmp_path / "trial", corpus, monkeypatch, {"seed": 3, "TRIAL_BUDGET": budget})
+    assert not list((tmp_path / "trial").iterdir()) and not (tmp_path / "rungs").exists()
+
+
+def test_a_folder_for_rungs_that_nothing_would_be_kept_in(tmp_path, corpus, monkeypatch):
+    with pytest.raises(ValueError, match=r"--rungs \S+: the tuner gave no TRIAL_BUDGET"):
+        run_trial(tmp_path / "trial", corpus, monkeypatch, {"seed": 3}, "--rungs", str(tmp_path / "rungs"))
     assert not list((tmp_path / "trial").iterdir()) and not (tmp_path / "rungs").exists()
 
 

@@ -15,6 +15,7 @@ import pytest
 import yaml
 from nni.algorithms.hpo.random_tuner import RandomTuner
 from nnictl import Experiment
+from texts import write_texts
 
 from nni_darts_rnn.cell_trial import main, read_parameters
 from nni_darts_rnn.corpus import load_corpus
@@ -48,10 +49,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("nni")
     for name in ("examples", "search_spaces"):
         shutil.copytree(ROOT / name, folder / name)
-    whole = load_corpus("pydoc")
-    for split, n in (("train", 6000), ("valid", 1000), ("test", 1000)):
-        words = " ".join(whole.vocab.words[i] for i in getattr(whole, split)[:n].tolist())
-        (folder / f"{split}.txt").write_text(words.replace(" <eos> ", "\n") + "\n", encoding="utf-8")
+    write_texts(folder, load_corpus("pydoc"), train=6000, valid=1000, test=1000)
     # one cell, trained twice: the second learns nothing and has to be stopped
     poor = {f"cell/node_1/{key}": {"_type": "choice", "_value": [value]} for key, value in (("input", "0"), ("op", "tanh"))}
     (folder / "search_spaces" / "poor.json").write_text(json.dumps(poor | {"retrain.lr": {"_type": "choice", "_value": [5.0, 1e-9]}}))
