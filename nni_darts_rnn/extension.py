@@ -114,23 +114,22 @@ class CellStruct(ctypes.Structure):
     _fields_ = ([(name, ctypes.c_int64) for name in ("steps", "batch", "hidden", "nodes", "edges", "threads", "normalise", "keep")]
                 + [("eps", ctypes.c_double)]
                 + [(name, ctypes.c_void_p) for name in (
-                    "order", "first", "count", "incoming", "source", "slot", "op", "gemm",
+                    "order", "first", "count", "incoming", "source", "slot", "op",
                     "x_proj", "h0", "W0_h", "Ws", "mask", "p", "present", "average",
-                    "pre0", "pre", "states", "masked", "previous", "outputs", "scale", "W_cat", "W_back", "W0_back",
-                    "d_outputs", "d_states", "scratch", "carry", "d_h", "d_h0", "d_W0_h", "d_Ws", "d_W_cat", "d_p")])
+                    "pre0", "pre", "states", "masked", "previous", "outputs", "scale", "packed", "packed_back",
+                    "d_outputs", "d_states", "scratch", "carry", "d_h", "d_h0", "d_W0_h", "d_Ws", "d_p")])
 
 
 class _Library:
-    """The loaded extension: `forward[dtype]`, `backward[dtype]`, `softmax_rows[dtype]`, and BLAS's `gemm[dtype]` as an address."""
+    """The loaded extension: `forward[dtype]`, `backward[dtype]`, `softmax_rows[dtype]`."""
 
     def __init__(self, path: Path):
         library = ctypes.CDLL(str(path))
         library.cell_struct_size.restype = ctypes.c_int64
         if library.cell_struct_size() != ctypes.sizeof(CellStruct):
             raise OSError(f"{path.name} does not fit this version of extension.py")
-        self.forward, self.backward, self.softmax_rows, self.gemm = {}, {}, {}, {}
-        for dtype, name, blas in ((torch.float32, "float", "sgemm_"), (torch.float64, "double", "dgemm_")):
-            self.gemm[dtype] = _blas(blas)
+        self.forward, self.backward, self.softmax_rows = {}, {}, {}
+        for dtype, name in ((torch.float32, "float"), (torch.float64, "double")):
             for table, function in ((self.forward, "cell_forward_"), (self.backward, "cell_backward_")):
                 table[dtype] = getattr(library, function + name)
                 table[dtype].argtypes, table[dtype].restype = [ctypes.POINTER(CellStruct)], None
@@ -138,14 +137,6 @@ class _Library:
             rows.argtypes = [ctypes.c_int64] * 2 + [ctypes.c_void_p] * 3 + [ctypes.c_double, ctypes.c_void_p, ctypes.c_int64]
             rows.restype = ctypes.c_int64
             self.softmax_rows[dtype] = rows
-
-
-def _blas(name: str) -> int:
-    """The address of a BLAS function in the library that torch itself multiplies with, so that both share one pool of threads."""
-    for path in sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*")):
-        with contextlib.suppress(OSError, AttributeError):
-            return ctypes.cast(getattr(ctypes.CDLL(str(path)), name), ctypes.c_void_p).value
-    raise _Unavailable("this build of torch exports no BLAS, which the fast cells need; torch from PyPI does (about 5x faster searches)")
 
 
 def _openmp() -> list[str]:
@@ -190,7 +181,7 @@ def _load(build: bool) -> _Library:
     """The extension from the cache, compiled first if it is not there."""
     if os.name != "posix":
         raise _Unavailable("the fast cells need Linux or macOS; there searches are about 5x faster")
-    key = hashlib.sha256("\n".join([SOURCE.read_text(), *_flags(), *_openmp(), _processor(), platform.machine(), torch.__version__]).encode())
+    key = hashlib.sha256("\n".join([*(path.read_text() for path in sorted(SOURCE.parent.glob("*"))), *_flags(), *_openmp(), _processor(), platform.machine(), torch.__version__]).encode())
     name = f"cells-{key.hexdigest()[:16]}.so"
     with contextlib.ExitStack() as stack:
         try:
@@ -212,7 +203,7 @@ def _load(build: bool) -> _Library:
 
 
 def _compile(target: Path) -> None:
-    """cells.cpp -> target, which appears whole or not at all."""
+    """cells.cpp, with what it includes, -> target, which appears whole or not at all."""
     compiler = _compiler()
     with tempfile.TemporaryDirectory(prefix=".build-", dir=target.parent) as folder:
         compiled, linked = Path(folder, "cells.o"), Path(folder, "cells.so")
@@ -233,7 +224,7 @@ def _last_line(text: str) -> str:
 
 
 def _checked(library: _Library) -> _Library:
-    """The library, once a tiny cell comes out of it right: a BLAS with other conventions must not go unnoticed."""
+    """The library, once a tiny cell comes out of it right: a compiler that gets it wrong must not go unnoticed."""
     from . import cell, fused  # here, since fused imports this module
     from .genotype import Genotype
 

@@ -118,8 +118,7 @@ def _applies(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, mask: Tensor 
     if h0.dim() != 2 or x_proj.dim() != 3 or Ws.dim() != 3 or (mask is not None and (mask.requires_grad or mask.shape != h0.shape)):
         return False
     B, H = h0.shape
-    return (x_proj.shape[1:] == (B, 2 * H) and W0_h.shape == (H, 2 * H) and Ws.shape[1:] == (H, 2 * H)
-            and max(len(x_proj) * B, 2 * len(Ws) * H) < 2**31)  # BLAS counts in 32 bits
+    return x_proj.shape[1:] == (B, 2 * H) and W0_h.shape == (H, 2 * H) and Ws.shape[1:] == (H, 2 * H)
 
 
 def plain() -> bool:
@@ -153,8 +152,8 @@ def _run_forward(graph: Graph, x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Ten
     T, B, H, N, E = len(x_proj), *h0.shape, graph.n_nodes, graph.n_edges
     steps, new = (T if keep else 1), x_proj.new_empty
     inputs = {name: t.detach().contiguous() for name, t in (("x_proj", x_proj), ("h0", h0), ("W0_h", W0_h), ("Ws", Ws))}
-    workspace, large = _take({"pre": steps * B * E * 2 * H, "states": (N + 1) * steps * B * H, "scale": steps * (N + 1) * H, "W_cat": N * 2 * H * H}
-                             | ({"W_back": N * 2 * H * H, "W0_back": 2 * H * H} if keep else {})
+    workspace, large = _take({"pre": steps * B * E * 2 * H, "states": (N + 1) * steps * B * H, "scale": steps * (N + 1) * H, "packed": (N + 1) * H * _padded(2 * H)}
+                             | ({"packed_back": (N + 1) * 2 * H * _padded(H)} if keep else {})
                              | ({} if mask is None else {"masked": N * steps * B * H, "previous": steps * B * H}), x_proj.dtype)
     buffers = {
         **inputs, "mask": None if mask is None else mask.detach().contiguous(),
@@ -173,11 +172,10 @@ def _run_forward(graph: Graph, x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Ten
 def _run_backward(graph: Graph, saved: _Forward, d_outputs: Tensor, needs: tuple[bool, ...]) -> list[Tensor | None]:
     """Gradients of x_proj, h0, W0_h, Ws where `needs` says so and d_p (E, 5) or None. Uses up the buffers: pre-activations become their gradients."""
     N, (B, H), new = graph.n_nodes, d_outputs.shape[1:], d_outputs.new_empty
-    d_h0, d_W0_h, d_Ws, d_W_cat = (new(shape) if need else None for need, shape in zip(
-        (needs[1], needs[2], needs[3], needs[3]), ((B, H), (H, 2 * H), (N, H, 2 * H), (N, H, 2 * H))))
+    d_h0, d_W0_h, d_Ws = (new(shape) if need else None for need, shape in zip(needs[1:4], ((B, H), (H, 2 * H), (N, H, 2 * H))))
     d_p = torch.zeros(graph.n_edges, 5, dtype=torch.float64) if needs[4] else None
     scratch = {"d_outputs": d_outputs.contiguous(), "d_states": new(N + 1, B, H), "scratch": new(B, H), "carry": new(B, H).zero_(), "d_h": new(B, H)}
-    arguments = _arguments(graph, saved, True, **scratch, d_h0=d_h0, d_W0_h=d_W0_h, d_Ws=d_Ws, d_W_cat=d_W_cat, d_p=d_p)
+    arguments = _arguments(graph, saved, True, **scratch, d_h0=d_h0, d_W0_h=d_W0_h, d_Ws=d_Ws, d_p=d_p)
     State.loaded.backward[d_outputs.dtype](ctypes.byref(arguments))
     _give(saved.workspace)
     return [saved.buffers["pre0"] if needs[0] else None, d_h0, d_W0_h, d_Ws, d_p]
@@ -188,8 +186,13 @@ def _arguments(graph: Graph, run: _Forward, keep: bool, **more: Tensor | None) -
     tensors = {**run.buffers, "outputs": run.outputs, **more}
     T, B, H = run.outputs.shape
     return CellStruct(T, B, H, graph.n_nodes, graph.n_edges, torch.get_num_threads(), graph.mixed, keep, supernet.BATCHNORM_EPS,
-                 gemm=State.loaded.gemm[run.outputs.dtype], **{name: ctypes.addressof(array) for name, array in graph.arrays.items()},
+                 **{name: ctypes.addressof(array) for name, array in graph.arrays.items()},
                  **{name: t.data_ptr() for name, t in tensors.items() if t is not None})
+
+
+def _padded(columns: int) -> int:
+    """Columns of a matrix in panels: at most 32 to a panel, whatever the machine's registers (product.h)."""
+    return -(-columns // 32) * 32
 
 
 def _take(sizes: dict[str, int], dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:

@@ -84,8 +84,9 @@ def test_discrete_cell_equals_the_readable_one(n_nodes, masked):
 @pytest.mark.parametrize("refused", [False, True])
 @pytest.mark.parametrize("threads", [2, 3, 5])
 def test_threads_share_a_batch(threads, refused):
-    """Parts of different sizes, whose statistics are put together; and where OpenMP gives fewer threads than were asked for."""
-    before, (*inputs, mask) = torch.get_num_threads(), tensors(4, 61, 70, 4)
+    """Parts of different sizes, whose statistics are put together; and where OpenMP gives fewer threads than were asked for. T·B = 305 rows are
+    more than a weight gradient takes at a time."""
+    before, (*inputs, mask) = torch.get_num_threads(), tensors(5, 61, 70, 4)
     genotype = Genotype((("tanh", 0), ("relu", 0), ("sigmoid", 1), ("identity", 3)))
     gomp = ctypes.CDLL(None)  # the OpenMP library that torch has loaded
     levels = gomp.omp_get_max_active_levels()

@@ -1,6 +1,6 @@
 // The discrete and the mixed recurrent cell over a whole sequence, forward and backward, on the CPU. `extension.py` compiles and loads this file,
-// `fused.py` calls it; the readable forms that it must equal are `cell.discrete_cell` and `supernet.mixed_cell`. No torch headers: BLAS's gemm comes
-// in as a pointer.
+// `fused.py` calls it; the readable forms that it must equal are `cell.discrete_cell` and `supernet.mixed_cell`. No torch headers, no BLAS: products
+// with the weights, which are the same at every time step, are those of product.h.
 //
 // One description covers both cells: a graph of edges e = (j -> i) between states s_0 … s_N, each with mixing weights p_k and P = sum of the p_k.
 // The discrete cell has one edge a node, p one-hot, P = 1, and no normalisation. At each time step, with masks m (or none),
@@ -10,11 +10,11 @@
 //   s_i   = norm(r_i),  norm(r) = (r − μ)/√(v + eps) with μ, v the batch's mean and biased variance of each column
 //   h'    = Σ_i a_i s_i      (a_i: 1/len(concat) for the states that are averaged, else 0)
 //
-// All edges that leave state j share one GEMM, (s_j∘m) times the columns of all W_i that read s_j, which lie side by side.
+// All edges that leave state j share one block of pre-activations, (s_j∘m) times the W_i of all nodes that read s_j, side by side.
 //
 // Backward, from dh' (the gradient of h' from outside plus what the next step sends back), nodes i = N … 0. Write ds_i for the gradient of s_i:
 //
-//   ds_i = a_i dh' + Σ_{edges i -> k} ( dr_k∘P∘(1 − σ(c)) + m∘(dpre W_k^T) )        the last for all k at once: one GEMM
+//   ds_i = a_i dh' + Σ_{edges i -> k} ( dr_k∘P∘(1 − σ(c)) + m∘(dpre W_k^T) )        the last for all k at once
 //   dr_i = (ds_i − mean(ds_i) − s_i mean(ds_i∘s_i)) / √(v + eps)
 //          since ∂s_b/∂r_a = (δ_ab − 1/B − s_a s_b/B)/√(v + eps)
 //   and for each edge (j -> i), with σ = σ(c):
@@ -22,13 +22,13 @@
 //   dp_k = Σ dr∘( s_j∘(1 − σ) + σ∘f_k(z) )                                          summed over time, batch and units
 //   s_0's r_0 = h + σ(tanh z − h): the same with P = 1, M = tanh z; it gives dx = dpre and dh = dr_0∘(1 − σ) + m∘(dx W0_h^T).
 //
-// Weight gradients wait until the loop over time is done: those of the nodes that read s_j are (s_j∘m)^T dpre over all T·B rows, one GEMM.
+// Weight gradients wait until the loop over time is done: those of the nodes that read s_j are (s_j∘m)^T dpre over all T·B rows, one product.
 // Kept from the forward pass: pre-activations, states, 1/√(v + eps). Nonlinearities are computed again: one exp serves tanh and sigmoid.
 //
 // One parallel region runs the whole sequence, and a thread owns a part of the batch: its rows of every pre-activation and state, which it alone
 // writes and reads, and so finds in its own cache. Threads meet only over the batch's statistics, once a node; the discrete cell has none.
-// All W_i are copied side by side first, for the forward GEMMs, and transposed, for the backward ones: GEMMs of small matrices are twice as fast
-// on such rows. Sums over the batch are made of the threads' sums in the threads' order, so that the same number of threads gives the same bits.
+// All W_i are packed first, once for the forward products and transposed for the backward ones.
+// Sums over the batch are made of the threads' sums in the threads' order, so that the same number of threads gives the same bits.
 
 #include <algorithm>
 #include <atomic>
@@ -42,6 +42,8 @@
 #include <omp.h>
 #include <sched.h>
 
+#include "product.h"
+
 extern "C" {
 struct Cell {  // mirrored, field by field, in extension.py
   int64_t steps, batch, hidden, nodes, edges, threads;
@@ -53,17 +55,15 @@ struct Cell {  // mirrored, field by field, in extension.py
   const int64_t *incoming;         // (N+1): node i's edges are incoming[i-1] … incoming[i]
   const int64_t *source, *slot;    // (E): the state an edge reads, and its place among the `count` of that state
   const int64_t *op;               // (E): MIX or one nonlinearity
-  void* gemm;                      // sgemm_ or dgemm_
   const void *x_proj, *h0, *W0_h, *Ws, *mask;     // (T,B,2H) (B,H) (H,2H) (N,H,2H) (B,H) or null
   const void *p, *present, *average;              // (E,4) in the order tanh relu sigmoid identity; (E); (N+1)
   void *pre0, *pre, *states, *masked, *previous;  // (T,B,2H); one block (T,B,count·2H) a state; (N+1,T,B,H); (N,T,B,H), (T,B,H) or null without mask
   void *outputs, *scale;                          // (T,B,H); 1/√(v + eps) (T,N+1,H)
-  void *W_cat, *W_back, *W0_back;                 // (H,N·2H); (N·2H,H); (2H,H); the last two if `keep`
+  void *packed, *packed_back;                     // W0_h and the W_i in `order`, N+1 matrices (H,2H) in panels; the same transposed, if `keep`
   // backward only; a null pointer is a gradient that nobody asked for
   const void* d_outputs;                          // (T,B,H)
   void *d_states, *scratch, *carry, *d_h;         // (N+1,B,H); (B,H); (B,H); (B,H)
   void *d_h0, *d_W0_h, *d_Ws;                     // as the inputs
-  void *d_W_cat;                                  // as W_cat
   double* d_p;                                    // (E,5): Σ dr∘s_j∘(1−σ), then Σ dr∘σ∘f_k
 };
 int64_t cell_struct_size() { return sizeof(Cell); }
@@ -74,6 +74,7 @@ namespace {
 enum Op : int64_t { TANH, RELU, SIGMOID, IDENTITY, MIX };
 constexpr int64_t ROWS = 4;         // of the batch for which another thread pays
 constexpr int64_t GRAIN = 4096;     // numbers for which another thread pays
+constexpr int64_t ROW_BLOCK = 256;  // rows of a weight gradient's product at a time: a panel of them fits the first cache
 
 template <class T> struct Limits;
 template <> struct Limits<float> {
@@ -87,15 +88,17 @@ template <> struct Limits<double> {
   static constexpr int degree = 13, bias = 1023, shift = 52;
 };
 
+#define ALWAYS_INLINE inline __attribute__((always_inline))  // or loops over these are not vectorised
+
 constexpr double inverse_factorial(int k) { return k < 2 ? 1.0 : inverse_factorial(k - 1) / k; }
 
-template <class T, int k> inline T taylor(T r) {
+template <class T, int k> ALWAYS_INLINE T taylor(T r) {
   if constexpr (k == Limits<T>::degree) return T(inverse_factorial(k));
   else return T(inverse_factorial(k)) + r * taylor<T, k + 1>(r);
 }
 
 // x = n ln2 + r with |r| <= ln2/2 -> r, and 2^n in `scale`; branch-free so that loops over it vectorise. NaN stays NaN. x must not overflow exp.
-template <class T> inline T reduce(T x, T& scale) {
+template <class T> ALWAYS_INLINE T reduce(T x, T& scale) {
   using L = Limits<T>;
   x = x < L::low ? L::low : x;
   const T n = __builtin_rint(x * T(1.4426950408889634074));
@@ -106,33 +109,33 @@ template <class T> inline T reduce(T x, T& scale) {
   return (x - n * high) - n * rest;
 }
 
-template <class T> inline T exp_(T x) {
+template <class T> ALWAYS_INLINE T exp_(T x) {
   T scale;
   const T r = reduce(x, scale);
   return taylor<T, 0>(r) * scale;
 }
 
 // exp(x) − 1, with all its digits near 0 too
-template <class T> inline T expm1_(T x) {
+template <class T> ALWAYS_INLINE T expm1_(T x) {
   T scale;
   const T r = reduce(x, scale);
   return taylor<T, 1>(r) * r * scale + (scale - T(1));
 }
 
-template <class T> inline T gate(T c) {
+template <class T> ALWAYS_INLINE T gate(T c) {
   c = c < Limits<T>::gate ? Limits<T>::gate : c;
   return T(1) / (T(1) + exp_<T>(-c));
 }
 
 // tanh and sigmoid from one exp and one division: with e = exp(−z), σ = 1/(1+e) and tanh = (1−e)(1+e)/(1+e²), where 1−e must not cancel near 0
-template <class T> inline void tanh_sigmoid(T z, T& t, T& s) {
+template <class T> ALWAYS_INLINE void tanh_sigmoid(T z, T& t, T& s) {
   z = z < Limits<T>::both ? Limits<T>::both : z;
   const T m = expm1_<T>(-z), up = T(2) + m, e = T(1) + m, both = T(1) + e * e, q = T(1) / (up * both);  // up = 1 + e
   s = q * both;
   t = -m * up * up * q;
 }
 
-template <class T> inline T tanh_(T z) {
+template <class T> ALWAYS_INLINE T tanh_(T z) {
   z = z < Limits<T>::both ? Limits<T>::both : z;
   const T m = expm1_<T>(T(-2) * z);
   return -m / (T(2) + m);
@@ -141,7 +144,7 @@ template <class T> inline T tanh_(T z) {
 template <class T> struct Mix { T tanh, relu, sigmoid, identity, P; };
 
 // M = Σ p_k f_k(z) and, in `slope`, Σ p_k f_k'(z)
-template <class T, int64_t OP> inline T mixture(T z, const Mix<T>& p, T& slope, T& t, T& s) {
+template <class T, int64_t OP> ALWAYS_INLINE T mixture(T z, const Mix<T>& p, T& slope, T& t, T& s) {
   if constexpr (OP == MIX) {
     tanh_sigmoid(z, t, s);
     slope = p.tanh * (T(1) - t * t) + p.sigmoid * s * (T(1) - s) + p.identity + (z > T(0) ? p.relu : T(0));
@@ -202,10 +205,6 @@ template <class T> inline void fetch(const T* from, int64_t n) {
   __builtin_prefetch(from + n - 1);
 }
 
-template <class T>
-using GemmFunction = void (*)(const char*, const char*, const int*, const int*, const int*, const T*, const T*, const int*, const T*, const int*,
-                              const T*, T*, const int*);
-
 // All threads of a region wait here for the last one. Spins, as a node takes microseconds, but lets others run where there are more threads than cores.
 class Meeting {
   const int64_t threads;
@@ -232,17 +231,18 @@ class Meeting {
 };
 
 // What threads tell each other of a node: two numbers a unit, and of how many rows. Two of these are used in turn, so that one thread may write
-// the next node's while another still reads this one's.
-template <class T> struct Share {
+// the next node's while another still reads this one's. In double precision, as torch's BatchNorm sums: Σ dr = 0 over the batch must hold to more digits
+// than the terms have, since a sigmoid near 1/2 multiplies it into α's gradient.
+struct Share {
   int64_t rows;
-  std::vector<T> first, second;  // (H) each
+  std::vector<double> first, second;  // (H) each
 };
 
 // The threads of one sequence.
 template <class T> struct Team {
   Meeting meeting;
   std::vector<int64_t> bounds;      // thread k's rows: bounds[k] … bounds[k + 1]
-  std::vector<Share<T>> shares[2];  // one a thread
+  std::vector<Share> shares[2];  // one a thread
 
   explicit Team(const Cell& d) : Team(d, size(d)) {}
   int64_t threads() const { return bounds.size() - 1; }
@@ -250,7 +250,7 @@ template <class T> struct Team {
  private:
   Team(const Cell& d, int64_t threads) : meeting(threads) {
     for (int64_t k = 0; k <= threads; k++) bounds.push_back(d.batch * k / threads);
-    for (auto& turn : shares) turn.assign(threads, {0, std::vector<T>(d.hidden), std::vector<T>(d.hidden)});
+    for (auto& turn : shares) turn.assign(threads, {0, std::vector<double>(d.hidden), std::vector<double>(d.hidden)});
   }
   static int64_t size(const Cell& d) {
     const int64_t work = d.batch * d.hidden * (1 + d.hidden / 64) * d.edges / d.nodes;
@@ -267,18 +267,13 @@ template <class T> struct Sequence {
   const int64_t S, B, H, N, BH, lo, n;
   const T* mask;
   mutable int64_t turn = 0;
-  mutable std::vector<T> mean, spread;  // (H) each: of the node at hand, over the whole batch
+  mutable std::vector<T> mean, spread;          // (H) each: of the node at hand, over the whole batch
+  mutable std::vector<T> panel;         // of pre-activations' gradients
 
   Sequence(const Cell& cell, Team<T>& all, int64_t k, double* s)
       : d(cell), team(all), thread(k), sums(s), S(cell.steps), B(cell.batch), H(cell.hidden), N(cell.nodes), BH(B * H), lo(all.bounds[k]),
-        n(all.bounds[k + 1] - lo), mask(static_cast<const T*>(cell.mask)), mean(H), spread(H) {}
-
-  // row-major C (m,k) = beta C + op(A) op(B); BLAS is column-major, so the operands trade places
-  void gemm(bool ta, int64_t m, int64_t columns, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, T beta, T* c, int64_t ldc) const {
-    const int M = int(m), C = int(columns), K = int(k), LA = int(lda), LB = int(ldb), LC = int(ldc);
-    const T one = 1;
-    reinterpret_cast<GemmFunction<T>>(d.gemm)("N", ta ? "T" : "N", &C, &M, &K, &one, b, &LB, a, &LA, &beta, c, &LC);
-  }
+        n(all.bounds[k + 1] - lo), mask(static_cast<const T*>(cell.mask)), mean(H), spread(H),
+        panel(ROW_BLOCK * Tile<T>::columns) {}
 
   int64_t kept(int64_t t) const { return d.keep ? t : 0; }
   int64_t kept_steps() const { return d.keep ? S : 1; }
@@ -320,49 +315,50 @@ template <class T> struct Sequence {
     return edges;
   }
 
-  // this thread's share of the rows of all W: side by side, and transposed
-  void lay_out_weights() const {
-    const int64_t threads = team.threads(), from = H * thread / threads, to = H * (thread + 1) / threads;
-    T *const W_cat = static_cast<T*>(d.W_cat), *const W_back = static_cast<T*>(d.W_back), *const W0_back = static_cast<T*>(d.W0_back);
-    for (int64_t r = from; r < to; r++) {
-      for (int64_t k = 0; k < N; k++) {
-        const T* const W = static_cast<const T*>(d.Ws) + (d.order[k] * H + r) * 2 * H;
-        std::memcpy(W_cat + (r * N + k) * 2 * H, W, sizeof(T) * 2 * H);
-        if (d.keep)
-          for (int64_t u = 0; u < 2 * H; u++) W_back[(k * 2 * H + u) * H + r] = W[u];
-      }
-      if (d.keep)
-        for (int64_t u = 0; u < 2 * H; u++) W0_back[u * H + r] = static_cast<const T*>(d.W0_h)[r * 2 * H + u];
+  // the k-th packed matrix: W0_h, then the W_i in `order`
+  T* packed(int64_t k) const { return static_cast<T*>(d.packed) + k * Tile<T>::packed(H, 2 * H); }
+  T* packed_back(int64_t k) const { return static_cast<T*>(d.packed_back) + k * Tile<T>::packed(2 * H, H); }
+
+  // this thread's share of the panels of all W
+  void pack_weights() const {
+    constexpr int64_t C = Tile<T>::columns;
+    int64_t panel = 0;
+    for (int64_t k = 0; k <= N; k++) {
+      const T* const W = k ? static_cast<const T*>(d.Ws) + d.order[k - 1] * H * 2 * H : static_cast<const T*>(d.W0_h);
+      for (int64_t v = 0; v < 2 * H; v += C)
+        if (panel++ % team.threads() == thread) pack<T>(H, 2 * H - v, W + v, 2 * H, 1, packed(k) + v * H);
+      for (int64_t v = 0; v < H && d.keep; v += C)
+        if (panel++ % team.threads() == thread) pack<T>(2 * H, H - v, W + v * 2 * H, 1, 2 * H, packed_back(k) + v * 2 * H);
     }
   }
 
   // `mine` filled in by every thread -> all threads' shares
-  const std::vector<Share<T>>& exchange() const {
+  const std::vector<Share>& exchange() const {
     team.meeting.wait();
     return team.shares[turn++ % 2];
   }
-  Share<T>& mine() const {
-    Share<T>& share = team.shares[turn % 2][thread];
+  Share& mine() const {
+    Share& share = team.shares[turn % 2][thread];
     if (!d.normalise) return share;  // nobody reads it
     share.rows = n;
-    std::fill(share.first.begin(), share.first.end(), T(0));
-    std::fill(share.second.begin(), share.second.end(), T(0));
+    std::fill(share.first.begin(), share.first.end(), 0.0);
+    std::fill(share.second.begin(), share.second.end(), 0.0);
     return share;
   }
 
   void forward() const {
-    lay_out_weights();
+    pack_weights();
     if (mask)
       for (int64_t u = lo * H; u < (lo + n) * H; u++) static_cast<T*>(d.previous)[u] = static_cast<const T*>(d.h0)[u] * mask[u];
     team.meeting.wait();
     for (int64_t t = 0; t < S; t++) {
       std::memcpy(pre0(t) + lo * 2 * H, static_cast<const T*>(d.x_proj) + (t * B + lo) * 2 * H, sizeof(T) * n * 2 * H);
-      gemm(false, n, 2 * H, H, masked_before(t) + lo * H, H, static_cast<const T*>(d.W0_h), 2 * H, 1, pre0(t) + lo * 2 * H, 2 * H);
+      multiply<T>(n, 2 * H, H, masked_before(t) + lo * H, H, packed(0), true, pre0(t) + lo * 2 * H, 2 * H);
       node_forward(0, t);
       for (int64_t j = 0; j < N; j++) {
         const int64_t width = d.count[j] * 2 * H;
-        const T* const W = static_cast<const T*>(d.W_cat) + d.first[j] * 2 * H;
-        if (width) gemm(false, n, width, H, masked(j, t) + lo * H, H, W, N * 2 * H, 0, pre(j, t) + lo * width, width);
+        for (int64_t k = 0; k < d.count[j]; k++)
+          multiply<T>(n, 2 * H, H, masked(j, t) + lo * H, H, packed(1 + d.first[j] + k), false, pre(j, t) + lo * width + k * 2 * H, width);
         node_forward(j + 1, t);
       }
     }
@@ -371,7 +367,7 @@ template <class T> struct Sequence {
   void node_forward(int64_t i, int64_t t) const {
     const std::vector<Edge> edges = edges_into(i, t);
     T* const r = state(i, t);
-    Share<T>& share = mine();
+    Share& share = mine();
     for (int64_t b = lo; b < lo + n; b++) {
       T* const row = r + b * H;
       std::fill(row, row + H, T(0));
@@ -387,7 +383,7 @@ template <class T> struct Sequence {
         }
       }
       if (d.normalise) {
-        T* __restrict sum = share.first.data();
+        double* __restrict sum = share.first.data();
 #pragma omp simd
         for (int64_t u = 0; u < H; u++) sum[u] += row[u];
       }
@@ -397,22 +393,22 @@ template <class T> struct Sequence {
   }
 
   // `mean` and 1/√(v + eps) in `spread`, of the whole batch: each thread's mean and its squares about that (Chan, Golub and LeVeque 1979, eq. 2.1)
-  void statistics(const T* r, Share<T>& share, T* scale) const {
-    for (int64_t u = 0; u < H; u++) share.first[u] /= T(n);
+  void statistics(const T* r, Share& share, T* scale) const {
+    for (int64_t u = 0; u < H; u++) share.first[u] /= double(n);
     for (int64_t b = lo; b < lo + n; b++) {
-      const T *__restrict row = r + b * H, *__restrict centre = share.first.data();
-      T* __restrict squares = share.second.data();
+      const T* __restrict row = r + b * H;
+      const double* __restrict centre = share.first.data();
+      double* __restrict squares = share.second.data();
 #pragma omp simd
       for (int64_t u = 0; u < H; u++) squares[u] += (row[u] - centre[u]) * (row[u] - centre[u]);
     }
-    const std::vector<Share<T>>& all = exchange();
-    std::fill(mean.begin(), mean.end(), T(0));
-    std::fill(spread.begin(), spread.end(), T(0));
-    for (const Share<T>& other : all)
-      for (int64_t u = 0; u < H; u++) mean[u] += other.first[u] * (T(other.rows) / T(B));
-    for (const Share<T>& other : all)
-      for (int64_t u = 0; u < H; u++) spread[u] += other.second[u] + T(other.rows) * (other.first[u] - mean[u]) * (other.first[u] - mean[u]);
-    for (int64_t u = 0; u < H; u++) spread[u] = T(1) / std::sqrt(spread[u] / T(B) + T(d.eps));
+    const std::vector<Share>& all = exchange();
+    for (int64_t u = 0; u < H; u++) {
+      double centre = 0, squares = 0;
+      for (const Share& other : all) centre += other.first[u] * (double(other.rows) / double(B));
+      for (const Share& other : all) squares += other.second[u] + double(other.rows) * (other.first[u] - centre) * (other.first[u] - centre);
+      mean[u] = T(centre), spread[u] = T(1 / std::sqrt(squares / double(B) + d.eps));
+    }
     if (thread == 0) std::copy(spread.begin(), spread.end(), scale);
   }
 
@@ -446,12 +442,12 @@ template <class T> struct Sequence {
     T *const g = static_cast<T*>(d.scratch), *const carry = static_cast<T*>(d.carry), *const dh = static_cast<T*>(d.d_h);
     for (int64_t t = S - 1; t >= 0; t--) {
       for (int64_t i = N; i >= 0; i--) {
-        const int64_t width = i < N ? d.count[i] * 2 * H : 0;
-        const T* const W = static_cast<const T*>(d.W_back) + (i < N ? d.first[i] * 2 * H * H : 0);
-        if (width) gemm(false, n, H, width, pre(i, t) + lo * width, width, W, H, 0, g + lo * H, H);
-        node_backward(i, t, width > 0);
+        const int64_t readers = i < N ? d.count[i] : 0, width = readers * 2 * H;
+        for (int64_t k = 0; k < readers; k++)
+          multiply<T>(n, H, 2 * H, pre(i, t) + lo * width + k * 2 * H, width, packed_back(1 + d.first[i] + k), k > 0, g + lo * H, H);
+        node_backward(i, t, readers > 0);
       }
-      gemm(false, n, H, 2 * H, pre0(t) + lo * 2 * H, 2 * H, static_cast<const T*>(d.W0_back), H, 0, dh + lo * H, H);
+      multiply<T>(n, H, 2 * H, pre0(t) + lo * 2 * H, 2 * H, packed_back(0), false, dh + lo * H, H);
       // what reaches h beside `carry`, which node 0 has written
       for (int64_t u = lo * H; u < (lo + n) * H; u++) carry[u] += mask ? dh[u] * mask[u] : dh[u];
     }
@@ -462,13 +458,15 @@ template <class T> struct Sequence {
     const std::vector<Edge> edges = edges_into(i, t);
     T* const d_states = static_cast<T*>(d.d_states);
     const T* const v = static_cast<const T*>(d.scale) + (t * (N + 1) + i) * H;
-    Share<T>& share = mine();
+    Share& share = mine();
     for (int64_t b = lo; b < lo + n; b++) gather_row(i, t, b, later, share.first.data(), share.second.data());
     if (d.normalise) {
-      std::fill(mean.begin(), mean.end(), T(0));
-      std::fill(spread.begin(), spread.end(), T(0));
-      for (const Share<T>& other : exchange())
-        for (int64_t u = 0; u < H; u++) mean[u] += other.first[u] / T(B), spread[u] += other.second[u] / T(B);
+      const std::vector<Share>& all = exchange();
+      for (int64_t u = 0; u < H; u++) {
+        double across = 0, along = 0;
+        for (const Share& other : all) across += other.first[u], along += other.second[u];
+        mean[u] = T(across / double(B)), spread[u] = T(along / double(B));
+      }
     }
     for (int64_t b = lo; b < lo + n; b++) {
       T* __restrict dr = d_states + i * BH + b * H;
@@ -497,7 +495,7 @@ template <class T> struct Sequence {
   }
 
   // ds_i's row complete, and for batch statistics its sums over the batch
-  void gather_row(int64_t i, int64_t t, int64_t b, bool later, T* __restrict mean, T* __restrict along) const {
+  void gather_row(int64_t i, int64_t t, int64_t b, bool later, double* __restrict mean, double* __restrict along) const {
     T* const d_states = static_cast<T*>(d.d_states);
     T* __restrict ds = d_states + i * BH + b * H;
     T* __restrict dh = static_cast<T*>(d.d_h) + b * H;
@@ -522,29 +520,40 @@ template <class T> struct Sequence {
     if (d.normalise) {
       const T* __restrict s = state(i, t) + b * H;
 #pragma omp simd
-      for (int64_t u = 0; u < H; u++) mean[u] += ds[u], along[u] += ds[u] * s[u];
+      for (int64_t u = 0; u < H; u++) mean[u] += ds[u], along[u] += double(ds[u]) * s[u];
     }
   }
 
-  // for the caller's thread once all rows are done; BLAS shares the work out
+  // this thread's share of the columns of all weight gradients, once every row is done: at most ROW_BLOCK rows are packed at a time, for all of A's columns
   void weight_gradients() const {
-    if (T* dw = static_cast<T*>(d.d_W0_h)) {
-      if (mask) {
-        gemm(true, H, 2 * H, S * B, static_cast<const T*>(d.previous), H, pre0(0), 2 * H, 0, dw, 2 * H);
-      } else {
-        gemm(true, H, 2 * H, B, before(0), H, pre0(0), 2 * H, 0, dw, 2 * H);
-        if (S > 1) gemm(true, H, 2 * H, (S - 1) * B, output(0), H, pre0(1), 2 * H, 1, dw, 2 * H);
+    if (T* dW = static_cast<T*>(d.d_W0_h)) {
+      if (mask) add_gradient(dW, S * B, static_cast<const T*>(d.previous), pre0(0), 2 * H, false);
+      else {
+        add_gradient(dW, B, before(0), pre0(0), 2 * H, false);
+        if (S > 1) add_gradient(dW, (S - 1) * B, output(0), pre0(1), 2 * H, true);
       }
     }
     if (!d.d_Ws) return;
-    T* const dw = static_cast<T*>(d.d_W_cat);  // the ranges of two states overlap in the mixed cell, hence sums
-    std::fill_n(dw, H * N * 2 * H, T(0));
+    std::vector<bool> there(N);  // in the mixed cell several states add to one matrix
     for (int64_t j = 0; j < N; j++)
-      if (const int64_t width = d.count[j] * 2 * H)
-        gemm(true, H, width, S * B, masked(j, 0), H, pre(j, 0), width, 1, dw + d.first[j] * 2 * H, N * 2 * H);
-    for (int64_t k = 0; k < N; k++)
-      for (int64_t r = 0; r < H; r++)
-        std::memcpy(static_cast<T*>(d.d_Ws) + (d.order[k] * H + r) * 2 * H, dw + (r * N + k) * 2 * H, sizeof(T) * 2 * H);
+      for (int64_t k = 0; k < d.count[j]; k++) {
+        const int64_t node = d.order[d.first[j] + k];
+        add_gradient(static_cast<T*>(d.d_Ws) + node * H * 2 * H, S * B, masked(j, 0), pre(j, 0) + k * 2 * H, d.count[j] * 2 * H, there[node]);
+        there[node] = true;
+      }
+  }
+
+  // dW (H,2H) = [dW +] A^T G for A (m,H) and G (m,2H), `ldg` from row to row
+  void add_gradient(T* dW, int64_t m, const T* A, const T* G, int64_t ldg, bool add) const {
+    constexpr int64_t C = Tile<T>::columns;
+    const int64_t panels = Tile<T>::panels(2 * H), from = panels * thread / team.threads() * C, to = panels * (thread + 1) / team.threads() * C;
+    for (int64_t r = 0; r < m; r += ROW_BLOCK) {
+      const int64_t k = std::min(ROW_BLOCK, m - r);
+      for (int64_t v = from; v < std::min(to, 2 * H); v += C) {
+        pack<T>(k, 2 * H - v, G + r * ldg + v, ldg, 1, panel.data());
+        multiply_panel<T>(H, std::min(C, 2 * H - v), k, A + r * H, 1, H, panel.data(), add || r, dW + v, 2 * H);
+      }
+    }
   }
 };
 
@@ -570,11 +579,15 @@ template <class T> void run_backward(const Cell& d) {
   Team<T> team(d);
   const int64_t threads = team.threads(), width = (d.edges * 5 + 15) / 8 * 8;  // no two threads in one cache line
   std::vector<double> sums(threads * width, 0.0);
-  together(threads, [&](int64_t k) { Sequence<T>(d, team, k, &sums[k * width]).backward(); });
+  together(threads, [&](int64_t k) {
+    const Sequence<T> part(d, team, k, &sums[k * width]);
+    part.backward();
+    team.meeting.wait();
+    part.weight_gradients();
+  });
   if (d.d_p)
     for (int64_t k = 0; k < threads; k++)
       for (int64_t e = 0; e < d.edges * 5; e++) d.d_p[e] += sums[k * width + e];
-  Sequence<T>(d, team, 0, nullptr).weight_gradients();
 }
 
 // logits (rows, V) without bias -> nll (rows); with scale != 0 the logits become scale·(softmax − onehot).
