@@ -28,13 +28,13 @@ class Graph(NamedTuple):
     """The edges of a cell as cells.cpp reads them."""
 
     n_nodes: int
-    mixed: bool
+    normalise: bool
     average: tuple[float, ...]  # (N+1)
     n_edges: int
     arrays: dict[str, ctypes.Array]  # order, first, count (N), incoming (N+1), source, slot, op (E)
 
     @classmethod
-    def of(cls, edges: list[tuple[int, int, int]], order: list[int], concat: tuple[int, ...], n_nodes: int) -> Graph:
+    def of(cls, edges: list[tuple[int, int, int]], order: list[int], concat: tuple[int, ...], n_nodes: int, normalise: bool) -> Graph:
         """From edges (node, state it reads, op), node by node; `order` has the nodes that read one state side by side."""
         columns = [sorted(order.index(node) for node, j, _ in edges if j == state) for state in range(n_nodes)]
         first = [c[0] if c else 0 for c in columns]
@@ -49,14 +49,14 @@ class Graph(NamedTuple):
         }
         average = tuple(1 / len(concat) if i in concat else 0.0 for i in range(n_nodes + 1))
         arrays = {name: (ctypes.c_int64 * len(values))(*values) for name, values in integers.items()}
-        return cls(n_nodes, edges[0][2] == MIX, average, len(edges), arrays)
+        return cls(n_nodes, normalise, average, len(edges), arrays)
 
 
 @functools.lru_cache(maxsize=64)
-def mixed_graph(n_nodes: int) -> Graph:
+def mixed_graph(n_nodes: int, normalise: bool = True) -> Graph:
     """Every node reads every earlier state, each through all nonlinearities."""
     nodes = range(1, n_nodes + 1)
-    return Graph.of([(i, j, MIX) for i in nodes for j in range(i)], list(nodes), tuple(nodes), n_nodes)
+    return Graph.of([(i, j, MIX) for i in nodes for j in range(i)], list(nodes), tuple(nodes), n_nodes, normalise)
 
 
 @functools.lru_cache(maxsize=64)
@@ -64,7 +64,7 @@ def discrete_graph(genotype: Genotype) -> Graph:
     """One edge a node."""
     edges = [(node, j, OPS.index(op)) for node, (op, j) in enumerate(genotype.recurrent, start=1)]
     order = sorted(range(1, genotype.n_nodes + 1), key=lambda node: (genotype.recurrent[node - 1][1], node))
-    return Graph.of(edges, order, genotype.concat, genotype.n_nodes)
+    return Graph.of(edges, order, genotype.concat, genotype.n_nodes, False)
 
 
 def discrete_cell(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, genotype: Genotype, mask: Tensor | None = None) -> Tensor:
@@ -78,26 +78,26 @@ def discrete_cell(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, genotype
 
 
 def mixed_cell(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, probabilities: Tensor, mask: Tensor | None = None,
-               primitives=PRIMITIVES) -> Tensor:
+               primitives=PRIMITIVES, normalise: bool = True) -> Tensor:
     """`supernet.mixed_cell`, the fast way where it applies."""
     names = [name for name in primitives if name != "none"]
     n = len(Ws)
     if not (_applies(x_proj, h0, W0_h, Ws, mask, probabilities) and names and all(map(_built_in, names)) and len(set(names)) == len(names)
             and probabilities.shape == (n * (n + 1) // 2, len(primitives))):
-        return supernet.mixed_cell(x_proj, h0, W0_h, Ws, probabilities, mask, primitives)
+        return supernet.mixed_cell(x_proj, h0, W0_h, Ws, probabilities, mask, primitives, normalise)
     places = tuple((k, OPS.index(name)) for k, name in enumerate(primitives) if name != "none")
     if _needs_graph(x_proj, h0, W0_h, Ws, probabilities):
-        readable = functools.partial(_readable_mixed, tuple(primitives))
-        return _CellFunction.apply(mixed_graph(n), places, readable, x_proj, h0, W0_h, Ws, probabilities, mask)
-    return _run_forward(mixed_graph(n), x_proj, h0, W0_h, Ws, _mixture(probabilities, places), mask, keep=False).outputs
+        readable = functools.partial(_readable_mixed, tuple(primitives), normalise)
+        return _CellFunction.apply(mixed_graph(n, normalise), places, readable, x_proj, h0, W0_h, Ws, probabilities, mask)
+    return _run_forward(mixed_graph(n, normalise), x_proj, h0, W0_h, Ws, _mixture(probabilities, places), mask, keep=False).outputs
 
 
 def _readable_discrete(genotype, x_proj, h0, W0_h, Ws, probabilities, mask):
     return cell.discrete_cell(x_proj, h0, W0_h, Ws, genotype, mask)
 
 
-def _readable_mixed(primitives, x_proj, h0, W0_h, Ws, probabilities, mask):
-    return supernet.mixed_cell(x_proj, h0, W0_h, Ws, probabilities, mask, primitives)
+def _readable_mixed(primitives, normalise, x_proj, h0, W0_h, Ws, probabilities, mask):
+    return supernet.mixed_cell(x_proj, h0, W0_h, Ws, probabilities, mask, primitives, normalise)
 
 
 def _built_in(op: str) -> bool:
@@ -185,7 +185,7 @@ def _arguments(graph: Graph, run: _Forward, keep: bool, **more: Tensor | None) -
     """The struct that cells.cpp reads. Addresses only: the caller's tensors must outlive the call."""
     tensors = {**run.buffers, "outputs": run.outputs, **more}
     T, B, H = run.outputs.shape
-    return CellStruct(T, B, H, graph.n_nodes, graph.n_edges, torch.get_num_threads(), graph.mixed, keep, supernet.BATCHNORM_EPS,
+    return CellStruct(T, B, H, graph.n_nodes, graph.n_edges, torch.get_num_threads(), graph.normalise, keep, supernet.BATCHNORM_EPS,
                  **{name: ctypes.addressof(array) for name, array in graph.arrays.items()},
                  **{name: t.data_ptr() for name, t in tensors.items() if t is not None})
 

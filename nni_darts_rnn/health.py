@@ -83,10 +83,11 @@ def with_rollbacks(store: Checkpoints, phase: str, epochs: int, once: Callable[[
 
 
 def spread(probabilities: Tensor, primitives) -> dict[str, float]:
-    """Of softmax(α) (E, K): the entropy (nats, mean over edges) and the mean shares of `none` and `identity`, where they are among the primitives."""
+    """Of softmax(α) (E, K): the entropy (nats, of an edge, mean over edges) and the shares of `none` and `identity`, where they are among the primitives."""
     p = probabilities.double()
-    found = {"alpha_entropy": float(-(p * p.clamp_min(1e-30).log()).sum(1).mean())}
-    return found | {f"{name}_share": float(p[:, list(primitives).index(name)].mean()) for name in ("none", "identity") if name in primitives}
+    edge = p / p.sum(1, keepdim=True)  # a row has less than 1 where the softmax is over all edges of a node
+    found = {"alpha_entropy": float(-(edge * edge.clamp_min(1e-30).log()).sum(1).mean())}
+    return found | {f"{name}_share": float(p[:, list(primitives).index(name)].sum() / p.sum()) for name in ("none", "identity") if name in primitives}
 
 
 def watched_spread(mixed, phase: str, epoch: int) -> dict[str, float]:

@@ -282,7 +282,8 @@ def search_learner(dls, recipe: SearchRecipe | Recipe | str = "penn", *, seed: i
         valid_batches = dls.arch if "arch" in vars(dls) else dls.valid.new(bs=dls.train.bs)
     V = _vocab_size(dls, vocab_size)
     torch.manual_seed(seed)
-    rnn = MixedRNN(recipe.hidden_size, recipe.hidden_size, recipe.n_nodes, dropout_x=recipe.dropout_x, dropout_h=recipe.dropout_h)
+    rnn = MixedRNN(recipe.hidden_size, recipe.hidden_size, recipe.n_nodes, dropout_x=recipe.dropout_x, dropout_h=recipe.dropout_h,
+                   relaxation=recipe.relaxation)
     lm = LanguageModel(V, rnn, **_dropouts(recipe))
     return _learner(dls, lm, recipe, path, [ArchParamUpdate.of(recipe, valid_batches), *cbs], metrics_file, splitter=weight_parameters)
 

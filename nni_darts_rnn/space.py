@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .cell import ACTIVATIONS, RecurrentWeights, checked_primitives
 from .genotype import PRIMITIVES, Genotype, edges, load_genotype
 from .model import LanguageModel, LMOutput
-from .supernet import MixedRNN
+from .supernet import MixedRNN, checked_relaxation
 
 
 class Read(nn.Module):
@@ -61,12 +61,14 @@ class CellSpace(RecurrentWeights, MutableModule):
     """One recurrent layer of open choices: x (T, B, I), h0 (B, H) or None -> outputs (T, B, H).
 
     Per node two `LayerChoice`s, `cell/node_<i>/input` (candidates "0" … "i-1") and `cell/node_<i>/op` (the primitives but `none`).
-    While every choice is decided (frozen, or one path sampled) the layer runs as the discrete cell that the choices spell.
+    While every choice is decided (frozen, or one path sampled) the layer runs as the discrete cell that the choices spell. `relaxation` is for
+    strategies that mix the choices (see `supernet`).
     """
 
-    def __init__(self, input_size: int, hidden_size: int, n_nodes: int = 8, primitives=PRIMITIVES, dropout_x: float = 0.0, dropout_h: float = 0.0):
+    def __init__(self, input_size: int, hidden_size: int, n_nodes: int = 8, primitives=PRIMITIVES, dropout_x: float = 0.0, dropout_h: float = 0.0,
+                 relaxation: str = "edge"):
         super().__init__(input_size, hidden_size, n_nodes, dropout_x, dropout_h)
-        self.primitives = checked_primitives(primitives)
+        self.primitives, self.relaxation = checked_primitives(primitives), checked_relaxation(relaxation)
         ops = [name for name in self.primitives if name != "none"]
         self.inputs, self.ops = nn.ModuleList(), nn.ModuleList()
         with label_scope("cell"):
@@ -109,7 +111,7 @@ class MixedCell(MixedRNN, BaseSuperNetModule):
         if type(module) is not CellSpace:
             return None
         mixed = cls(module.input_size, module.hidden_size, module.n_nodes, module.primitives, module.dropout_x, module.dropout_h,
-                    softmax=mutate_kwargs.get("softmax"))
+                    softmax=mutate_kwargs.get("softmax"), relaxation=module.relaxation)
         mixed.W0, mixed.Ws = module.W0, module.Ws
         mixed.alpha = memo.setdefault("cell/alpha", mixed.alpha)  # layers whose choices have the same labels are one cell: one α
         for choice in [*module.inputs, *module.ops]:
@@ -149,14 +151,14 @@ class RecurrentSpace(ModelSpace):
 class DartsRnnSpace(RecurrentSpace):
     """AWD-LSTM's language model with an open DARTS cell: every sample is one `Genotype`, every label a plain categorical.
 
-    vocab_size V, hidden_size H (the embedding's size too), n_nodes N; dropout rates as in `LanguageModel` and `RecurrentWeights`.
+    vocab_size V, hidden_size H (the embedding's size too), n_nodes N; dropout rates as in `LanguageModel` and `RecurrentWeights`, relaxation as in `MixedRNN`.
     tokens (T, B), hidden (B, H) -> `LMOutput`.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int = 300, n_nodes: int = 8, primitives=PRIMITIVES, dropout: float = 0.0,
-                 dropout_h: float = 0.0, dropout_x: float = 0.0, dropout_i: float = 0.0, dropout_e: float = 0.0):
+                 dropout_h: float = 0.0, dropout_x: float = 0.0, dropout_i: float = 0.0, dropout_e: float = 0.0, relaxation: str = "edge"):
         super().__init__()
-        rnn = CellSpace(hidden_size, hidden_size, n_nodes, primitives, dropout_x, dropout_h)
+        rnn = CellSpace(hidden_size, hidden_size, n_nodes, primitives, dropout_x, dropout_h, relaxation)
         self.lm = LanguageModel(vocab_size, rnn, dropout, dropout_i, dropout_e)
 
     def forward(self, tokens: Tensor, hidden: Tensor) -> LMOutput:

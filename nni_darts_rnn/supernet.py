@@ -1,7 +1,11 @@
-"""The mixed cell: every edge a softmax-weighted sum of all primitives (DARTS, eq. 2), every state batch-normalised.
+"""The mixed cell: every edge a softmax-weighted sum of all primitives (DARTS, eq. 2).
 
 With p = softmax(α[edge]) and the edge's c, z = (s_j∘m_h) W_i, primitive k contributes p_k (s_j + σ(c)∘(f_k(z) − s_j)) and
-`none` contributes zero. With P = 1 − p_none and m = Σ_k p_k f_k(z) the edge's sum is P s_j + σ(c)∘(m − P s_j).
+`none` contributes zero. With P = Σ_k≠none p_k and m = Σ_k p_k f_k(z) the edge's sum is P s_j + σ(c)∘(m − P s_j).
+
+Two relaxations. "edge", the paper's: a softmax for each edge; node i then adds i sums, and every state is batch-normalised to hold it in range. The cell
+that is derived has neither the sums nor the BatchNorm. "node": one softmax over all primitives of all edges into a node, and no BatchNorm: the state
+is a convex combination, and with all of α's weight on one primitive of one edge of each node the mixed cell is the discrete cell.
 """
 
 from __future__ import annotations
@@ -11,20 +15,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cell import ACTIVATIONS, RecurrentWeights, checked_primitives
-from .genotype import PRIMITIVES, Genotype, derive
+from .genotype import PRIMITIVES, Genotype, derive, did_you_mean
 
+RELAXATIONS = ("edge", "node")
 BATCHNORM_EPS = 1e-5
 ALPHA_SCALE = 1e-3
 """α starts at 1e-3·N(0, 1) (quark0/darts `rnn/model_search.py`)."""
 
 
+def checked_relaxation(name: str) -> str:
+    """`name`, or `ValueError` naming the nearest of `RELAXATIONS`."""
+    if name not in RELAXATIONS:
+        raise ValueError(f"relaxation: {name!r} is none of {', '.join(RELAXATIONS)}" + did_you_mean(name, RELAXATIONS))
+    return name
+
+
 def mixed_cell(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, probabilities: Tensor, mask: Tensor | None = None,
-               primitives=PRIMITIVES) -> Tensor:
+               primitives=PRIMITIVES, normalise: bool = True) -> Tensor:
     """Run the mixed cell over a sequence; the readable form, for any device, dtype and order of derivative.
 
     x_proj (T, B, 2H), h0 (B, H), W0_h (H, 2H), Ws (N, H, 2H) and mask (B, H) as in `cell.discrete_cell`;
-    probabilities (E, K): rows node by node, predecessor by predecessor. Every state passes a BatchNorm without affine parameters,
-    with the batch's own mean and biased variance at each time step. Returns the outputs (T, B, H).
+    probabilities (E, K): rows node by node, predecessor by predecessor. With `normalise` every state passes a BatchNorm without affine
+    parameters, with the batch's own mean and biased variance at each time step. Returns the outputs (T, B, H).
     """
     N = Ws.shape[0]
     columns = [(k, ACTIVATIONS[name]) for k, name in enumerate(primitives) if name != "none"]
@@ -33,19 +45,19 @@ def mixed_cell(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, probabiliti
         p = [rows[:, k] for k, _ in columns]  # (i, 1, 1) each
         nodes.append((W, p, sum(p)))  # P = 1 − p_none is the sum of the rest
 
-    def normalise(s: Tensor) -> Tensor:  # (B, H)
-        return F.batch_norm(s, None, None, training=True, eps=BATCHNORM_EPS)
+    def finish(s: Tensor) -> Tensor:  # (B, H)
+        return F.batch_norm(s, None, None, training=True, eps=BATCHNORM_EPS) if normalise else s
 
     h, outputs = h0, []
     for x in x_proj.unbind(0):
         c, z = (x + (h if mask is None else h * mask) @ W0_h).chunk(2, -1)  # (B, H) each
-        states = normalise(h + torch.sigmoid(c) * (torch.tanh(z) - h)).unsqueeze(0)  # (1, B, H)
+        states = finish(h + torch.sigmoid(c) * (torch.tanh(z) - h)).unsqueeze(0)  # (1, B, H)
         for W, p, present in nodes:
             c, z = ((states if mask is None else states * mask) @ W).chunk(2, -1)  # (i, B, H) each
             m = sum(p_k * f(z) for p_k, (_, f) in zip(p, columns))  # (i, B, H)
             carried = present * states
             s = (carried + torch.sigmoid(c) * (m - carried)).sum(0)  # (i, B, H) -> (B, H)
-            states = torch.cat([states, normalise(s).unsqueeze(0)])  # (i+1, B, H)
+            states = torch.cat([states, finish(s).unsqueeze(0)])  # (i+1, B, H)
         h = states[1:].mean(0)  # (B, H)
         outputs.append(h)
     return torch.stack(outputs)  # (T, B, H)
@@ -55,15 +67,16 @@ class MixedRNN(RecurrentWeights):
     """The supernet's recurrent layer: x (T, B, I), h0 (B, H) or None -> outputs (T, B, H); the last is the next hidden state.
 
     `alpha` (E, K) holds the architecture parameters; `softmax` turns it into probabilities once per sequence
-    (so a Gumbel softmax draws its noise once per sequence). States are normalised with their batch's own statistics in evaluation too:
-    with running averages the recurrence is no longer held in range, and perplexity was measured to explode (39,000 where the text's
-    training perplexity was 317). So B has to be at least 2.
+    (so a Gumbel softmax draws its noise once per sequence). With `relaxation="edge"` states are normalised with their batch's own statistics in
+    evaluation too: with running averages the recurrence is no longer held in range, and perplexity was measured to explode (39,000 where the
+    text's training perplexity was 317). So B has to be at least 2.
     """
 
     def __init__(self, input_size: int, hidden_size: int, n_nodes: int = 8, primitives=PRIMITIVES, dropout_x: float = 0.0,
-                 dropout_h: float = 0.0, softmax: nn.Module | None = None):
+                 dropout_h: float = 0.0, softmax: nn.Module | None = None, relaxation: str = "edge"):
         super().__init__(input_size, hidden_size, n_nodes, dropout_x, dropout_h)
         self.primitives = checked_primitives(primitives)
+        self.relaxation = checked_relaxation(relaxation)
         self.softmax = nn.Softmax(-1) if softmax is None else softmax
         # from a generator of its own, so that a seed gives the same α however many other numbers were drawn before, in NNI or in fastai
         noise = torch.randn(n_nodes * (n_nodes + 1) // 2, len(self.primitives), generator=torch.Generator().manual_seed(torch.initial_seed()))
@@ -71,16 +84,25 @@ class MixedRNN(RecurrentWeights):
 
     def probabilities(self) -> Tensor:
         """softmax(α), (E, K), without noise."""
-        return torch.softmax(self.alpha.detach().float(), -1)
+        return self.relaxed(nn.Softmax(-1), self.alpha.detach().float())
+
+    def relaxed(self, softmax: nn.Module, alpha: Tensor) -> Tensor:
+        """`softmax` of α (E, K), over an edge's primitives or over all those of a node's edges."""
+        if self.relaxation == "edge":
+            return softmax(alpha)
+        blocks = alpha.split(list(range(1, len(self.Ws) + 1)))  # (i, K) each
+        return torch.cat([softmax(block.reshape(1, -1)).view_as(block) for block in blocks])
 
     def genotype(self) -> Genotype:
         """The cell that the present α stands for."""
         return derive(self.probabilities().cpu().numpy(), self.primitives)
 
     def forward(self, x: Tensor, h0: Tensor | None = None) -> Tensor:
-        if x.shape[1] < 2:
+        normalise = self.relaxation == "edge"
+        if normalise and x.shape[1] < 2:
             raise ValueError("the supernet normalises over the batch: batch_size and eval_batch_size must be at least 2")
         from . import fused  # here, since it imports this module
 
         x_proj, h0, mask = self.project(x, h0)
-        return fused.mixed_cell(x_proj, h0, self.W0[self.input_size:], self.Ws, self.softmax(self.alpha), mask, self.primitives)
+        return fused.mixed_cell(x_proj, h0, self.W0[self.input_size:], self.Ws, self.relaxed(self.softmax, self.alpha), mask, self.primitives,
+                                normalise)

@@ -53,8 +53,8 @@ def assert_close(got, expected, tolerance):
         assert (a - b).abs().max() <= tolerance * b.abs().max().clamp(min=1e-3)
 
 
-def both_mixed(inputs, needs, mask, primitives=PRIMITIVES):
-    return [run(lambda *a: f(*a, primitives=primitives), inputs, needs, mask) for f in (fused.mixed_cell, supernet.mixed_cell)]
+def both_mixed(inputs, needs, mask, primitives=PRIMITIVES, normalise=True):
+    return [run(lambda *a: f(*a, primitives=primitives, normalise=normalise), inputs, needs, mask) for f in (fused.mixed_cell, supernet.mixed_cell)]
 
 
 def both_discrete(inputs, genotype, needs, mask):
@@ -67,7 +67,8 @@ def both_discrete(inputs, genotype, needs, mask):
 def test_mixed_cell_equals_the_readable_one(n_nodes, masked):
     for B in (3, 33):
         *inputs, mask = tensors(3, B, 19, n_nodes, seed=n_nodes)
-        assert_close(*both_mixed(inputs, [True] * 5, mask if masked else None), TOLERANCE[torch.float64])
+        for normalise in (True, False):
+            assert_close(*both_mixed(inputs, [True] * 5, mask if masked else None, normalise=normalise), TOLERANCE[torch.float64])
 
 
 @needs_extension

@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 
+from nni_darts_rnn.cell import DiscreteRNN
 from nni_darts_rnn.genotype import PRIMITIVES, Genotype, edges
 from nni_darts_rnn.supernet import ALPHA_SCALE, MixedRNN, mixed_cell
 
@@ -121,6 +122,34 @@ def test_a_supernet_whose_alpha_is_one_hot_is_a_single_path(training):
     assert rnn.genotype() == genotype
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_one_softmax_a_node_is_a_convex_combination_and_one_hot_the_discrete_cell(training):
+    genotype = Genotype((("relu", 0), ("sigmoid", 0), ("tanh", 2)))
+    torch.manual_seed(0)
+    rnn = MixedRNN(2, H, 3, dropout_x=0.3, dropout_h=0.3, relaxation="node").double().train(training)
+    with torch.no_grad():
+        rnn.W0.normal_(0, 0.6)
+        rnn.Ws.normal_(0, 0.6)
+        rnn.alpha.normal_()
+    p = rnn.probabilities()
+    torch.testing.assert_close(torch.stack([block.sum() for block in p.split([1, 2, 3])]), torch.ones(3))
+    with torch.no_grad():
+        rnn.alpha.fill_(-40.0)
+        for row, (node, j) in enumerate(edges(3)):
+            if genotype.recurrent[node - 1][1] == j:
+                rnn.alpha[row, PRIMITIVES.index(genotype.recurrent[node - 1][0])] = 40.0
+    assert rnn.genotype() == genotype
+    discrete = DiscreteRNN(2, H, genotype, dropout_x=0.3, dropout_h=0.3).double().train(training)
+    discrete.W0, discrete.Ws = rnn.W0, rnn.Ws
+    for batch in (B, 1):  # no statistics of a batch
+        x, h0 = torch.randn(T, batch, 2, dtype=torch.float64), torch.randn(batch, H, dtype=torch.float64)
+        results = []
+        for layer in (rnn, discrete):
+            torch.manual_seed(1)  # the same masks
+            results.append(layer(x, h0))
+        same(*results)
+
+
 def test_masks_of_the_layer_against_the_loop():
     torch.manual_seed(0)
     rnn = MixedRNN(2, H, 3, dropout_x=0.5, dropout_h=0.5).double()
@@ -179,6 +208,7 @@ def test_states_of_any_text_stay_in_range():
     (lambda: MixedRNN(2, 3, 2)(torch.zeros(4, 2, 3)), "expected (T, B, 2)"),
     (lambda: MixedRNN(2, 3, 2)(torch.zeros(4, 2, 2), torch.zeros(3, 3)), "expected (B, H) = (2, 3)"),
     (lambda: MixedRNN(2, 3, 0), "n_nodes: 0"),
+    (lambda: MixedRNN(2, 3, 2, relaxation="nodes"), "relaxation: 'nodes' is none of edge, node; did you mean 'node'?"),
     (lambda: MixedRNN(2, 3, 2, ("tanh", "swish")), "each must be 'none' or one of tanh"),
     (lambda: MixedRNN(2, 3, 2, ("tanh", "tanh")), "named once"),
     (lambda: MixedRNN(2, 3, 2, ("none",)), "one not 'none'"),
