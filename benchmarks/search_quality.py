@@ -2,6 +2,7 @@
 
     python benchmarks/search_quality.py run --corpus FOLDER --arm second-order original first-order shared random   # one NNI experiment an arm
     python benchmarks/search_quality.py run --corpus FOLDER --arm second-order --set search.epochs=5 --set search.warmup_epochs=4 --name "second-order, α warm-up"
+    python benchmarks/search_quality.py run --corpus FOLDER --arm second-order --set search.epochs=5 --set search.warmup_epochs=4 --set search.relaxation=node --name "second-order, node, α warm-up"
     python benchmarks/search_quality.py table                                                          # figures, tests and picture of what there is
 
 An interrupted `run` goes on where it was when it is given again: finished trials are kept in --work, and an unfinished phase has its checkpoints there.
@@ -28,6 +29,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 from datetime import date
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +37,7 @@ from scipy.stats import permutation_test, spearmanr
 from search_step import Size, machine
 
 from nni_darts_rnn.files import write_csv
+from nni_darts_rnn.genotype import PRIMITIVES
 
 RESULTS = Path(__file__).parent / "results"
 ARMS = ("second-order", "original", "first-order", "shared", "random", "one")
@@ -65,7 +68,7 @@ def half(corpus):
 
 
 def random_cell(generator: random.Random, n_nodes: int):
-    from nni_darts_rnn.genotype import PRIMITIVES, Genotype
+    from nni_darts_rnn.genotype import Genotype
 
     ops = [name for name in PRIMITIVES if name != "none"]
     return Genotype(tuple((generator.choice(ops), generator.randrange(node)) for node in range(1, n_nodes + 1)))
@@ -231,9 +234,15 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
     return float(spearmanr(a, b).statistic)
 
 
+def agreement(cells: list[list]) -> float | None:
+    """The share of nodes, (op, predecessor), that two cells have in common, mean over all pairs; None for a single cell."""
+    pairs = list(combinations(cells, 2))
+    return float(np.mean([[a == b for a, b in zip(one, other)] for one, other in pairs])) if pairs else None
+
+
 def summary(rows: list[dict]) -> dict:
-    """By arm: seeds, mean and standard deviation of the cells' perplexities (a cell's is the mean of its retrainings), the best, the test against
-    `random` and `original` by seed; over all cells the rank correlation of short and long retraining."""
+    """By arm: seeds, mean and standard deviation of the cells' perplexities (a cell's is the mean of its retrainings), the best, how far the seeds'
+    cells agree, the test against `random` and `original` by seed; over all cells the rank correlation of short and long retraining."""
     cells: dict = {}
     for row in rows:
         cells.setdefault(row["name"], {}).setdefault(int(row["seed"]), []).append(row)
@@ -243,12 +252,13 @@ def summary(rows: list[dict]) -> dict:
     for name, seeds in mean.items():
         valid, test = (np.array([cell[k] for cell in seeds.values()]) for k in ("valid", "test"))
         best = min(seeds, key=lambda seed: seeds[seed]["valid"])
-        ops = Counter(op for there in cells[name].values() for op, _ in json.loads(there[0]["genotype"])["recurrent"])
+        genotypes = [json.loads(there[0]["genotype"])["recurrent"] for there in cells[name].values()]
+        ops = Counter(op for genotype in genotypes for op, _ in genotype)
         supernets = [float(there[0]["supernet_valid"]) for there in cells[name].values() if there[0].get("supernet_valid")]
         arm = {"seeds": len(seeds), "retrainings": min(map(len, cells[name].values())), "valid_mean": valid.mean(), "valid_sd": valid.std(ddof=1) if len(valid) > 1 else None,
                "test_mean": test.mean(), "test_sd": test.std(ddof=1) if len(test) > 1 else None, "best_valid": seeds[best]["valid"], "best_test": seeds[best]["test"],
                "best_genotype": cells[name][best][0]["genotype"], "search_seconds": float(np.mean([c["search_seconds"] for c in seeds.values()])),
-               "supernet_valid": float(np.median(supernets)) if supernets else None,
+               "supernet_valid": float(np.median(supernets)) if supernets else None, "agreement": agreement(genotypes),
                "ops": {op: count / sum(ops.values()) for op, count in sorted(ops.items())}}
         for other in ("random", "shared", "original", "one"):
             both = sorted(seeds.keys() & mean.get(other, {}).keys())
@@ -257,6 +267,7 @@ def summary(rows: list[dict]) -> dict:
                 arm[f"minus_{other}"], arm[f"p_{other}"] = differences.mean(), sign_flip(differences)
         found["arms"][name] = arm
     every = [cell for seeds in mean.values() for cell in seeds.values()]
+    found["agreement_by_chance"] = float(np.mean([1 / ((len(PRIMITIVES) - 1) * node) for node in range(1, len(genotypes[0]) + 1)]))
     found["short_long_rank_correlation"] = spearman(*(np.array([cell[k] for cell in every]) for k in ("short_valid", "valid")))
     most = max(len(there) for seeds in cells.values() for there in seeds.values())
     again = np.array([[float(r["valid"]) for r in sorted(there, key=lambda r: int(r["retrain_seed"]))]

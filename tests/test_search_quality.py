@@ -87,6 +87,11 @@ def test_rows_have_the_supernets_last_perplexity(tmp_path):
     assert quality.collect(tmp_path, "an arm, changed") == [{"seed": 1, "supernet_valid": "30.5"}, {"seed": 2, "supernet_valid": ""}]
 
 
+def test_agreement():
+    one, other = [["relu", 0], ["tanh", 1]], [["relu", 0], ["tanh", 0]]
+    assert quality.agreement([one, other]) == 0.5 and quality.agreement([one, one, other]) == pytest.approx(2 / 3) and quality.agreement([one]) is None
+
+
 def test_summary(tmp_path):
     def row(name, seed, again, valid):
         return {"name": name, "arm": name, "seed": seed, "retrain_seed": again, "genotype": json.dumps({"recurrent": [["relu", 0]], "concat": [1]}),
@@ -97,6 +102,7 @@ def test_summary(tmp_path):
     arm = found["arms"]["second-order"]
     assert (arm["seeds"], arm["retrainings"]) == (3, 2) and arm["valid_mean"] == 52.5 and arm["valid_sd"] == pytest.approx(1.0)
     assert arm["minus_random"] == -2 and arm["p_random"] == 2 / 8 and arm["best_valid"] == 51.5 and arm["best_test"] == 52.5
+    assert arm["agreement"] == 1 and found["agreement_by_chance"] == 1 / 4
     assert found["short_long_rank_correlation"] == pytest.approx(1) and found["sd_of_retrainings"] == pytest.approx(0.5**0.5)
     assert found["sd_beside_retraining_seed"] == pytest.approx(0, abs=1e-6) and arm["supernet_valid"] is None
     rows[0]["valid"] += 1.0  # one of 6 cells × 2: what is left is 1/4 in each way but for the means over 6
