@@ -241,7 +241,7 @@ struct Share {
 // The threads of one sequence.
 template <class T> struct Team {
   Meeting meeting;
-  std::vector<int64_t> bounds;      // thread k's rows: bounds[k] … bounds[k + 1]
+  std::vector<int64_t> bounds;   // thread k's rows: bounds[k] … bounds[k + 1]
   std::vector<Share> shares[2];  // one a thread
 
   explicit Team(const Cell& d) : Team(d, size(d)) {}
@@ -267,7 +267,7 @@ template <class T> struct Sequence {
   const int64_t S, B, H, N, BH, lo, n;
   const T* mask;
   mutable int64_t turn = 0;
-  mutable std::vector<T> mean, spread;          // (H) each: of the node at hand, over the whole batch
+  mutable std::vector<T> mean, spread;  // (H) each: of the node at hand, over the whole batch
   mutable std::vector<T> panel;         // of pre-activations' gradients
 
   Sequence(const Cell& cell, Team<T>& all, int64_t k, double* s)
@@ -524,7 +524,7 @@ template <class T> struct Sequence {
     }
   }
 
-  // this thread's share of the columns of all weight gradients, once every row is done: at most ROW_BLOCK rows are packed at a time, for all of A's columns
+  // this thread's share of the columns of all weight gradients, once every row is done
   void weight_gradients() const {
     if (T* dW = static_cast<T*>(d.d_W0_h)) {
       if (mask) add_gradient(dW, S * B, static_cast<const T*>(d.previous), pre0(0), 2 * H, false);
@@ -543,7 +543,7 @@ template <class T> struct Sequence {
       }
   }
 
-  // dW (H,2H) = [dW +] A^T G for A (m,H) and G (m,2H), `ldg` from row to row
+  // dW (H,2H) = [dW +] A^T G for A (m,H) and G (m,2H), `ldg` from row to row; panels of at most ROW_BLOCK rows of G are packed one by one
   void add_gradient(T* dW, int64_t m, const T* A, const T* G, int64_t ldg, bool add) const {
     constexpr int64_t C = Tile<T>::columns;
     const int64_t panels = Tile<T>::panels(2 * H), from = panels * thread / team.threads() * C, to = panels * (thread + 1) / team.threads() * C;
