@@ -267,7 +267,8 @@ def summary(rows: list[dict]) -> dict:
                 arm[f"minus_{other}"], arm[f"p_{other}"] = differences.mean(), sign_flip(differences)
         found["arms"][name] = arm
     every = [cell for seeds in mean.values() for cell in seeds.values()]
-    found["agreement_by_chance"] = float(np.mean([1 / ((len(PRIMITIVES) - 1) * node) for node in range(1, len(genotypes[0]) + 1)]))
+    n_nodes = len(json.loads(rows[0]["genotype"])["recurrent"])
+    found["agreement_by_chance"] = float(np.mean([1 / ((len(PRIMITIVES) - 1) * node) for node in range(1, n_nodes + 1)]))
     found["short_long_rank_correlation"] = spearman(*(np.array([cell[k] for cell in every]) for k in ("short_valid", "valid")))
     most = max(len(there) for seeds in cells.values() for there in seeds.values())
     again = np.array([[float(r["valid"]) for r in sorted(there, key=lambda r: int(r["retrain_seed"]))]

@@ -40,6 +40,13 @@ def did_you_mean(word: object, allowed) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+def one_of(name: str, value, allowed):
+    """`value`, or `ValueError` with one line that names the setting, what is allowed and the nearest of it."""
+    if value not in allowed:
+        raise ValueError(f"{name}: {value!r} is none of {', '.join(allowed)}" + did_you_mean(value, allowed))
+    return value
+
+
 @dataclass(frozen=True)
 class Genotype:
     """A discrete recurrent cell.

@@ -9,7 +9,7 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 
-from .genotype import did_you_mean
+from .genotype import did_you_mean, one_of
 
 
 def _field(default, low=-math.inf, high=math.inf, *, below=False, choices=None, optional=False, help=""):
@@ -173,9 +173,7 @@ def _check(name: str, value, spec: dataclasses.Field):
     """`value` as the field's type, or `ValueError` saying what is allowed."""
     kind, meta = spec.type, spec.metadata
     if meta["choices"]:
-        if value not in meta["choices"]:
-            raise ValueError(f"{name}: {value!r} is none of {', '.join(meta['choices'])}" + did_you_mean(value, meta["choices"]))
-        return value
+        return one_of(name, value, meta["choices"])
     if meta["optional"] and (value is None or str(value).lower() in ("none", "null")):
         return None
     if kind == "bool":

@@ -12,9 +12,9 @@ from nni.nas.oneshot.pytorch.supermodule.base import BaseSuperNetModule
 from torch import Tensor, nn
 
 from .cell import ACTIVATIONS, RecurrentWeights, checked_primitives
-from .genotype import PRIMITIVES, Genotype, edges, load_genotype
+from .genotype import PRIMITIVES, Genotype, edges, load_genotype, one_of
 from .model import LanguageModel, LMOutput
-from .supernet import MixedRNN, checked_relaxation
+from .supernet import RELAXATIONS, MixedRNN
 
 
 class Read(nn.Module):
@@ -68,7 +68,7 @@ class CellSpace(RecurrentWeights, MutableModule):
     def __init__(self, input_size: int, hidden_size: int, n_nodes: int = 8, primitives=PRIMITIVES, dropout_x: float = 0.0, dropout_h: float = 0.0,
                  relaxation: str = "edge"):
         super().__init__(input_size, hidden_size, n_nodes, dropout_x, dropout_h)
-        self.primitives, self.relaxation = checked_primitives(primitives), checked_relaxation(relaxation)
+        self.primitives, self.relaxation = checked_primitives(primitives), one_of("relaxation", relaxation, RELAXATIONS)
         ops = [name for name in self.primitives if name != "none"]
         self.inputs, self.ops = nn.ModuleList(), nn.ModuleList()
         with label_scope("cell"):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .bilevel import EPSILON, MODES, WeightStep, architecture_gradient, original_gradient
-from .genotype import did_you_mean
+from .genotype import one_of
 from .health import check_finite
 
 
@@ -245,8 +245,7 @@ class SecondOrderDARTS(DARTS):
         for name, value in (("epsilon", epsilon), ("gradient_clip_val", 1 if gradient_clip_val is None else gradient_clip_val)):
             if not value > 0:
                 raise ValueError(f"{name}: {value!r} must be above 0")
-        if hvp not in MODES:
-            raise ValueError(f"hvp: {hvp!r} is none of {', '.join(MODES)}" + did_you_mean(hvp, MODES))
+        one_of("hvp", hvp, MODES)
         if reproduce_original and gradient_clip_val is None:
             raise ValueError("reproduce_original: the published code always clips; give gradient_clip_val (the paper's is 0.25)")
         super().__init__(arc_learning_rate=arc_learning_rate, gradient_clip_val=gradient_clip_val,

@@ -15,19 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cell import ACTIVATIONS, RecurrentWeights, checked_primitives
-from .genotype import PRIMITIVES, Genotype, derive, did_you_mean
+from .genotype import PRIMITIVES, Genotype, derive, one_of
 
 RELAXATIONS = ("edge", "node")
 BATCHNORM_EPS = 1e-5
 ALPHA_SCALE = 1e-3
 """α starts at 1e-3·N(0, 1) (quark0/darts `rnn/model_search.py`)."""
-
-
-def checked_relaxation(name: str) -> str:
-    """`name`, or `ValueError` naming the nearest of `RELAXATIONS`."""
-    if name not in RELAXATIONS:
-        raise ValueError(f"relaxation: {name!r} is none of {', '.join(RELAXATIONS)}" + did_you_mean(name, RELAXATIONS))
-    return name
 
 
 def mixed_cell(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, probabilities: Tensor, mask: Tensor | None = None,
@@ -76,7 +69,7 @@ class MixedRNN(RecurrentWeights):
                  dropout_h: float = 0.0, softmax: nn.Module | None = None, relaxation: str = "edge"):
         super().__init__(input_size, hidden_size, n_nodes, dropout_x, dropout_h)
         self.primitives = checked_primitives(primitives)
-        self.relaxation = checked_relaxation(relaxation)
+        self.relaxation = one_of("relaxation", relaxation, RELAXATIONS)
         self.softmax = nn.Softmax(-1) if softmax is None else softmax
         # from a generator of its own, so that a seed gives the same α however many other numbers were drawn before, in NNI or in fastai
         noise = torch.randn(n_nodes * (n_nodes + 1) // 2, len(self.primitives), generator=torch.Generator().manual_seed(torch.initial_seed()))

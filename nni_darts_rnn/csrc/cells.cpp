@@ -412,7 +412,7 @@ template <class T> struct Sequence {
     if (thread == 0) std::copy(spread.begin(), spread.end(), scale);
   }
 
-  // what becomes of a state's row: normalised, masked for the GEMM, added to the output
+  // what becomes of a state's row: normalised, masked for the product, added to the output
   void finish_row(int64_t i, int64_t t, int64_t b) const {
     T* __restrict row = state(i, t) + b * H;
     T* __restrict out = output(t) + b * H;

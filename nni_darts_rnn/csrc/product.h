@@ -18,6 +18,7 @@ template <class T> struct Tile {
 #endif
   static constexpr int lanes = bytes / int(sizeof(T)), columns = 2 * lanes;
   typedef T Vector __attribute__((vector_size(bytes)));
+  static_assert(columns <= 32, "fused.py allots panels of at most 32 columns");
 
   static int64_t panels(int64_t n) { return (n + columns - 1) / columns; }
   static int64_t packed(int64_t k, int64_t n) { return panels(n) * columns * k; }  // numbers
