@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .extension import State, enabled
-from .fused import differentiable, plain
+from .extension import CrossEntropyStruct, State, enabled
+from .fused import differentiable, padded, plain
 
 _CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}  # numbers in one block of logits: the CPU's cache, and enough for a GPU to be busy
+_FEW = 128  # rows from which packing the weights pays
 
 
 def linear_cross_entropy(dropped: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
@@ -54,52 +57,69 @@ def _cross_entropy(dropped: Tensor, weight: Tensor, bias: Tensor | None, targets
     with torch.autocast(device, enabled=False):
         x, w = dropped.to(dtype), weight.to(dtype)
         b = None if bias is None else bias.to(dtype)
-        (R, H), V = x.shape, len(w)
-        rows = max(64, _CHUNK.get(device, _CHUNK["cuda"]) // V)
-        d_x = torch.empty_like(dropped) if needs[0] else None
-        d_w = torch.zeros(V, H, dtype=w.dtype if dtype.itemsize >= 4 else torch.float32, device=w.device) if needs[1] else None
-        d_b = torch.zeros(V, dtype=torch.float32 if dtype.itemsize < 4 else dtype, device=w.device) if needs[2] else None
-        nats = torch.zeros((), dtype=torch.float64, device=x.device)
-        space = x.new_empty(min(rows, R), V)  # one block of logits, used again and again
-        for start in range(0, R, rows):
-            part, y = x[start:start + rows], targets[start:start + rows]
-            logits = torch.mm(part, w.t(), out=space[:len(part)])  # (rows, H) (H, V) -> (rows, V)
-            nll, d = _softmax_rows(logits, b, y, 1 / R if any(needs[:3]) else 0.0)  # (rows,), (rows, V)
-            nats += nll.sum(dtype=torch.float64)
-            if d_b is not None:
-                d_b += d.sum(0)
-            if dtype.itemsize < 4:
-                d = d.to(dtype)
-            if d_x is not None:
-                if d_x.dtype == dtype:
-                    torch.mm(d, w, out=d_x[start:start + rows])  # (rows, V) (V, H)
-                else:
-                    d_x[start:start + rows] = d @ w
-            if d_w is not None:
-                if d_w.dtype == dtype:
-                    d_w.addmm_(d.t(), part)  # (V, rows) (rows, H)
-                else:
-                    d_w += d.t() @ part
-        loss = (nats / R).to(dropped.dtype if dtype.itemsize >= 4 else torch.float32)
-        return [loss, d_x, None if d_w is None else d_w.to(weight.dtype), None if d_b is None else d_b.to(bias.dtype)]
+        if device == "cpu" and dtype == dropped.dtype == weight.dtype and dtype in (torch.float32, torch.float64) and targets.dtype == torch.int64 \
+                and len(x) >= _FEW and enabled():
+            return _compiled(x, w, b, targets, needs)
+        return _by_blocks(x, w, b, targets, needs, dropped.dtype, weight.dtype)
+
+
+def _compiled(x: Tensor, w: Tensor, b: Tensor | None, targets: Tensor, needs) -> list[Tensor | None]:
+    """`_by_blocks` in C++ (csrc/cross_entropy.cpp)."""
+    (R, H), V = x.shape, len(w)
+    x, w, b, y = x.contiguous(), w.contiguous(), None if b is None else b.contiguous(), targets.contiguous()
+    nll = torch.empty(R, dtype=torch.float64)
+    grads = [torch.empty(shape, dtype=x.dtype) if need else None for shape, need in zip(((R, H), (V, H), (V,)), needs)]
+    scratch = {"logits": x.new_empty(State.loaded.block, V), "packed": x.new_empty(H, padded(V))}
+    if needs[0]:
+        scratch["packed_back"] = x.new_empty(V, padded(H))
+    if needs[1]:
+        scratch["d_w_transposed"] = x.new_empty(H, V)
+    tensors = {"x": x, "w": w, "b": b, "targets": y, "nll": nll, **dict(zip(("d_x", "d_w", "d_b"), grads)), **scratch}
+    arguments = CrossEntropyStruct(R, H, V, torch.get_num_threads(), 1 / R if any(needs[:3]) else 0.0,
+                                   **{name: t.data_ptr() for name, t in tensors.items() if t is not None})
+    bad = State.loaded.cross_entropy[x.dtype](ctypes.byref(arguments))
+    if bad >= 0:
+        raise IndexError(f"Target {int(y[bad])} is out of bounds.")
+    return [nll.mean().to(x.dtype), *grads]
+
+
+def _by_blocks(x: Tensor, w: Tensor, b: Tensor | None, targets: Tensor, needs, x_dtype: torch.dtype, w_dtype: torch.dtype) -> list[Tensor | None]:
+    """Loss and gradients for x, w and b of the dtype to compute in; the gradients come in the dtypes of what those were made of."""
+    (R, H), V, dtype = x.shape, len(w), x.dtype
+    rows = max(64, _CHUNK.get(x.device.type, _CHUNK["cuda"]) // V)
+    wide = dtype if dtype.itemsize >= 4 else torch.float32  # sums of many blocks
+    d_x = torch.empty_like(x, dtype=x_dtype) if needs[0] else None
+    d_w = torch.zeros(V, H, dtype=wide, device=w.device) if needs[1] else None
+    d_b = torch.zeros(V, dtype=wide, device=w.device) if needs[2] else None
+    nats = torch.zeros((), dtype=torch.float64, device=x.device)
+    space = x.new_empty(min(rows, R), V)  # one block of logits, used again and again
+    for start in range(0, R, rows):
+        part, y = x[start:start + rows], targets[start:start + rows]
+        logits = torch.mm(part, w.t(), out=space[:len(part)])  # (rows, H) (H, V) -> (rows, V)
+        nll, d = _softmax_rows(logits, b, y, 1 / R if any(needs[:3]) else 0.0)  # (rows,), (rows, V)
+        nats += nll.sum(dtype=torch.float64)
+        if d_b is not None:
+            d_b += d.sum(0)
+        d = d.to(dtype)
+        if d_x is not None:
+            d_x[start:start + rows] = d @ w  # (rows, V) (V, H)
+        if d_w is not None:
+            if wide == dtype:
+                d_w.addmm_(d.t(), part)  # (V, rows) (rows, H)
+            else:
+                d_w += d.t() @ part
+    loss = (nats / R).to(x_dtype if x_dtype.itemsize >= 4 else torch.float32)
+    return [loss, d_x, None if d_w is None else d_w.to(w_dtype), None if d_b is None else d_b.to(w_dtype)]
 
 
 def _softmax_rows(logits: Tensor, bias: Tensor | None, targets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Logits (R, V) without their bias -> nats (R) and scale·(softmax − onehot), in the logits' place where possible (rubbish if scale is 0)."""
-    if logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.float64) and targets.dtype == torch.int64 and enabled():
-        y, nll = targets.contiguous(), torch.empty(len(logits), dtype=torch.float64)
-        b = None if bias is None else bias.contiguous()
-        bad = State.loaded.softmax_rows[logits.dtype](*logits.shape, logits.data_ptr(), None if b is None else b.data_ptr(), y.data_ptr(), scale,
-                                                        nll.data_ptr(), torch.get_num_threads())
-        if bad >= 0:
-            raise IndexError(f"Target {int(y[bad])} is out of bounds.")
-        return nll, logits
+    """Logits (R, V) without their bias -> nats (R) and scale·(softmax − onehot) (rubbish if scale is 0)."""
     logits = logits if logits.dtype.itemsize >= 4 else logits.float()
     if bias is not None:
         logits += bias
-    total = logits.logsumexp(1)  # (R,)
-    nll = total - logits.gather(1, targets[:, None]).squeeze(1)
+    log_p = logits.log_softmax(1)
+    nll = log_p.gather(1, targets[:, None]).squeeze(1).neg()
     if scale:
-        logits.sub_(total[:, None]).exp_().mul_(scale)
-        logits.scatter_add_(1, targets[:, None], logits.new_full((len(targets), 1), -scale))
-    return nll, logits
+        log_p.exp_().mul_(scale)
+        log_p.scatter_add_(1, targets[:, None], log_p.new_full((len(targets), 1), -scale))
+    return nll, log_p

@@ -1,4 +1,4 @@
-"""The compiled extension, `csrc/cells.cpp`: when a process uses it, and how it is built, cached, loaded and checked.
+"""The compiled extension, `csrc/`: when a process uses it, and how it is built, cached, loaded and checked.
 
 Which cells a process uses must not depend on what an earlier one left in the cache, so the extension is used only once `enable` or `prepare` was
 called, or with NNI_DARTS_RNN_FUSED=1; NNI_DARTS_RNN_FUSED=0 turns it off. It is compiled on first use (about five seconds) and kept in the user's
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .files import hold
 
-SOURCE = Path(__file__).with_name("csrc") / "cells.cpp"
+SOURCES = Path(__file__).with_name("csrc")
 BUILD_SECONDS = 8.0
 """What a build costs at most on two cores, and so what the fast path must save before `prepare` turns it on."""
 
@@ -120,23 +120,31 @@ class CellStruct(ctypes.Structure):
                     "d_outputs", "d_states", "scratch", "carry", "d_h", "d_h0", "d_W0_h", "d_Ws", "d_p")])
 
 
+class CrossEntropyStruct(ctypes.Structure):
+    """struct LinearCrossEntropy of cross_entropy.cpp; shapes are given there."""
+
+    _fields_ = ([(name, ctypes.c_int64) for name in ("rows", "hidden", "words", "threads")]
+                + [("scale", ctypes.c_double)]
+                + [(name, ctypes.c_void_p) for name in ("x", "w", "b", "targets", "nll", "d_x", "d_w", "d_b", "logits", "packed", "packed_back", "d_w_transposed")])
+
+
 class _Library:
-    """The loaded extension: `forward[dtype]`, `backward[dtype]`, `softmax_rows[dtype]`."""
+    """The loaded extension: `forward[dtype]`, `backward[dtype]`, `cross_entropy[dtype]`; `block`, the rows of logits that the last one needs."""
 
     def __init__(self, path: Path):
         library = ctypes.CDLL(str(path))
-        library.cell_struct_size.restype = ctypes.c_int64
-        if library.cell_struct_size() != ctypes.sizeof(CellStruct):
-            raise OSError(f"{path.name} does not fit this version of extension.py")
-        self.forward, self.backward, self.softmax_rows = {}, {}, {}
+        for size, struct in (("cell_struct_size", CellStruct), ("cross_entropy_struct_size", CrossEntropyStruct)):
+            getattr(library, size).restype = ctypes.c_int64
+            if getattr(library, size)() != ctypes.sizeof(struct):
+                raise OSError(f"{path.name} does not fit this version of extension.py")
+        library.cross_entropy_block.restype = ctypes.c_int64
+        self.block = library.cross_entropy_block()
+        self.forward, self.backward, self.cross_entropy = {}, {}, {}
         for dtype, name in ((torch.float32, "float"), (torch.float64, "double")):
-            for table, function in ((self.forward, "cell_forward_"), (self.backward, "cell_backward_")):
+            for table, function, struct, result in ((self.forward, "cell_forward_", CellStruct, None), (self.backward, "cell_backward_", CellStruct, None),
+                                                    (self.cross_entropy, "cross_entropy_", CrossEntropyStruct, ctypes.c_int64)):
                 table[dtype] = getattr(library, function + name)
-                table[dtype].argtypes, table[dtype].restype = [ctypes.POINTER(CellStruct)], None
-            rows = getattr(library, "softmax_rows_" + name)
-            rows.argtypes = [ctypes.c_int64] * 2 + [ctypes.c_void_p] * 3 + [ctypes.c_double, ctypes.c_void_p, ctypes.c_int64]
-            rows.restype = ctypes.c_int64
-            self.softmax_rows[dtype] = rows
+                table[dtype].argtypes, table[dtype].restype = [ctypes.POINTER(struct)], result
 
 
 def _openmp() -> list[str]:
@@ -181,7 +189,7 @@ def _load(build: bool) -> _Library:
     """The extension from the cache, compiled first if it is not there."""
     if os.name != "posix":
         raise _Unavailable("the fast cells need Linux or macOS; there searches are about 5x faster")
-    key = hashlib.sha256("\n".join([*(path.read_text() for path in sorted(SOURCE.parent.glob("*"))), *_flags(), *_openmp(), _processor(), platform.machine(), torch.__version__]).encode())
+    key = hashlib.sha256("\n".join([*(path.read_text() for path in sorted(SOURCES.glob("*"))), *_flags(), *_openmp(), _processor(), platform.machine(), torch.__version__]).encode())
     name = f"cells-{key.hexdigest()[:16]}.so"
     with contextlib.ExitStack() as stack:
         try:
@@ -203,12 +211,12 @@ def _load(build: bool) -> _Library:
 
 
 def _compile(target: Path) -> None:
-    """cells.cpp, with what it includes, -> target, which appears whole or not at all."""
+    """csrc/*.cpp, with what they include, -> target, which appears whole or not at all."""
     compiler = _compiler()
     with tempfile.TemporaryDirectory(prefix=".build-", dir=target.parent) as folder:
-        compiled, linked = Path(folder, "cells.o"), Path(folder, "cells.so")
-        for command in ([*compiler, *_flags(), "-c", str(SOURCE), "-o", str(compiled)],
-                        [*compiler, "-shared", str(compiled), *_openmp(), "-o", str(linked)]):
+        linked, compiled = Path(folder, "cells.so"), {path: Path(folder, f"{path.stem}.o") for path in sorted(SOURCES.glob("*.cpp"))}
+        for command in (*([*compiler, *_flags(), "-c", str(path), "-o", str(result)] for path, result in compiled.items()),
+                        [*compiler, "-shared", *map(str, compiled.values()), *_openmp(), "-o", str(linked)]):
             try:
                 run = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300)
             except (OSError, subprocess.TimeoutExpired) as error:

@@ -152,8 +152,8 @@ def _run_forward(graph: Graph, x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Ten
     T, B, H, N, E = len(x_proj), *h0.shape, graph.n_nodes, graph.n_edges
     steps, new = (T if keep else 1), x_proj.new_empty
     inputs = {name: t.detach().contiguous() for name, t in (("x_proj", x_proj), ("h0", h0), ("W0_h", W0_h), ("Ws", Ws))}
-    workspace, large = _take({"pre": steps * B * E * 2 * H, "states": (N + 1) * steps * B * H, "scale": steps * (N + 1) * H, "packed": (N + 1) * H * _padded(2 * H)}
-                             | ({"packed_back": (N + 1) * 2 * H * _padded(H)} if keep else {})
+    workspace, large = _take({"pre": steps * B * E * 2 * H, "states": (N + 1) * steps * B * H, "scale": steps * (N + 1) * H, "packed": (N + 1) * H * padded(2 * H)}
+                             | ({"packed_back": (N + 1) * 2 * H * padded(H)} if keep else {})
                              | ({} if mask is None else {"masked": N * steps * B * H, "previous": steps * B * H}), x_proj.dtype)
     buffers = {
         **inputs, "mask": None if mask is None else mask.detach().contiguous(),
@@ -190,7 +190,7 @@ def _arguments(graph: Graph, run: _Forward, keep: bool, **more: Tensor | None) -
                  **{name: t.data_ptr() for name, t in tensors.items() if t is not None})
 
 
-def _padded(columns: int) -> int:
+def padded(columns: int) -> int:
     """Columns of a matrix in panels: at most 32 to a panel, whatever the machine's registers (product.h)."""
     return -(-columns // 32) * 32
 

@@ -256,13 +256,15 @@ def test_nothing_is_fast_before_it_was_asked_for(monkeypatch):
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("needs", [(1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0)])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_linear_cross_entropy(compiled, needs, with_bias, monkeypatch):
+@pytest.mark.parametrize("R, H, V", [(150, 7, 31), (600, 19, 301)])
+def test_linear_cross_entropy(R, H, V, compiled, needs, with_bias, monkeypatch):
+    """The larger size is shared by threads, in more than one block of rows, and more words than are added up at a time."""
     monkeypatch.setattr(extension.State, "on", compiled)
     monkeypatch.setitem(cross_entropy._CHUNK, "cpu", 1)  # blocks of 64 rows
     g = torch.Generator().manual_seed(3)
     for dtype in (torch.float64, torch.float32):
-        x, w, b = (torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for shape in ((150, 7), (31, 7), (31,)))
-        y = torch.randint(31, (150,), generator=g)
+        x, w, b = (torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for shape in ((R, H), (V, H), (V,)))
+        y = torch.randint(V, (R,), generator=g)
         results = []
         for function in (cross_entropy.linear_cross_entropy, lambda x, w, b, y: F.cross_entropy(F.linear(x, w, b), y)):
             leaves = [t.clone().requires_grad_(bool(n)) for t, n in zip((x, w, b), needs)]

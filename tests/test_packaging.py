@@ -53,12 +53,15 @@ def distributions(tmp_path_factory):
     return sdist, build("wheel", next((folder / "unpacked").iterdir()), folder)
 
 
+COMPILED = {f"nni_darts_rnn/csrc/{name}" for name in ("cells.cpp", "cross_entropy.cpp", "elementary.h", "product.h", "team.h")}
+
+
 def test_sdist_holds_what_the_tests_and_the_documentation_need(distributions):
     with tarfile.open(distributions[0]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     for name in ("README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "pyproject.toml", "setup.cfg", "docs/method.md", "docs/pictures/cell.svg",
                  "examples/darts_rnn.yml", "examples/time_series.py", "search_spaces/darts_rnn.json", "tests/test_packaging.py", "tests/conftest.py",
-                 "nni_darts_rnn/csrc/cells.cpp", "nni_darts_rnn/csrc/product.h", "nni_darts_rnn/py.typed"):
+                 "nni_darts_rnn/py.typed", *COMPILED):
         assert name in names, name
     assert any(name.startswith("tests/golden/") for name in names) and not any(name.endswith(".pyc") for name in names)
 
@@ -69,7 +72,7 @@ def test_wheel_holds_the_package_and_its_data(distributions):
         metadata = wheel.read(next(name for name in names if name.endswith("METADATA"))).decode()
     expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "nni_darts_rnn").rglob("*.py")}
     assert expected & names >= {name for name in expected if name in run("git", "ls-files")}
-    assert {"nni_darts_rnn/py.typed", "nni_darts_rnn/csrc/cells.cpp", "nni_darts_rnn/csrc/product.h"} <= names
+    assert {"nni_darts_rnn/py.typed", *COMPILED} <= names
     assert any(name.endswith("share/nni_darts_rnn/examples/darts_rnn.yml") for name in names)
     assert not any(name.startswith(("tests/", "benchmarks/", "docs/")) for name in names)
     assert f"\nVersion: {nni_darts_rnn.__version__}\n" in metadata and "License-File: LICENSE" in metadata and "Provides-Extra: export" in metadata

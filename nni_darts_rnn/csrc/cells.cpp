@@ -31,18 +31,14 @@
 // Sums over the batch are made of the threads' sums in the threads' order, so that the same number of threads gives the same bits.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <thread>
-#include <type_traits>
 #include <vector>
 
-#include <omp.h>
-#include <sched.h>
-
+#include "elementary.h"
 #include "product.h"
+#include "team.h"
 
 extern "C" {
 struct Cell {  // mirrored, field by field, in extension.py
@@ -72,74 +68,8 @@ int64_t cell_struct_size() { return sizeof(Cell); }
 namespace {
 
 enum Op : int64_t { TANH, RELU, SIGMOID, IDENTITY, MIX };
-constexpr int64_t ROWS = 4;         // of the batch for which another thread pays
-constexpr int64_t GRAIN = 4096;     // numbers for which another thread pays
-constexpr int64_t ROW_BLOCK = 256;  // rows of a weight gradient's product at a time: a panel of them fits the first cache
-
-template <class T> struct Limits;
-template <> struct Limits<float> {
-  using Int = int32_t;
-  static constexpr float low = -87.f, gate = -87.f, both = -29.f;  // below these exp, σ and (σ, tanh) are taken at them: no overflow
-  static constexpr int degree = 7, bias = 127, shift = 23;         // of the Taylor polynomial on |r| <= ln2/2; of the number format
-};
-template <> struct Limits<double> {
-  using Int = int64_t;
-  static constexpr double low = -708., gate = -700., both = -230.;
-  static constexpr int degree = 13, bias = 1023, shift = 52;
-};
-
-#define ALWAYS_INLINE inline __attribute__((always_inline))  // or loops over these are not vectorised
-
-constexpr double inverse_factorial(int k) { return k < 2 ? 1.0 : inverse_factorial(k - 1) / k; }
-
-template <class T, int k> ALWAYS_INLINE T taylor(T r) {
-  if constexpr (k == Limits<T>::degree) return T(inverse_factorial(k));
-  else return T(inverse_factorial(k)) + r * taylor<T, k + 1>(r);
-}
-
-// x = n ln2 + r with |r| <= ln2/2 -> r, and 2^n in `scale`; branch-free so that loops over it vectorise. NaN stays NaN. x must not overflow exp.
-template <class T> ALWAYS_INLINE T reduce(T x, T& scale) {
-  using L = Limits<T>;
-  x = x < L::low ? L::low : x;
-  const T n = __builtin_rint(x * T(1.4426950408889634074));
-  const T high = std::is_same<T, float>::value ? T(0.693359375) : T(6.93145751953125e-1);
-  const T rest = std::is_same<T, float>::value ? T(-2.12194440054690581e-4) : T(1.42860682030941723e-6);
-  typename L::Int bits = (typename L::Int(int32_t(n)) + L::bias) << L::shift;
-  __builtin_memcpy(&scale, &bits, sizeof scale);
-  return (x - n * high) - n * rest;
-}
-
-template <class T> ALWAYS_INLINE T exp_(T x) {
-  T scale;
-  const T r = reduce(x, scale);
-  return taylor<T, 0>(r) * scale;
-}
-
-// exp(x) − 1, with all its digits near 0 too
-template <class T> ALWAYS_INLINE T expm1_(T x) {
-  T scale;
-  const T r = reduce(x, scale);
-  return taylor<T, 1>(r) * r * scale + (scale - T(1));
-}
-
-template <class T> ALWAYS_INLINE T gate(T c) {
-  c = c < Limits<T>::gate ? Limits<T>::gate : c;
-  return T(1) / (T(1) + exp_<T>(-c));
-}
-
-// tanh and sigmoid from one exp and one division: with e = exp(−z), σ = 1/(1+e) and tanh = (1−e)(1+e)/(1+e²), where 1−e must not cancel near 0
-template <class T> ALWAYS_INLINE void tanh_sigmoid(T z, T& t, T& s) {
-  z = z < Limits<T>::both ? Limits<T>::both : z;
-  const T m = expm1_<T>(-z), up = T(2) + m, e = T(1) + m, both = T(1) + e * e, q = T(1) / (up * both);  // up = 1 + e
-  s = q * both;
-  t = -m * up * up * q;
-}
-
-template <class T> ALWAYS_INLINE T tanh_(T z) {
-  z = z < Limits<T>::both ? Limits<T>::both : z;
-  const T m = expm1_<T>(T(-2) * z);
-  return -m / (T(2) + m);
-}
+constexpr int64_t ROWS = 4;      // of the batch for which another thread pays
+constexpr int64_t GRAIN = 4096;  // numbers for which another thread pays
 
 template <class T> struct Mix { T tanh, relu, sigmoid, identity, P; };
 
@@ -205,31 +135,6 @@ template <class T> inline void fetch(const T* from, int64_t n) {
   __builtin_prefetch(from + n - 1);
 }
 
-// All threads of a region wait here for the last one. Spins, as a node takes microseconds, but lets others run where there are more threads than cores.
-class Meeting {
-  const int64_t threads;
-  alignas(64) std::atomic<int64_t> arrived{0};
-  alignas(64) std::atomic<int64_t> round{0};
-
- public:
-  explicit Meeting(int64_t n) : threads(n) {}
-  void wait() {
-    if (threads == 1) return;
-    const int64_t now = round.load(std::memory_order_acquire);
-    if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
-      arrived.store(0, std::memory_order_relaxed);
-      round.store(now + 1, std::memory_order_release);
-      return;
-    }
-    for (int64_t spins = 0; round.load(std::memory_order_acquire) == now; spins++) {
-      if (spins > 2000) sched_yield();
-#if defined(__x86_64__)
-      else __builtin_ia32_pause();
-#endif
-    }
-  }
-};
-
 // What threads tell each other of a node: two numbers a unit, and of how many rows. Two of these are used in turn, so that one thread may write
 // the next node's while another still reads this one's. In double precision, as torch's BatchNorm sums: Σ dr = 0 over the batch must hold to more digits
 // than the terms have, since a sigmoid near 1/2 multiplies it into α's gradient.
@@ -268,12 +173,12 @@ template <class T> struct Sequence {
   const T* mask;
   mutable int64_t turn = 0;
   mutable std::vector<T> mean, spread;  // (H) each: of the node at hand, over the whole batch
-  mutable std::vector<T> panel;         // of pre-activations' gradients
+  mutable std::vector<T> left, panel;   // a weight gradient's operands
 
   Sequence(const Cell& cell, Team<T>& all, int64_t k, double* s)
       : d(cell), team(all), thread(k), sums(s), S(cell.steps), B(cell.batch), H(cell.hidden), N(cell.nodes), BH(B * H), lo(all.bounds[k]),
         n(all.bounds[k + 1] - lo), mask(static_cast<const T*>(cell.mask)), mean(H), spread(H),
-        panel(ROW_BLOCK * Tile<T>::columns) {}
+        left(cell.d_Ws || cell.d_W0_h ? H * DEPTH : 0), panel(DEPTH * Tile<T>::columns) {}
 
   int64_t kept(int64_t t) const { return d.keep ? t : 0; }
   int64_t kept_steps() const { return d.keep ? S : 1; }
@@ -526,49 +431,50 @@ template <class T> struct Sequence {
 
   // this thread's share of the columns of all weight gradients, once every row is done
   void weight_gradients() const {
+    std::vector<bool> there(N + 1);  // in the mixed cell several states add to one matrix
     if (T* dW = static_cast<T*>(d.d_W0_h)) {
-      if (mask) add_gradient(dW, S * B, static_cast<const T*>(d.previous), pre0(0), 2 * H, false);
+      const Reader first{dW, pre0(0), 2 * H};
+      if (mask) add_gradients(S * B, static_cast<const T*>(d.previous), {first}, false);
       else {
-        add_gradient(dW, B, before(0), pre0(0), 2 * H, false);
-        if (S > 1) add_gradient(dW, (S - 1) * B, output(0), pre0(1), 2 * H, true);
+        add_gradients(B, before(0), {first}, false);
+        if (S > 1) add_gradients((S - 1) * B, output(0), {{dW, pre0(1), 2 * H}}, true);
       }
     }
     if (!d.d_Ws) return;
-    std::vector<bool> there(N);  // in the mixed cell several states add to one matrix
-    for (int64_t j = 0; j < N; j++)
+    for (int64_t j = 0; j < N; j++) {
+      std::vector<Reader> fresh, more;
       for (int64_t k = 0; k < d.count[j]; k++) {
         const int64_t node = d.order[d.first[j] + k];
-        add_gradient(static_cast<T*>(d.d_Ws) + node * H * 2 * H, S * B, masked(j, 0), pre(j, 0) + k * 2 * H, d.count[j] * 2 * H, there[node]);
+        (there[node] ? more : fresh).push_back({static_cast<T*>(d.d_Ws) + node * H * 2 * H, pre(j, 0) + k * 2 * H, d.count[j] * 2 * H});
         there[node] = true;
       }
+      add_gradients(S * B, masked(j, 0), fresh, false);
+      add_gradients(S * B, masked(j, 0), more, true);
+    }
   }
 
-  // dW (H,2H) = [dW +] A^T G for A (m,H) and G (m,2H), `ldg` from row to row; panels of at most ROW_BLOCK rows of G are packed one by one
-  void add_gradient(T* dW, int64_t m, const T* A, const T* G, int64_t ldg, bool add) const {
+  // A matrix that multiplies a state: its gradient (H,2H), and that of the pre-activations, G (m,2H) with `ldg` from row to row
+  struct Reader {
+    T* dW;
+    const T* G;
+    int64_t ldg;
+  };
+
+  // dW (H,2H) = [dW +] A^T G for all matrices that read the state A (m,H); DEPTH rows are packed at a time
+  void add_gradients(int64_t m, const T* A, const std::vector<Reader>& readers, bool add) const {
     constexpr int64_t C = Tile<T>::columns;
-    const int64_t panels = Tile<T>::panels(2 * H), from = panels * thread / team.threads() * C, to = panels * (thread + 1) / team.threads() * C;
-    for (int64_t r = 0; r < m; r += ROW_BLOCK) {
-      const int64_t k = std::min(ROW_BLOCK, m - r);
-      for (int64_t v = from; v < std::min(to, 2 * H); v += C) {
-        pack<T>(k, 2 * H - v, G + r * ldg + v, ldg, 1, panel.data());
-        multiply_panel<T>(H, std::min(C, 2 * H - v), k, A + r * H, 1, H, panel.data(), add || r, dW + v, 2 * H);
-      }
+    const int64_t panels = Tile<T>::panels(2 * H), from = panels * thread / team.threads() * C, to = std::min(2 * H, panels * (thread + 1) / team.threads() * C);
+    for (int64_t r = 0; r < m && !readers.empty(); r += DEPTH) {
+      const int64_t k = std::min(DEPTH, m - r);
+      pack_left<T>(H, k, A + r * H, 1, H, left.data());
+      for (const Reader& reader : readers)
+        for (int64_t v = from; v < to; v += C) {
+          pack<T>(k, 2 * H - v, reader.G + r * reader.ldg + v, reader.ldg, 1, panel.data());
+          multiply_packed<T>(H, std::min(C, 2 * H - v), k, left.data(), panel.data(), add || r, reader.dW + v, 2 * H);
+        }
     }
   }
 };
-
-// run f(k) on every thread k of a team that is there as a whole
-template <class F> void together(int64_t threads, const F& f) {
-  if (threads == 1) return f(0);
-  bool complete = true;
-#pragma omp parallel num_threads(int(threads))
-  if (omp_get_num_threads() == threads) f(omp_get_thread_num());
-  else if (omp_get_thread_num() == 0) complete = false;  // OpenMP may give fewer than asked for
-  if (complete) return;
-  std::vector<std::thread> team;
-  for (int64_t k = 0; k < threads; k++) team.emplace_back(f, k);
-  for (std::thread& thread : team) thread.join();
-}
 
 template <class T> void run_forward(const Cell& d) {
   Team<T> team(d);
@@ -590,39 +496,6 @@ template <class T> void run_backward(const Cell& d) {
       for (int64_t e = 0; e < d.edges * 5; e++) d.d_p[e] += sums[k * width + e];
 }
 
-// logits (rows, V) without bias -> nll (rows); with scale != 0 the logits become scale·(softmax − onehot).
-// Returns a row whose target is out of range, or −1.
-template <class T>
-int64_t softmax_rows(int64_t rows, int64_t V, T* logits, const T* bias, const int64_t* targets, double scale, double* nll, int64_t threads) {
-  for (int64_t r = 0; r < rows; r++)
-    if (targets[r] < 0 || targets[r] >= V) return r;
-  const int64_t n = std::max<int64_t>(1, std::min({threads, rows, rows * V / GRAIN}));
-#pragma omp parallel for num_threads(n) schedule(static) if (n > 1)
-  for (int64_t r = 0; r < rows; r++) {
-    T* __restrict x = logits + r * V;
-    T top = bias ? x[0] + bias[0] : x[0], sum = 0;
-    if (bias)
-#pragma omp simd reduction(max : top)
-      for (int64_t v = 0; v < V; v++) x[v] += bias[v], top = x[v] > top ? x[v] : top;
-    else
-#pragma omp simd reduction(max : top)
-      for (int64_t v = 0; v < V; v++) top = x[v] > top ? x[v] : top;
-    const T at = x[targets[r]];
-#pragma omp simd reduction(+ : sum)
-    for (int64_t v = 0; v < V; v++) {
-      x[v] = exp_<T>(x[v] - top);
-      sum += x[v];
-    }
-    nll[r] = std::log(double(sum)) - double(at - top);
-    if (scale == 0) continue;
-    const T share = T(scale / double(sum));
-#pragma omp simd
-    for (int64_t v = 0; v < V; v++) x[v] *= share;
-    x[targets[r]] -= T(scale);
-  }
-  return -1;
-}
-
 }  // namespace
 
 extern "C" {
@@ -630,10 +503,4 @@ void cell_forward_float(const Cell* cell) { run_forward<float>(*cell); }
 void cell_forward_double(const Cell* cell) { run_forward<double>(*cell); }
 void cell_backward_float(const Cell* cell) { run_backward<float>(*cell); }
 void cell_backward_double(const Cell* cell) { run_backward<double>(*cell); }
-int64_t softmax_rows_float(int64_t rows, int64_t V, float* x, const float* b, const int64_t* y, double scale, double* nll, int64_t threads) {
-  return softmax_rows(rows, V, x, b, y, scale, nll, threads);
-}
-int64_t softmax_rows_double(int64_t rows, int64_t V, double* x, const double* b, const int64_t* y, double scale, double* nll, int64_t threads) {
-  return softmax_rows(rows, V, x, b, y, scale, nll, threads);
-}
 }

@@ -10,6 +10,8 @@
 #include <algorithm>
 #include <cstdint>
 
+constexpr int64_t DEPTH = 256;  // terms of a long sum at a time: a panel of as many rows fits the first cache
+
 template <class T> struct Tile {
 #if defined(__AVX512F__)
   static constexpr int bytes = 64, rows = 12;  // 24 of 32 registers hold the tile
@@ -89,6 +91,23 @@ void multiply_panel(int64_t m, int64_t n, int64_t k, const T* a, int64_t row, in
   for (int64_t i = 0; i < tiles; i++) {
     const int64_t from = m * i / tiles, to = m * (i + 1) / tiles;
     few_rows<T>(to - from, n, k, a + from * row, row, step, panel, add, c + from * ldc, ldc);
+  }
+}
+
+// A (m,k) in the order in which `multiply_packed` reads it, for an A whose columns are far apart; element (r, u) is a[r * row + u * step]
+template <class T> void pack_left(int64_t m, int64_t k, const T* a, int64_t row, int64_t step, T* to) {
+  const int64_t tiles = (m + Tile<T>::rows - 1) / Tile<T>::rows;
+  for (int64_t i = 0; i < tiles; i++)
+    for (int64_t u = 0; u < k; u++)
+      for (int64_t r = m * i / tiles; r < m * (i + 1) / tiles; r++) *to++ = a[r * row + u * step];
+}
+
+// `multiply_panel` for A as `pack_left` leaves it
+template <class T> void multiply_packed(int64_t m, int64_t n, int64_t k, const T* left, const T* panel, bool add, T* c, int64_t ldc) {
+  const int64_t tiles = (m + Tile<T>::rows - 1) / Tile<T>::rows;
+  for (int64_t i = 0; i < tiles; i++) {
+    const int64_t from = m * i / tiles, to = m * (i + 1) / tiles;
+    few_rows<T>(to - from, n, k, left + from * k, 1, to - from, panel, add, c + from * ldc, ldc);
   }
 }
 

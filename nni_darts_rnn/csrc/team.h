@@ -1,0 +1,49 @@
+// Threads that run one function together and wait for each other within it.
+
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+#include <omp.h>
+#include <sched.h>
+
+// All threads of a region wait here for the last one. Spins, as a node takes microseconds, but lets others run where there are more threads than cores.
+class Meeting {
+  const int64_t threads;
+  alignas(64) std::atomic<int64_t> arrived{0};
+  alignas(64) std::atomic<int64_t> round{0};
+
+ public:
+  explicit Meeting(int64_t n) : threads(n) {}
+  void wait() {
+    if (threads == 1) return;
+    const int64_t now = round.load(std::memory_order_acquire);
+    if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
+      arrived.store(0, std::memory_order_relaxed);
+      round.store(now + 1, std::memory_order_release);
+      return;
+    }
+    for (int64_t spins = 0; round.load(std::memory_order_acquire) == now; spins++) {
+      if (spins > 2000) sched_yield();
+#if defined(__x86_64__)
+      else __builtin_ia32_pause();
+#endif
+    }
+  }
+};
+
+// run f(k) on every thread k of a team that is there as a whole
+template <class F> void together(int64_t threads, const F& f) {
+  if (threads == 1) return f(0);
+  bool complete = true;
+#pragma omp parallel num_threads(int(threads))
+  if (omp_get_num_threads() == threads) f(omp_get_thread_num());
+  else if (omp_get_thread_num() == 0) complete = false;  // OpenMP may give fewer than asked for
+  if (complete) return;
+  std::vector<std::thread> team;
+  for (int64_t k = 0; k < threads; k++) team.emplace_back(f, k);
+  for (std::thread& thread : team) thread.join();
+}
