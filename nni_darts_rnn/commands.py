@@ -6,10 +6,11 @@ import dataclasses
 import json
 from pathlib import Path
 
-from .experiments import corpus_words, load_experiment, set_words
+from .experiments import load_experiment
 from .recipes import Recipe, get_recipe
 from .talk import Talk, answer
 from .trial import checked_recipe, checked_seed, keeping, open_corpus, prepare_torch
+from .trial_folder import corpus_words, set_words
 
 MOST_EPOCHS = 1000  # of a retraining that ends when it no longer gets better
 

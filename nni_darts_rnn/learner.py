@@ -1,7 +1,4 @@
-"""fastai `Learner`s: one that trains a genotype as a language model, one whose `fit` is a search.
-
-Batches are batch-first as fastai's are: tokens and targets (B, T); logits (B, T, V); activations (B, T, H). Losses are nats per token.
-"""
+"""fastai `Learner`s: one that trains a genotype as a language model, one whose `fit` is a search; and the whole retraining of a cell."""
 
 from __future__ import annotations
 
@@ -13,17 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from fastai.callback.progress import ProgressCallback  # noqa: F401 (importing it puts the bar among fastai's default callbacks)
 from fastai.callback.rnn import ModelResetter, RNNCallback
 from fastai.callback.training import GradientClip
-from fastai.data.core import DataLoaders
-from fastai.data.load import DataLoader
-from fastai.learner import AvgLoss, AvgSmoothLoss, Learner
-from fastai.losses import CrossEntropyLossFlat
-from fastai.metrics import Perplexity
+from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
-from torch import Tensor, nn
 
 from .callbacks import (
     NTASGD,
@@ -38,186 +29,19 @@ from .callbacks import (
     weight_parameters,
 )
 from .checkpoint import Checkpoints, Every
-from .corpus import BpttBatches, Corpus, fixed_length, retrain_lengths, search_lengths, streams
-from .cross_entropy import linear_cross_entropy
+from .corpus import Corpus
+from .fastai_lm import SequenceLoss, SmoothLoss, StatefulLM, TokenLoss, TokenPerplexity
+from .fastai_streams import language_dls
 from .files import remove_partial
 from .genotype import Genotype, load_genotype
 from .health import name_poor, with_rollbacks
-from .model import LanguageModel, choose_device, number_of_parameters, perplexity
+from .model import LanguageModel, number_of_parameters, perplexity
 from .recipes import Recipe, RetrainRecipe, SearchRecipe, get_recipe
 from .retrain_checkpoints import ResumableLearner, RetrainCheckpoints
 from .stopping import Stopped, Terminated, stop_requests
 from .supernet import MixedRNN
 
-__all__ = ["StatefulLM", "StreamLoader", "language_dls", "lm_learner", "search_learner", "retrain", "perplexity"]
-
-
-class DeferredLogits:
-    """In training, what logits are made of: dropped (T, B, H), and the decoder's weight (V, H) and bias (V).
-
-    The loss takes them in row chunks, so the (T·B, V) logits, the largest tensor of a training step, are never kept.
-    """
-
-    def __init__(self, dropped: Tensor, weight: Tensor, bias: Tensor):
-        self.dropped, self.weight, self.bias = dropped, weight, bias
-
-
-class StatefulLM(nn.Module):
-    """A `LanguageModel` (`lm`) as fastai wants it: tokens (B, T) -> decoded (B, T, V), raw and dropped (B, T, H), all views of time-major memory.
-
-    In training `decoded` is `DeferredLogits`, which `SequenceLoss` knows.
-
-    The hidden state (B, H) is a buffer outside the state dict, carried from batch to batch without its history; `reset()` makes it
-    zero, and a batch of another B starts from zeros. `carried` names the buffers that belong to a stream of text and not to the model.
-    """
-
-    carried = ("hidden",)
-
-    def __init__(self, lm: LanguageModel):
-        super().__init__()
-        self.lm = lm
-        self.register_buffer("hidden", lm.init_hidden(1), persistent=False)
-
-    def reset(self) -> None:
-        self.hidden = torch.zeros_like(self.hidden)
-
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        hidden = self.hidden if len(self.hidden) == len(tokens) else self.lm.init_hidden(len(tokens))
-        raw, dropped = self.lm.encode(tokens.t(), hidden)  # (T, B, H) each
-        self.hidden = raw[-1].detach().clone()  # a new tensor: the old one may be in a graph, and a view would keep all of `raw`
-        decoder = self.lm.decoder
-        decoded = DeferredLogits(dropped, decoder.weight, decoder.bias) if self.training else decoder(dropped).transpose(0, 1)
-        return decoded, raw.transpose(0, 1), dropped.transpose(0, 1)
-
-    def genotype(self) -> Genotype:
-        """The cell: the genotype itself, or the one that a supernet's α stands for."""
-        cell = self.lm.rnn.genotype
-        return cell() if callable(cell) else cell
-
-
-class SequenceLoss(CrossEntropyLossFlat):
-    """fastai's cross-entropy, flattened time first: `StatefulLM`'s logits are then not copied, and sums run as in `LanguageModel.loss`."""
-
-    def __call__(self, decoded: Tensor | DeferredLogits, targets: Tensor, **kwargs) -> Tensor:
-        if isinstance(decoded, DeferredLogits):
-            return linear_cross_entropy(decoded.dropped.flatten(0, 1), decoded.weight, decoded.bias, targets.t().flatten())  # (T·B, H), (T·B)
-        if self.reduction != "mean":
-            return super().__call__(decoded, targets, **kwargs)  # somebody wants the losses one by one, batch first
-        return F.cross_entropy(decoded.transpose(0, 1).flatten(0, 1), targets.t().flatten())
-
-
-class TokenLoss(AvgLoss):
-    """Mean loss over tokens. fastai's `AvgLoss` takes the mean over batches, however short the last one is. Sums are kept in float64."""
-
-    def accumulate(self, learn):
-        n = learn.yb[0].numel()
-        self.total += float(learn.loss.detach().mean()) * n
-        self.count += n
-
-
-class SmoothLoss(AvgSmoothLoss):
-    """fastai's smoothed loss as a plain number. fastai keeps a tensor for every step, between which the heap cannot be given back: memory was
-    measured to grow by 0.3 MB a step."""
-
-    def reset(self):
-        self.count, self.val = 0, 0.0
-
-    def accumulate(self, learn):
-        self.count += 1
-        self.val = (1 - self.beta) * float(learn.loss.detach().mean()) + self.beta * self.val
-
-    @property
-    def value(self):
-        return np.float64(self.val / (1 - self.beta**self.count))  # with the `item()` that fastai's progress bar asks for
-
-
-class TokenPerplexity(Perplexity):
-    """fastai's `Perplexity` over tokens: exp(nats per predicted token)."""
-
-    def accumulate(self, learn):
-        TokenLoss.accumulate(self, learn)
-
-    @property
-    def value(self):
-        return float(torch.exp(torch.tensor(self.total / self.count, dtype=torch.float64))) if self.count else None
-
-
-class StreamLoader(DataLoader):
-    """`BpttBatches` as a fastai DataLoader: (tokens (B, T), targets (B, T)), views on the stream, no collation and no workers.
-
-    With `advance`, every pass is the next epoch, with its own batch lengths.
-    """
-
-    def __init__(self, batches: BpttBatches, vocab=(), advance: bool = False, device=None):
-        super().__init__(batches, bs=None, device=device)
-        self.vocab, self.advance, self.first = list(vocab), advance, 0
-
-    def __iter__(self):
-        try:
-            for number in range(self.first, len(self.dataset)):
-                tokens, targets = self.dataset[number]
-                yield tokens.t(), targets.t()
-        finally:
-            self.first = 0
-            if self.advance:
-                self.dataset.set_epoch(self.dataset.epoch + 1)
-
-    def __len__(self) -> int:
-        return len(self.dataset) - self.first
-
-    def go_on(self, epoch: int, batch: int) -> None:
-        """The next pass is that epoch's, from that batch on; both are counted from 0."""
-        self.dataset.set_epoch(epoch)
-        self.first = batch
-
-    def get_idxs(self) -> list[int]:
-        """The order of `Learner.get_preds(concat_dim=1)`, whose first axis is B: streams keep theirs."""
-        return list(range(self.dataset.stream.shape[1]))
-
-    def set_epoch(self, epoch: int) -> None:
-        self.dataset.set_epoch(epoch)
-
-    def to(self, device) -> None:
-        self.device = device
-        self.dataset.to(device)  # the whole text once, rather than each batch
-
-    def new(self, dataset=None, cls=None, **kwargs) -> StreamLoader:
-        """The same text again, for one more reader; order and batches are the text's, so other arguments change nothing."""
-        source = self.dataset
-        return StreamLoader(BpttBatches(source.stream, source.rule, source.seed), self.vocab, device=self.device)
-
-
-def torch_device(name: str | torch.device | None = "auto") -> torch.device:
-    """"auto" or None: CUDA where torch finds it, else the CPU; "gpu" is "cuda"."""
-    if name in (None, "auto", "gpu"):
-        return choose_device(name or "auto")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: {name} was asked for, but torch finds no CUDA device; use auto or cpu")
-    return device
-
-
-def language_dls(corpus: Corpus, recipe: SearchRecipe | RetrainRecipe, seed: int = 0, device="auto", path: str | Path = ".") -> DataLoaders:
-    """Training text with the recipe's batch lengths, drawn from `seed` anew in each epoch, and validation text with its fixed length.
-
-    For a SearchRecipe, `dls.arch` reads the text that α learns from. `dls.vocab` is the list of words.
-    """
-    device = torch_device(device)
-    words = corpus.vocab.words
-
-    def loader(tokens: Tensor, batch_size: int, lengths, seed: int = 0, advance: bool = False) -> StreamLoader:
-        return StreamLoader(BpttBatches(streams(tokens, batch_size), lengths, seed, device), words, advance, device)
-
-    if isinstance(recipe, SearchRecipe):
-        lengths = search_lengths(recipe.bptt, recipe.short_bptt_probability)
-    else:
-        lengths = retrain_lengths(recipe.bptt, recipe.short_bptt_probability, recipe.bptt_std, recipe.min_bptt, recipe.bptt + recipe.max_bptt_above)
-    dls = DataLoaders(loader(corpus.train, recipe.batch_size, lengths, seed, advance=True),
-                      loader(corpus.valid, recipe.eval_batch_size, fixed_length(recipe.bptt)), path=path, device=device)
-    if isinstance(recipe, SearchRecipe):
-        held_out = corpus.valid if corpus.alpha is None else corpus.alpha
-        dls.arch = loader(held_out, recipe.batch_size, lengths, seed + 1)
-    return dls
+__all__ = ["language_dls", "lm_learner", "search_learner", "retrain"]
 
 
 def _learner(dls, lm: LanguageModel, recipe, path, cbs, metrics_file: str | None, **kwargs) -> Learner:

@@ -15,10 +15,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from . import __version__, figures
-from .experiments import Experiment, Trial, differences, read_trial
+from .experiments import Experiment
 from .files import write_text
 from .report_style import PAGE
 from .talk import duration
+from .trial_folder import Trial, differences, read_trial
 
 COMPARED = 5  # trials whose curves the comparison shows; more lines than that are not told apart
 

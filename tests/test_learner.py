@@ -14,9 +14,11 @@ from fastai.text.data import LMDataLoader
 from nni_darts_rnn import fused
 from nni_darts_rnn.checkpoint import Checkpoints, Every
 from nni_darts_rnn.corpus import EOS, UNK, Corpus, Vocabulary
+from nni_darts_rnn.fastai_lm import StatefulLM
+from nni_darts_rnn.fastai_streams import StreamLoader, torch_device
 from nni_darts_rnn.genotype import Genotype
-from nni_darts_rnn.learner import StatefulLM, StreamLoader, language_dls, lm_learner, perplexity, retrain, search_learner, torch_device
-from nni_darts_rnn.model import LanguageModel
+from nni_darts_rnn.learner import language_dls, lm_learner, retrain, search_learner
+from nni_darts_rnn.model import LanguageModel, perplexity
 from nni_darts_rnn.recipes import get_recipe
 
 CELL = Genotype((("tanh", 0), ("relu", 1), ("sigmoid", 0)))

@@ -17,7 +17,7 @@ OURS = set(TREES) - {"__init__"}
 
 NNI = {"space", "strategy", "evaluator", "search", "trial", "cli", "callbacks", "experiments", "strategies", "fastai_evaluator", "cell_trial", "hyperband",
        "nas_in_trial", "nas_view"}
-FASTAI = {"callbacks", "learner", "evaluator", "fastai_text", "fastai_evaluator", "retrain_checkpoints"}
+FASTAI = {"callbacks", "fastai_lm", "fastai_streams", "learner", "evaluator", "fastai_text", "fastai_evaluator", "retrain_checkpoints"}
 LIGHTNING = {"evaluator", "search", "search_checkpoints", "strategy"}
 # a module -> those of ours that it may import; what is not listed may import any that does not import it
 LEAVES = {"genotype": set(), "files": set(), "bilevel": set(), "download": {"files"}, "stopping": set(), "checkpoint_file": {"files"},

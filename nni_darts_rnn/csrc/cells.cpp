@@ -23,7 +23,7 @@
 //   s_0's r_0 = h + σ(tanh z − h): the same with P = 1, M = tanh z; it gives dx = dpre and dh = dr_0∘(1 − σ) + m∘(dx W0_h^T).
 //
 // Weight gradients wait until the loop over time is done: those of the nodes that read s_j are (s_j∘m)^T dpre over all T·B rows, one product.
-// Kept from the forward pass: pre-activations, states, 1/√(v + eps). Nonlinearities are computed again: one exp serves tanh and sigmoid.
+// Kept from the forward pass: σ(c) in c's place, z, states, 1/√(v + eps). What the mixture needs of z is computed again: one exp serves tanh and sigmoid.
 //
 // One parallel region runs the whole sequence, and a thread owns a part of the batch: its rows of every pre-activation and state, which it alone
 // writes and reads, and so finds in its own cache. Threads meet only over the batch's statistics, once a node; the discrete cell has none.
@@ -94,18 +94,20 @@ template <class T, int64_t OP> ALWAYS_INLINE T mixture(T z, const Mix<T>& p, T& 
   }
 }
 
-// r += P s + σ(c)(M − P s) on n units
+// r += P s + σ(c)(M − P s) on n units; c becomes σ(c)
 template <class T, int64_t OP>
-void edge_forward(int64_t n, const T* __restrict c, const T* __restrict z, const T* __restrict s, Mix<T> p, T* __restrict r) {
+void edge_forward(int64_t n, T* __restrict c, const T* __restrict z, const T* __restrict s, Mix<T> p, T* __restrict r) {
 #pragma omp simd
   for (int64_t u = 0; u < n; u++) {
     T slope, t, g;
     const T m = mixture<T, OP>(z[u], p, slope, t, g), carried = p.P * s[u];
-    r[u] += carried + gate(c[u]) * (m - carried);
+    const T open = gate(c[u]);
+    r[u] += carried + open * (m - carried);
+    c[u] = open;
   }
 }
 
-// c, z -> dc, dz; ds += dr P (1 − σ); with PROB the sums for dp
+// σ(c), z -> dc, dz; ds += dr P (1 − σ); with PROB the sums for dp
 template <class T, int64_t OP, bool PROB>
 void edge_backward(int64_t n, T* __restrict c, T* __restrict z, const T* __restrict s, const T* __restrict dr, Mix<T> p,
                    T* __restrict ds, double* sums) {
@@ -113,7 +115,7 @@ void edge_backward(int64_t n, T* __restrict c, T* __restrict z, const T* __restr
 #pragma omp simd reduction(+ : stay, st, sr, ss, si)
   for (int64_t u = 0; u < n; u++) {
     T slope, t, g;
-    const T m = mixture<T, OP>(z[u], p, slope, t, g), carried = p.P * s[u], open = gate(c[u]);
+    const T m = mixture<T, OP>(z[u], p, slope, t, g), carried = p.P * s[u], open = c[u];
     const T moved = dr[u] * open, left = dr[u] * (T(1) - open);
     if constexpr (PROB) {
       stay += left * s[u];
@@ -277,7 +279,8 @@ template <class T> struct Sequence {
       T* const row = r + b * H;
       std::fill(row, row + H, T(0));
       for (const Edge& e : edges) {
-        const T *c = e.c + b * e.stride, *z = c + H, *sj = e.state + b * H;
+        T *const c = e.c + b * e.stride;
+        const T *z = c + H, *sj = e.state + b * H;
         if (b + 1 < lo + n) fetch(c + e.stride, 2 * H);
         switch (e.op) {
           case TANH: edge_forward<T, TANH>(H, c, z, sj, e.p, row); break;

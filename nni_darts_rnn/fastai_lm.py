@@ -1,0 +1,108 @@
+"""The language model as fastai trains it: with its hidden state, and a loss and metrics that count tokens.
+
+Tokens and targets are batch-first as fastai's are, (B, T). Losses are nats per token.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from fastai.learner import AvgLoss, AvgSmoothLoss
+from fastai.losses import CrossEntropyLossFlat
+from fastai.metrics import Perplexity
+from torch import Tensor, nn
+
+from .cross_entropy import linear_cross_entropy
+from .genotype import Genotype
+from .model import LanguageModel
+
+
+class DeferredLogits:
+    """In training, what logits are made of: dropped (T, B, H), and the decoder's weight (V, H) and bias (V).
+
+    The loss takes them in row chunks, so the (T·B, V) logits, the largest tensor of a training step, are never kept.
+    """
+
+    def __init__(self, dropped: Tensor, weight: Tensor, bias: Tensor):
+        self.dropped, self.weight, self.bias = dropped, weight, bias
+
+
+class StatefulLM(nn.Module):
+    """A `LanguageModel` (`lm`) as fastai wants it: tokens (B, T) -> decoded (B, T, V), raw and dropped (B, T, H), all views of time-major memory.
+
+    In training `decoded` is `DeferredLogits`, which `SequenceLoss` knows.
+
+    The hidden state (B, H) is a buffer outside the state dict, carried from batch to batch without its history; `reset()` makes it
+    zero, and a batch of another B starts from zeros. `carried` names the buffers that belong to a stream of text and not to the model.
+    """
+
+    carried = ("hidden",)
+
+    def __init__(self, lm: LanguageModel):
+        super().__init__()
+        self.lm = lm
+        self.register_buffer("hidden", lm.init_hidden(1), persistent=False)
+
+    def reset(self) -> None:
+        self.hidden = torch.zeros_like(self.hidden)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        hidden = self.hidden if len(self.hidden) == len(tokens) else self.lm.init_hidden(len(tokens))
+        raw, dropped = self.lm.encode(tokens.t(), hidden)  # (T, B, H) each
+        self.hidden = raw[-1].detach().clone()  # a new tensor: the old one may be in a graph, and a view would keep all of `raw`
+        decoder = self.lm.decoder
+        decoded = DeferredLogits(dropped, decoder.weight, decoder.bias) if self.training else decoder(dropped).transpose(0, 1)
+        return decoded, raw.transpose(0, 1), dropped.transpose(0, 1)
+
+    def genotype(self) -> Genotype:
+        """The cell: the genotype itself, or the one that a supernet's α stands for."""
+        cell = self.lm.rnn.genotype
+        return cell() if callable(cell) else cell
+
+
+class SequenceLoss(CrossEntropyLossFlat):
+    """fastai's cross-entropy, flattened time first: `StatefulLM`'s logits are then not copied, and sums run as in `LanguageModel.loss`."""
+
+    def __call__(self, decoded: Tensor | DeferredLogits, targets: Tensor, **kwargs) -> Tensor:
+        if isinstance(decoded, DeferredLogits):
+            return linear_cross_entropy(decoded.dropped.flatten(0, 1), decoded.weight, decoded.bias, targets.t().flatten())  # (T·B, H), (T·B)
+        if self.reduction != "mean":
+            return super().__call__(decoded, targets, **kwargs)  # somebody wants the losses one by one, batch first
+        return F.cross_entropy(decoded.transpose(0, 1).flatten(0, 1), targets.t().flatten())
+
+
+class TokenLoss(AvgLoss):
+    """Mean loss over tokens. fastai's `AvgLoss` takes the mean over batches, however short the last one is. Sums are kept in float64."""
+
+    def accumulate(self, learn):
+        n = learn.yb[0].numel()
+        self.total += float(learn.loss.detach().mean()) * n
+        self.count += n
+
+
+class SmoothLoss(AvgSmoothLoss):
+    """fastai's smoothed loss as a plain number. fastai keeps a tensor for every step, between which the heap cannot be given back: memory was
+    measured to grow by 0.3 MB a step."""
+
+    def reset(self):
+        self.count, self.val = 0, 0.0
+
+    def accumulate(self, learn):
+        self.count += 1
+        self.val = (1 - self.beta) * float(learn.loss.detach().mean()) + self.beta * self.val
+
+    @property
+    def value(self):
+        return np.float64(self.val / (1 - self.beta**self.count))  # with the `item()` that fastai's progress bar asks for
+
+
+class TokenPerplexity(Perplexity):
+    """fastai's `Perplexity` over tokens: exp(nats per predicted token)."""
+
+    def accumulate(self, learn):
+        TokenLoss.accumulate(self, learn)
+
+    @property
+    def value(self):
+        return float(torch.exp(torch.tensor(self.total / self.count, dtype=torch.float64))) if self.count else None

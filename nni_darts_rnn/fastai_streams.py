@@ -1,0 +1,92 @@
+"""A corpus as fastai `DataLoaders`: streams of text side by side, read in batches of varying length. Batches are batch-first, (B, T)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from torch import Tensor
+
+from .corpus import BpttBatches, Corpus, fixed_length, retrain_lengths, search_lengths, streams
+from .model import choose_device
+from .recipes import RetrainRecipe, SearchRecipe
+
+
+class StreamLoader(DataLoader):
+    """`BpttBatches` as a fastai DataLoader: (tokens (B, T), targets (B, T)), views on the stream, no collation and no workers.
+
+    With `advance`, every pass is the next epoch, with its own batch lengths.
+    """
+
+    def __init__(self, batches: BpttBatches, vocab=(), advance: bool = False, device=None):
+        super().__init__(batches, bs=None, device=device)
+        self.vocab, self.advance, self.first = list(vocab), advance, 0
+
+    def __iter__(self):
+        try:
+            for number in range(self.first, len(self.dataset)):
+                tokens, targets = self.dataset[number]
+                yield tokens.t(), targets.t()
+        finally:
+            self.first = 0
+            if self.advance:
+                self.dataset.set_epoch(self.dataset.epoch + 1)
+
+    def __len__(self) -> int:
+        return len(self.dataset) - self.first
+
+    def go_on(self, epoch: int, batch: int) -> None:
+        """The next pass is that epoch's, from that batch on; both are counted from 0."""
+        self.dataset.set_epoch(epoch)
+        self.first = batch
+
+    def get_idxs(self) -> list[int]:
+        """The order of `Learner.get_preds(concat_dim=1)`, whose first axis is B: streams keep theirs."""
+        return list(range(self.dataset.stream.shape[1]))
+
+    def set_epoch(self, epoch: int) -> None:
+        self.dataset.set_epoch(epoch)
+
+    def to(self, device) -> None:
+        self.device = device
+        self.dataset.to(device)  # the whole text once, rather than each batch
+
+    def new(self, dataset=None, cls=None, **kwargs) -> StreamLoader:
+        """The same text again, for one more reader; order and batches are the text's, so other arguments change nothing."""
+        source = self.dataset
+        return StreamLoader(BpttBatches(source.stream, source.rule, source.seed), self.vocab, device=self.device)
+
+
+def torch_device(name: str | torch.device | None = "auto") -> torch.device:
+    """"auto" or None: CUDA where torch finds it, else the CPU; "gpu" is "cuda"."""
+    if name in (None, "auto", "gpu"):
+        return choose_device(name or "auto")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: {name} was asked for, but torch finds no CUDA device; use auto or cpu")
+    return device
+
+
+def language_dls(corpus: Corpus, recipe: SearchRecipe | RetrainRecipe, seed: int = 0, device="auto", path: str | Path = ".") -> DataLoaders:
+    """Training text with the recipe's batch lengths, drawn from `seed` anew in each epoch, and validation text with its fixed length.
+
+    For a SearchRecipe, `dls.arch` reads the text that α learns from. `dls.vocab` is the list of words.
+    """
+    device = torch_device(device)
+    words = corpus.vocab.words
+
+    def loader(tokens: Tensor, batch_size: int, lengths, seed: int = 0, advance: bool = False) -> StreamLoader:
+        return StreamLoader(BpttBatches(streams(tokens, batch_size), lengths, seed, device), words, advance, device)
+
+    if isinstance(recipe, SearchRecipe):
+        lengths = search_lengths(recipe.bptt, recipe.short_bptt_probability)
+    else:
+        lengths = retrain_lengths(recipe.bptt, recipe.short_bptt_probability, recipe.bptt_std, recipe.min_bptt, recipe.bptt + recipe.max_bptt_above)
+    dls = DataLoaders(loader(corpus.train, recipe.batch_size, lengths, seed, advance=True),
+                      loader(corpus.valid, recipe.eval_batch_size, fixed_length(recipe.bptt)), path=path, device=device)
+    if isinstance(recipe, SearchRecipe):
+        held_out = corpus.valid if corpus.alpha is None else corpus.alpha
+        dls.arch = loader(held_out, recipe.batch_size, lengths, seed + 1)
+    return dls

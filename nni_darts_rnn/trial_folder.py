@@ -1,0 +1,179 @@
+"""A trial as its folder tells it: what it found, what it was asked to do, and the commands that do it again.
+
+Reads only: `result.json` of a finished trial, and for another one what the caller has from NNI. Nothing in the folder is trusted or executed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .genotype import Genotype
+from .recipes import RECIPES, Recipe, get_recipe
+from .rungs import recipe_fields
+from .trial import checked_recipe, checked_seed
+
+RESULT = "result.json"
+_ENDED = {"SUCCEEDED": "succeeded", "FAILED": "failed", "USER_CANCELED": "stopped", "SYS_CANCELED": "stopped", "EARLY_STOPPED": "stopped"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished trial wrote, checked. Times are seconds; `None` for what its file does not say."""
+
+    genotype: Genotype
+    valid_perplexity: float
+    test_perplexity: float | None
+    supernet_valid_perplexity: float | None
+    parameters: int | None
+    search_seconds: float | None
+    retrain_seconds: float | None
+    versions: dict
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial. `status` is succeeded, running, waiting, failed or stopped; `result` is there once it has finished.
+
+    `recipe` and `seed` are None where the trial's settings are not known; `note` says in one line what went wrong.
+    """
+
+    id: str
+    folder: Path
+    status: str
+    options: argparse.Namespace
+    result: Result | None = None
+    seed: int | None = None
+    recipe: Recipe | None = None
+    parameters: dict = field(default_factory=dict)
+    note: str = ""
+
+    def commands(self, out: str | None = None) -> list[str]:
+        """The `nni-darts-rnn` commands that do this trial again, with results in `out`; empty where its settings are not known."""
+        if self.recipe is None or self.seed is None:
+            return []
+        out = out or f"runs/{self.id}"
+        shared = corpus_words(self.options) + ["--recipe", self.recipe.name, "--seed", str(self.seed)]
+        if self.options.threads:
+            shared += ["--threads", str(self.options.threads)]  # sums of another number of threads differ in the last digits
+        if self.options.device != "auto":
+            shared += ["--device", self.options.device]
+        return [shlex.join(["nni-darts-rnn", "search", *shared, *set_words(self.recipe, "search"), "--out", out]),
+                shlex.join(["nni-darts-rnn", "retrain", *shared, *set_words(self.recipe, "retrain"), "--genotype", out, "--out", out])]
+
+
+def corpus_words(options) -> list[str]:
+    """The options that name the corpus again, as a command's words."""
+    words = ["--corpus", str(options.corpus or "pydoc")]
+    for name in ("corpus_folder", "corpus_mirror"):
+        if getattr(options, name):
+            words += ["--" + name.replace("_", "-"), str(getattr(options, name))]
+    return words + (["--alpha-fraction", f"{options.alpha_fraction:g}"] if options.alpha_fraction else [])
+
+
+def set_words(recipe: Recipe, part: str) -> list[str]:
+    """`--set` for every field of a part that differs from the recipe of that name."""
+    return [word for key, (_, value) in differences(recipe).items() if key.startswith(part + ".")
+            for word in ("--set", f"{key}={str(value).lower() if value is None or isinstance(value, bool) else value}")]
+
+
+def differences(recipe: Recipe) -> dict[str, tuple]:
+    """Field -> (value in the recipe of that name, value here), where they differ."""
+    named, found = RECIPES[recipe.name], {}
+    for part in ("search", "retrain"):
+        there, here = getattr(named, part), getattr(recipe, part)
+        for f in dataclasses.fields(here):
+            if getattr(there, f.name) != getattr(here, f.name):
+                found[f"{part}.{f.name}"] = getattr(there, f.name), getattr(here, f.name)
+    return found
+
+
+def read_trial(trial_id: str, folder: Path, job: dict, options, alive: bool) -> Trial:
+    """What a trial's folder holds; `job` is what NNI's database has of it, `alive` whether its experiment still runs."""
+    parameters, result, note = _parameters(job.get("data")), None, ""
+    seed, recipe = parameters.get("seed", 0) if job.get("data") else None, None
+    if (folder / RESULT).is_file():
+        try:
+            result, seed, recipe = read_result(folder / RESULT)
+        except ValueError as error:
+            note = str(error)
+    event = str(job.get("event") or "")
+    if result:
+        status = "succeeded"
+    elif note:
+        status = "failed"
+    elif event in _ENDED:
+        status = "failed" if event == "SUCCEEDED" else _ENDED[event]
+        note = note or (_last_words(folder) if status == "failed" else "")
+    else:
+        status = {"": "unknown", "WAITING": "waiting", "UNKNOWN": "waiting"}.get(event, "running") if alive else "stopped"
+    if recipe is None and job.get("data"):
+        try:
+            seed = checked_seed(seed)
+            recipe = checked_recipe(options, recipe_fields(parameters))
+        except ValueError as error:
+            seed, recipe = seed if isinstance(seed, int) else None, None
+            note = note or str(error)
+    return Trial(trial_id, folder, status, options, result, seed, recipe, parameters, note)
+
+
+def read_result(path: Path) -> tuple[Result, int, Recipe | None]:
+    """A `result.json`: (result, seed, recipe). The recipe is None where it is not one of this version's. `ValueError` with one line otherwise."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        cell = data["genotype"]
+        genotype = Genotype.from_json(cell if isinstance(cell, str) else json.dumps(cell))
+        valid = _number(data["valid_perplexity"])
+        if valid is None or valid <= 0:
+            raise ValueError(f"valid_perplexity: {data['valid_perplexity']!r} is not a perplexity")
+        parameters = _number(data.get("parameters"))
+        versions = data.get("versions")
+        result = Result(genotype, valid, _number(data.get("test_perplexity")), _number(data.get("supernet_valid_perplexity")),
+                        None if parameters is None else int(parameters), _number(data.get("search_seconds")), _number(data.get("retrain_seconds")),
+                        versions if isinstance(versions, dict) else {})
+        seed = checked_seed(data["seed"])
+    except KeyError as error:
+        raise ValueError(f"{path.name}: {error} is missing") from None
+    except (OSError, AttributeError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name}: cannot be read ({one_line(error)})") from None
+    recipe = None
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        kept = data["recipe"]
+        recipe = get_recipe(kept["name"], {part: kept[part] for part in ("search", "retrain")})
+    return result, seed, recipe
+
+
+def _number(value) -> float | None:
+    """A finite number, or None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return value
+
+
+def _parameters(text: str | None) -> dict:
+    with contextlib.suppress(TypeError, ValueError, AttributeError):
+        found = json.loads(text).get("parameters")
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _last_words(folder: Path) -> str:
+    """The last line of a trial's standard error."""
+    try:
+        with (folder / "trial.stderr").open("rb") as file:
+            file.seek(max(0, os.path.getsize(folder / "trial.stderr") - 4096))
+            lines = [line.strip() for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
+    except OSError:
+        return ""
+    return lines[-1][:300] if lines else ""
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
