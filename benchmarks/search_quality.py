@@ -3,6 +3,7 @@
     python benchmarks/search_quality.py run --corpus FOLDER --arm second-order original first-order shared random   # one NNI experiment an arm
     python benchmarks/search_quality.py run --corpus FOLDER --arm second-order --set search.epochs=5 --set search.warmup_epochs=4 --name "second-order, α warm-up"
     python benchmarks/search_quality.py run --corpus FOLDER --arm second-order --set search.epochs=5 --set search.warmup_epochs=4 --set search.relaxation=node --name "second-order, node, α warm-up"
+    python benchmarks/search_quality.py run --corpus FOLDER --again --arm second-order random --set retrain.epochs=10 --retrain-seeds 1      # the stored cells, longer
     python benchmarks/search_quality.py table                                                          # figures, tests and picture of what there is
 
 An interrupted `run` goes on where it was when it is given again: finished trials are kept in --work, and an unfinished phase has its checkpoints there.
@@ -26,20 +27,15 @@ import random
 import shlex
 import sys
 import time
-from collections import Counter
 from dataclasses import replace
 from datetime import date
-from itertools import combinations
 from pathlib import Path
 
-import numpy as np
-from scipy.stats import permutation_test, spearmanr
+from quality_table import RESULTS, by_epochs, lengths_agree, picture, save, stored, summary
 from search_step import Size, machine
 
-from nni_darts_rnn.files import write_csv
 from nni_darts_rnn.genotype import PRIMITIVES
 
-RESULTS = Path(__file__).parent / "results"
 ARMS = ("second-order", "original", "first-order", "shared", "random", "one")
 WORDS, SHORT = 2000, 1  # the most frequent words that are kept; epochs of the short retraining
 DROPOUT = {f"{part}.{name}": value for part in ("search", "retrain")
@@ -144,18 +140,20 @@ def trial(options, recipe) -> None:
     import nni
 
     from nni_darts_rnn.files import write_json
+    from nni_darts_rnn.genotype import Genotype
     from nni_darts_rnn.pipeline import retrain_phase, take_fast_path
     from nni_darts_rnn.trial import open_corpus, prepare_torch
 
     seed = int(nni.get_next_parameter()["seed"])
     prepare_torch(options)
-    corpus, folder = frequent(open_corpus(options), WORDS), options.work / options.name / str(seed)
+    corpus, folder = frequent(open_corpus(options), WORDS), place(options, recipe, options.name) / str(seed)
     folder.mkdir(parents=True, exist_ok=True)
     take_fast_path(corpus, recipe.search)
-    took = folder / "search.json"
-    if took.exists():  # by a run that was stopped
-        from nni_darts_rnn.genotype import Genotype
-
+    took, before = folder / "search.json", {}
+    if options.again:
+        before = next(row for row in stored() if row["name"] == options.name and int(row["seed"]) == seed)
+        cell, chosen = Genotype.from_json(before["genotype"]), {"seconds": float(before["search_seconds"])}
+    elif took.exists():  # by a run that was stopped
         chosen = json.loads(took.read_text())
         cell = Genotype.from_json(chosen["genotype"])
     else:
@@ -166,24 +164,32 @@ def trial(options, recipe) -> None:
     rows = []
     for again in range(options.retrain_seeds):
         done = retrain_phase(corpus, cell, recipe.retrain, again, folder / f"retrain{again}", nni.report_intermediate_result)
-        rows.append({"name": options.name, "arm": options.arm[0], "seed": seed, "retrain_seed": again, "genotype": cell.to_json(),
+        rows.append({"name": options.name, "arm": options.arm[0], "epochs": recipe.retrain.epochs, "seed": seed, "retrain_seed": again, "genotype": cell.to_json(),
                      "short_valid": done["rows"][SHORT - 1]["perplexity"], "valid": done["valid_perplexity"], "test": done["test_perplexity"],
-                     "search_seconds": chosen["seconds"], "retrain_seconds": done["retrain_seconds"]})
+                     "search_seconds": chosen["seconds"], "retrain_seconds": done["retrain_seconds"], "supernet_valid": before.get("supernet_valid", "")})
     write_json(folder / "rows.json", rows)
     nni.report_final_result(sum(row["valid"] for row in rows) / len(rows))
 
 
-def run(options) -> None:
+def place(options, recipe, name: str) -> Path:
+    """Where an arm's trials are kept."""
+    return options.work / (f"{name}, again for {recipe.retrain.epochs} epochs" if options.again else name)
+
+
+def run(options, recipe) -> None:
     """An NNI experiment an arm, of the seeds that are not there yet."""
     from nni.experiment import Experiment
 
     for arm in options.arm:
         name = options.name or arm
-        missing = [seed for seed in range(1, options.seeds + 1) if not (options.work / name / str(seed) / "rows.json").exists()]
+        folder, wanted = place(options, recipe, name), set(range(1, options.seeds + 1))
+        if options.again:
+            wanted &= {int(row["seed"]) for row in stored() if row["name"] == name}
+        missing = [seed for seed in sorted(wanted) if not (folder / str(seed) / "rows.json").exists()]
         if missing:
             command = [sys.executable, str(Path(__file__).resolve()), "trial", "--arm", arm, "--name", name, "--work", str(options.work.resolve()),
                        "--corpus", str(Path(options.corpus).resolve()) if Path(options.corpus).exists() else options.corpus,
-                       "--threads", str(options.threads), "--retrain-seeds", str(options.retrain_seeds)]
+                       "--threads", str(options.threads), "--retrain-seeds", str(options.retrain_seeds), *["--again"] * options.again]
             for setting in options.set:
                 command += ["--set", setting]
             experiment = Experiment("local")
@@ -194,127 +200,38 @@ def run(options) -> None:
             config.experiment_working_directory = (options.work / "nni").resolve()
             experiment.run(options.port)
             experiment.stop()
-        done = collect(options.work, name)
-        print(f"{name}: {len(done) // options.retrain_seeds} of {options.seeds} seeds done", flush=True)
+        done = collect(folder)
+        print(f"{name}: {len(done) // options.retrain_seeds} of {len(wanted)} seeds done", flush=True)
         save(done)
 
 
-def collect(work: Path, name: str) -> list[dict]:
+def collect(folder: Path) -> list[dict]:
     """The rows of an arm's finished seeds; where it searched, with the supernet's last validation perplexity."""
     rows = []
-    for path in sorted(work.glob(f"{name}/*/rows.json")):
-        searched, last = path.with_name("search.csv"), ""
+    for path in sorted(folder.glob("*/rows.json")):
+        there, searched = json.loads(path.read_text()), path.with_name("search.csv")
         if searched.exists():
             with open(searched, encoding="utf-8") as file:
                 last = list(csv.DictReader(file))[-1]["perplexity"]
-        rows += [row | {"supernet_valid": last} for row in json.loads(path.read_text())]
+            there = [row | {"supernet_valid": last} for row in there]
+        rows += there
     return rows
-
-
-def save(rows: list[dict]) -> None:
-    """Rows into the CSV in the place of those of the same name and seed."""
-    path = RESULTS / "search_quality.csv"
-    before = stored() if path.exists() else []
-    new = {(r["name"], int(r["seed"]), int(r["retrain_seed"])) for r in rows}
-    kept = [r for r in before if (r["name"], int(r["seed"]), int(r["retrain_seed"])) not in new]
-    write_csv(path, kept + rows)
-
-
-def stored() -> list[dict]:
-    with open(RESULTS / "search_quality.csv", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def sign_flip(differences: np.ndarray) -> float:
-    """p of a paired test of mean 0, two-sided and exact: over all 2^n choices of signs (Fisher 1935, section 21)."""
-    return float(permutation_test((differences,), np.mean, permutation_type="samples", n_resamples=np.inf).pvalue)
-
-
-def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    return float(spearmanr(a, b).statistic)
-
-
-def agreement(cells: list[list]) -> float | None:
-    """The share of nodes, (op, predecessor), that two cells have in common, mean over all pairs; None for a single cell."""
-    pairs = list(combinations(cells, 2))
-    return float(np.mean([[a == b for a, b in zip(one, other)] for one, other in pairs])) if pairs else None
-
-
-def summary(rows: list[dict]) -> dict:
-    """By arm: seeds, mean and standard deviation of the cells' perplexities (a cell's is the mean of its retrainings), the best, how far the seeds'
-    cells agree, the test against `random` and `original` by seed; over all cells the rank correlation of short and long retraining."""
-    cells: dict = {}
-    for row in rows:
-        cells.setdefault(row["name"], {}).setdefault(int(row["seed"]), []).append(row)
-    mean = {name: {seed: {k: float(np.mean([float(r[k]) for r in there])) for k in ("short_valid", "valid", "test", "search_seconds")}
-                   for seed, there in seeds.items()} for name, seeds in cells.items()}
-    found: dict = {"arms": {}}
-    for name, seeds in mean.items():
-        valid, test = (np.array([cell[k] for cell in seeds.values()]) for k in ("valid", "test"))
-        best = min(seeds, key=lambda seed: seeds[seed]["valid"])
-        genotypes = [json.loads(there[0]["genotype"])["recurrent"] for there in cells[name].values()]
-        ops = Counter(op for genotype in genotypes for op, _ in genotype)
-        supernets = [float(there[0]["supernet_valid"]) for there in cells[name].values() if there[0].get("supernet_valid")]
-        arm = {"seeds": len(seeds), "retrainings": min(map(len, cells[name].values())), "valid_mean": valid.mean(), "valid_sd": valid.std(ddof=1) if len(valid) > 1 else None,
-               "test_mean": test.mean(), "test_sd": test.std(ddof=1) if len(test) > 1 else None, "best_valid": seeds[best]["valid"], "best_test": seeds[best]["test"],
-               "best_genotype": cells[name][best][0]["genotype"], "search_seconds": float(np.mean([c["search_seconds"] for c in seeds.values()])),
-               "supernet_valid": float(np.median(supernets)) if supernets else None, "agreement": agreement(genotypes),
-               "ops": {op: count / sum(ops.values()) for op, count in sorted(ops.items())}}
-        for other in ("random", "shared", "original", "one"):
-            both = sorted(seeds.keys() & mean.get(other, {}).keys())
-            if other != name and len(both) > 1:
-                differences = np.array([seeds[s]["valid"] - mean[other][s]["valid"] for s in both])
-                arm[f"minus_{other}"], arm[f"p_{other}"] = differences.mean(), sign_flip(differences)
-        found["arms"][name] = arm
-    every = [cell for seeds in mean.values() for cell in seeds.values()]
-    n_nodes = len(json.loads(rows[0]["genotype"])["recurrent"])
-    found["agreement_by_chance"] = float(np.mean([1 / ((len(PRIMITIVES) - 1) * node) for node in range(1, n_nodes + 1)]))
-    found["short_long_rank_correlation"] = spearman(*(np.array([cell[k] for cell in every]) for k in ("short_valid", "valid")))
-    most = max(len(there) for seeds in cells.values() for there in seeds.values())
-    again = np.array([[float(r["valid"]) for r in sorted(there, key=lambda r: int(r["retrain_seed"]))]
-                      for seeds in cells.values() for there in seeds.values() if len(there) == most])  # (cells, retrainings)
-    if most > 1:
-        found["sd_of_retrainings"] = float(np.sqrt(np.mean(np.var(again, axis=1, ddof=1))))
-        # the same batches and first weights make all cells better or worse: without that, as in an analysis of variance in two ways
-        left = again - again.mean(0) - again.mean(1, keepdims=True) + again.mean()
-        found["sd_beside_retraining_seed"] = float(np.sqrt((left**2).sum() / max(1, (len(again) - 1) * (most - 1))))
-    return found
-
-
-def picture(rows: list[dict], path: Path) -> None:
-    """Every cell as a point, by arm, with the arm's mean."""
-    from nni_darts_rnn.plot import canvas
-
-    names = list(dict.fromkeys(row["name"] for row in rows))
-    with canvas.style():
-        figure = canvas.new_figure(7, 0.7 + 0.45 * len(names))
-        figure.set_layout_engine("constrained")
-        axes = figure.subplots()
-        for place, name in enumerate(names):
-            by_seed: dict = {}
-            for row in rows:
-                if row["name"] == name:
-                    by_seed.setdefault(row["seed"], []).append(float(row["valid"]))
-            values = [np.mean(v) for v in by_seed.values()]
-            axes.plot(values, [place] * len(values), "o", color="tab:blue", alpha=0.5)
-            axes.plot([np.mean(values)] * 2, [place - 0.3, place + 0.3], color="black")
-        axes.set_yticks(range(len(names)), names)
-        axes.invert_yaxis()
-        axes.set_xlabel("validation perplexity of the retrained cells (lower is better; bar: mean)")
-        canvas.save(figure, path)
 
 
 def table() -> None:
     rows = stored()
-    found = summary(rows) | {"command": "python benchmarks/search_quality.py table", "date": date.today().isoformat(), "machine": machine(),
-                             "settings": SETTINGS | {"words": WORDS, "short_epochs": SHORT}}
+    found = {"retrained": {str(epochs): summary(there) for epochs, there in by_epochs(rows).items()}, "lengths": lengths_agree(rows),
+             "command": "python benchmarks/search_quality.py table", "date": date.today().isoformat(), "machine": machine(),
+             "settings": SETTINGS | {"words": WORDS, "short_epochs": SHORT}}
     (RESULTS / "search_quality.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     picture(rows, RESULTS / "search_quality.svg")
-    for name, arm in found["arms"].items():
-        against = ", ".join(f"{arm[f'minus_{other}']:+.2f} to {other} (p {arm[f'p_{other}']:.3f})" for other in ("random", "original") if f"p_{other}" in arm)
-        print(f"{name:>14}: {arm['seeds']} seeds, valid {arm['valid_mean']:.2f} ± {arm['valid_sd'] or 0:.2f}, test {arm['test_mean']:.2f}, "
-              f"best {arm['best_valid']:.2f} (test {arm['best_test']:.2f}), search {arm['search_seconds']:.0f} s; {against}")
-    print(f"rank correlation of short and long retraining {found['short_long_rank_correlation']:.2f}")
+    for epochs, figures in found["retrained"].items():
+        print(f"retrained for {epochs} epochs")
+        for name, arm in figures["arms"].items():
+            against = ", ".join(f"{arm[f'minus_{other}']:+.2f} to {other} (p {arm[f'p_{other}']:.3f})" for other in ("random", "original") if f"p_{other}" in arm)
+            print(f"{name:>14}: {arm['seeds']} seeds, valid {arm['valid_mean']:.2f} ± {arm['valid_sd'] or 0:.2f}, test {arm['test_mean']:.2f}, "
+                  f"best {arm['best_valid']:.2f} (test {arm['best_test']:.2f}), search {arm['search_seconds']:.0f} s; {against}")
+    print(found["lengths"])
 
 
 def main() -> None:
@@ -326,6 +243,7 @@ def main() -> None:
     parser.set_defaults(recipe="penn", threads=1)
     parser.add_argument("--arm", nargs="+", choices=ARMS, default=["second-order"])
     parser.add_argument("--name", help="what the rows are called; default: the arm")
+    parser.add_argument("--again", action="store_true", help="no search: the cells that are stored under the name, retrained with these settings")
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--retrain-seeds", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("search_quality"), help="folder of finished and unfinished trials")
@@ -339,7 +257,7 @@ def main() -> None:
     options.set = given
     if options.what == "trial":
         return trial(options, recipe)
-    return run(options)
+    return run(options, recipe)
 
 
 if __name__ == "__main__":

@@ -61,28 +61,38 @@ def quality() -> str:
     found = stored("search_quality.json")
     if found is None:
         return ""
-    settings, arms = found["settings"], found["arms"]
-    rows = []
+    settings = found["settings"]
+    parts = [
+        "## Does the search beat chance?\n",
+        f"Penn Treebank with its {settings['words']:,} most frequent words, {settings['search.hidden_size']} units, batches of "
+        f"{settings['search.batch_size']} streams, the paper's learning rate (20), in the search a clip of {settings['search.clip']} where nothing else is said. Arms have one budget of arithmetic (the head of `benchmarks/search_quality.py` says "
+        "which arm does what). Every cell is retrained from scratch from each of the retraining seeds; a cell's figure is their "
+        "mean, ± the standard deviation over search seeds. Differences are paired by seed, and p is the exact two-sided sign-flip test's. Seconds are of two searches at a time on two cores, of one machine or another, that "
+        "other work often shared, so they do not compare arms; the budget does. *Supernet*: the median of its validation perplexities at the end. *Agreement*: the share of nodes, function and predecessor, "
+        "that the cells of two seeds have in common, mean over pairs.\n"]
+    for epochs, figures in found["retrained"].items():
+        parts += retrained(epochs, figures, settings["short_epochs"])
+    parts += [f"Over the {pair['cells']} cells that were retrained for {pair['epochs'][0]} epochs and for {pair['epochs'][1]}, the rank correlation of the two perplexities is "
+              f"{pair['rank_correlation']:.2f}.\n" for pair in found["lengths"]]
+    return "\n".join([*parts, "![Every retrained cell as a point, by arm, with the arm's mean](../benchmarks/results/search_quality.svg)\n", made(found)])
+
+
+def retrained(epochs: str, found: dict, short: int) -> list[str]:
+    """The arms' cells after so many epochs of retraining."""
+    arms, rows = found["arms"], []
     for name, arm in arms.items():
         against = [f"{arm[f'minus_{other}']:+.2f} to {other}, p = {arm[f'p_{other}']:.3f}" for other in arms if f"p_{other}" in arm]
         rows.append((name, f"{arm['seeds']} × {arm['retrainings']}", spread(arm["valid_mean"], arm["valid_sd"]), spread(arm["test_mean"], arm["test_sd"]),
                      f"{arm['best_valid']:.2f} / {arm['best_test']:.2f}", "" if arm["supernet_valid"] is None else f"{arm['supernet_valid']:,.0f}",
                      "" if arm["agreement"] is None else f"{arm['agreement']:.2f}", f"{arm['search_seconds']:.0f}", "; ".join(against)))
     best = min(arms.values(), key=lambda arm: arm["best_valid"])
-    return "\n".join([
-        "## Does the search beat chance?\n",
-        f"Penn Treebank with its {settings['words']:,} most frequent words, {settings['search.hidden_size']} units, batches of "
-        f"{settings['search.batch_size']} streams, the paper's learning rate (20), in the search a clip of {settings['search.clip']} where nothing else is said. Arms have one budget of arithmetic (the head of `benchmarks/search_quality.py` says "
-        f"which arm does what). Every cell is retrained from scratch for {settings['retrain.epochs']} epochs from each of the retraining seeds; a cell's figure is their "
-        "mean, ± the standard deviation over search seeds. Differences are paired by seed, and p is the exact two-sided sign-flip test's. Seconds are of two searches at a time on two cores, of one machine or another, that "
-        "other work often shared, so they do not compare arms; the budget does.\n",
-        table(("arm", "seeds × retrainings", "validation", "test", "best cell, validation / test", "supernet", "agreement", "search, s", "difference in validation"), rows),
-        f"![Every retrained cell as a point, by arm, with the arm's mean](../benchmarks/results/search_quality.svg)\n\nThe rank correlation between "
-        f"{settings['short_epochs']} epoch of retraining and {settings['retrain.epochs']} is {found['short_long_rank_correlation']:.2f} over all cells; two retrainings of "
-        f"one cell differ with a standard deviation of {found['sd_of_retrainings']:.2f}, of which {found['sd_beside_retraining_seed']:.2f} is left when what the retraining "
-        f"seed does to all cells is taken out. *Supernet*: the median of its validation perplexities at the end. *Agreement*: the share of nodes, "
-        f"function and predecessor, that the cells of two seeds have in common, mean over pairs; {found['agreement_by_chance']:.2f} by chance. The best cell:\n\n```json\n{best['best_genotype']}\n```\n",
-        made(found)])
+    noise = "" if "sd_of_retrainings" not in found else (
+        f" Two retrainings of one cell differ with a standard deviation of {found['sd_of_retrainings']:.2f}, of which {found['sd_beside_retraining_seed']:.2f} is left when "
+        "what the retraining seed does to all cells is taken out.")
+    return [f"### Retrained for {epochs} epochs\n",
+            table(("arm", "seeds × retrainings", "validation", "test", "best cell, validation / test", "supernet", "agreement", "search, s", "difference in validation"), rows),
+            f"The rank correlation between {short} epoch of retraining and {epochs} is {found['short_long_rank_correlation']:.2f} over all cells.{noise} By chance the agreement "
+            f"would be {found['agreement_by_chance']:.2f}. The best cell:\n\n```json\n{best['best_genotype']}\n```\n"]
 
 
 def lstm() -> str:

@@ -14,6 +14,7 @@ import torch
 from scipy.stats import rankdata
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import quality_table as figures
 import search_quality as quality
 
 from nni_darts_rnn.corpus import EOS, UNK, Corpus, Vocabulary
@@ -30,9 +31,9 @@ def corpus(n=400) -> Corpus:
 
 
 def test_sign_flip():
-    assert quality.sign_flip(np.arange(1.0, 9.0)) == 2 / 256  # no other choice of signs is as far, but all turned round
-    assert quality.sign_flip(np.array([1.0, -1.0])) == 1.0
-    assert quality.sign_flip(np.array([3.0, 1.0, -1.0])) == 6 / 8  # the sums are 3, 5, 1, 3 and their opposites
+    assert figures.sign_flip(np.arange(1.0, 9.0)) == 2 / 256  # no other choice of signs is as far, but all turned round
+    assert figures.sign_flip(np.array([1.0, -1.0])) == 1.0
+    assert figures.sign_flip(np.array([3.0, 1.0, -1.0])) == 6 / 8  # the sums are 3, 5, 1, 3 and their opposites
 
 
 def test_ranks():
@@ -40,8 +41,8 @@ def test_ranks():
     a = np.array([3.0, 1.0, 4.0, 1.5, 9.0])
     b = np.array([2.0, 7.0, 1.0, 8.0, 2.5])
     d = rankdata(a) - rankdata(b)
-    assert quality.spearman(a, b) == pytest.approx(1 - 6 * (d**2).sum() / (5 * 24))  # the formula without ties
-    assert quality.spearman(a, np.exp(a)) == pytest.approx(1)
+    assert figures.spearman(a, b) == pytest.approx(1 - 6 * (d**2).sum() / (5 * 24))  # the formula without ties
+    assert figures.spearman(a, np.exp(a)) == pytest.approx(1)
 
 
 def test_budget_is_the_arithmetic():
@@ -81,24 +82,24 @@ def test_rows_have_the_supernets_last_perplexity(tmp_path):
     for seed, last in ((1, "30.5"), (2, None)):
         folder = tmp_path / "an arm, changed" / str(seed)
         folder.mkdir(parents=True)
-        (folder / "rows.json").write_text(json.dumps([{"seed": seed}]))
+        (folder / "rows.json").write_text(json.dumps([{"seed": seed, "supernet_valid": "7"}]))
         if last:
             (folder / "search.csv").write_text(f"phase,epoch,perplexity\nsearch,0,99\nsearch,1,{last}\n")
-    assert quality.collect(tmp_path, "an arm, changed") == [{"seed": 1, "supernet_valid": "30.5"}, {"seed": 2, "supernet_valid": ""}]
+    assert quality.collect(tmp_path / "an arm, changed") == [{"seed": 1, "supernet_valid": "30.5"}, {"seed": 2, "supernet_valid": "7"}]
 
 
 def test_agreement():
     one, other = [["relu", 0], ["tanh", 1]], [["relu", 0], ["tanh", 0]]
-    assert quality.agreement([one, other]) == 0.5 and quality.agreement([one, one, other]) == pytest.approx(2 / 3) and quality.agreement([one]) is None
+    assert figures.agreement([one, other]) == 0.5 and figures.agreement([one, one, other]) == pytest.approx(2 / 3) and figures.agreement([one]) is None
 
 
 def test_summary(tmp_path):
     def row(name, seed, again, valid):
-        return {"name": name, "arm": name, "seed": seed, "retrain_seed": again, "genotype": json.dumps({"recurrent": [["relu", 0]], "concat": [1]}),
+        return {"name": name, "arm": name, "epochs": 3, "seed": seed, "retrain_seed": again, "genotype": json.dumps({"recurrent": [["relu", 0]], "concat": [1]}),
                 "short_valid": valid + 10, "valid": valid, "test": valid + 1, "search_seconds": 5, "retrain_seconds": 1}
 
     rows = [row("second-order", s, r, 50.0 + s + r) for s in (1, 2, 3) for r in (0, 1)] + [row("random", s, r, 52.0 + s + r) for s in (1, 2, 3) for r in (0, 1)]
-    found = quality.summary(rows)
+    found = figures.summary(rows)
     arm = found["arms"]["second-order"]
     assert (arm["seeds"], arm["retrainings"]) == (3, 2) and arm["valid_mean"] == 52.5 and arm["valid_sd"] == pytest.approx(1.0)
     assert arm["minus_random"] == -2 and arm["p_random"] == 2 / 8 and arm["best_valid"] == 51.5 and arm["best_test"] == 52.5
@@ -106,7 +107,17 @@ def test_summary(tmp_path):
     assert found["short_long_rank_correlation"] == pytest.approx(1) and found["sd_of_retrainings"] == pytest.approx(0.5**0.5)
     assert found["sd_beside_retraining_seed"] == pytest.approx(0, abs=1e-6) and arm["supernet_valid"] is None
     rows[0]["valid"] += 1.0  # one of 6 cells × 2: what is left is 1/4 in each way but for the means over 6
-    left = quality.summary(rows)["sd_beside_retraining_seed"]
+    left = figures.summary(rows)["sd_beside_retraining_seed"]
     assert left == pytest.approx((((1 - 1 / 6) ** 2 / 4 * 2 + 5 * (1 / 12) ** 2 * 2) / 5) ** 0.5)
-    quality.picture(rows, tmp_path / "p.svg")
-    assert "second-order" in (tmp_path / "p.svg").read_text()
+    longer = [row | {"epochs": 10, "valid": 100 - row["valid"]} for row in rows if row["name"] == "random"]
+    figures.picture(rows + longer, tmp_path / "p.svg")
+    assert all(words in (tmp_path / "p.svg").read_text() for words in ("second-order", "retrained for 3 epochs", "retrained for 10 epochs"))
+    assert figures.lengths_agree(longer + rows) == [{"epochs": [3, 10], "cells": 3, "rank_correlation": pytest.approx(-1)}]
+
+
+def test_rows_take_the_place_of_their_like(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    row = {"name": "one", "epochs": 3, "seed": 1, "retrain_seed": 0, "valid": 1.0}
+    figures.save([row, row | {"retrain_seed": 1}])
+    figures.save([row | {"valid": 2.0}, row | {"epochs": 10, "valid": 3.0}])
+    assert [(r["epochs"], r["retrain_seed"], r["valid"]) for r in figures.stored()] == [("3", "1", "1.0"), ("3", "0", "2.0"), ("10", "0", "3.0")]

@@ -1,0 +1,138 @@
+"""The figures of `search_quality.py`: its rows as stored, what they say by arm, and their picture."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from itertools import combinations, pairwise
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import permutation_test, spearmanr
+
+from nni_darts_rnn.files import write_csv
+from nni_darts_rnn.genotype import PRIMITIVES
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def save(rows: list[dict]) -> None:
+    """Rows into the CSV in the place of those of the same name, epochs and seeds."""
+    path = RESULTS / "search_quality.csv"
+    before = stored() if path.exists() else []
+    new = {_which(row) for row in rows}
+    write_csv(path, [row for row in before if _which(row) not in new] + rows)
+
+
+def _which(row: dict) -> tuple:
+    return row["name"], *(int(row[key]) for key in ("epochs", "seed", "retrain_seed"))
+
+
+def stored() -> list[dict]:
+    with open(RESULTS / "search_quality.csv", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def by_epochs(rows: list[dict]) -> dict[int, list[dict]]:
+    """Rows by how many epochs their cells were retrained, fewest first."""
+    lengths = sorted({int(row["epochs"]) for row in rows})
+    return {epochs: [row for row in rows if int(row["epochs"]) == epochs] for epochs in lengths}
+
+
+def lengths_agree(rows: list[dict]) -> list[dict]:
+    """For each two lengths of retraining one after the other: how many cells have both, and the rank correlation of a cell's mean perplexity."""
+    means = []
+    for epochs, there in by_epochs(rows).items():
+        valid: dict = {}
+        for row in there:
+            valid.setdefault((row["name"], int(row["seed"])), []).append(float(row["valid"]))
+        means.append((epochs, {cell: float(np.mean(values)) for cell, values in valid.items()}))
+    found = []
+    for (short, a), (long, b) in pairwise(means):
+        both = [cell for cell in a if cell in b]
+        if len(both) > 2:
+            found.append({"epochs": [short, long], "cells": len(both), "rank_correlation": spearman(*(np.array([m[cell] for cell in both]) for m in (a, b)))})
+    return found
+
+
+def sign_flip(differences: np.ndarray) -> float:
+    """p of a paired test of mean 0, two-sided and exact: over all 2^n choices of signs (Fisher 1935, section 21)."""
+    return float(permutation_test((differences,), np.mean, permutation_type="samples", n_resamples=np.inf).pvalue)
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    return float(spearmanr(a, b).statistic)
+
+
+def agreement(cells: list[list]) -> float | None:
+    """The share of nodes, (op, predecessor), that two cells have in common, mean over all pairs; None for a single cell."""
+    pairs = list(combinations(cells, 2))
+    return float(np.mean([[a == b for a, b in zip(one, other)] for one, other in pairs])) if pairs else None
+
+
+def summary(rows: list[dict]) -> dict:
+    """By arm: seeds, mean and standard deviation of the cells' perplexities (a cell's is the mean of its retrainings), the best, how far the seeds'
+    cells agree, the test against `random` and `original` by seed; over all cells the rank correlation of short and long retraining."""
+    cells: dict = {}
+    for row in rows:
+        cells.setdefault(row["name"], {}).setdefault(int(row["seed"]), []).append(row)
+    mean = {name: {seed: {k: float(np.mean([float(r[k]) for r in there])) for k in ("short_valid", "valid", "test", "search_seconds")}
+                   for seed, there in seeds.items()} for name, seeds in cells.items()}
+    found: dict = {"arms": {}}
+    for name, seeds in mean.items():
+        valid, test = (np.array([cell[k] for cell in seeds.values()]) for k in ("valid", "test"))
+        best = min(seeds, key=lambda seed: seeds[seed]["valid"])
+        genotypes = [json.loads(there[0]["genotype"])["recurrent"] for there in cells[name].values()]
+        ops = Counter(op for genotype in genotypes for op, _ in genotype)
+        supernets = [float(there[0]["supernet_valid"]) for there in cells[name].values() if there[0].get("supernet_valid")]
+        arm = {"seeds": len(seeds), "retrainings": min(map(len, cells[name].values())), "valid_mean": valid.mean(), "valid_sd": valid.std(ddof=1) if len(valid) > 1 else None,
+               "test_mean": test.mean(), "test_sd": test.std(ddof=1) if len(test) > 1 else None, "best_valid": seeds[best]["valid"], "best_test": seeds[best]["test"],
+               "best_genotype": cells[name][best][0]["genotype"], "search_seconds": float(np.mean([c["search_seconds"] for c in seeds.values()])),
+               "supernet_valid": float(np.median(supernets)) if supernets else None, "agreement": agreement(genotypes),
+               "ops": {op: count / sum(ops.values()) for op, count in sorted(ops.items())}}
+        for other in ("random", "shared", "original", "one"):
+            both = sorted(seeds.keys() & mean.get(other, {}).keys())
+            if other != name and len(both) > 1:
+                differences = np.array([seeds[s]["valid"] - mean[other][s]["valid"] for s in both])
+                arm[f"minus_{other}"], arm[f"p_{other}"] = differences.mean(), sign_flip(differences)
+        found["arms"][name] = arm
+    every = [cell for seeds in mean.values() for cell in seeds.values()]
+    n_nodes = len(json.loads(rows[0]["genotype"])["recurrent"])
+    found["agreement_by_chance"] = float(np.mean([1 / ((len(PRIMITIVES) - 1) * node) for node in range(1, n_nodes + 1)]))
+    found["short_long_rank_correlation"] = spearman(*(np.array([cell[k] for cell in every]) for k in ("short_valid", "valid")))
+    most = max(len(there) for seeds in cells.values() for there in seeds.values())
+    again = np.array([[float(r["valid"]) for r in sorted(there, key=lambda r: int(r["retrain_seed"]))]
+                      for seeds in cells.values() for there in seeds.values() if len(there) == most])  # (cells, retrainings)
+    if most > 1:
+        found["sd_of_retrainings"] = float(np.sqrt(np.mean(np.var(again, axis=1, ddof=1))))
+        # the same batches and first weights make all cells better or worse: without that, as in an analysis of variance in two ways
+        left = again - again.mean(0) - again.mean(1, keepdims=True) + again.mean()
+        found["sd_beside_retraining_seed"] = float(np.sqrt((left**2).sum() / max(1, (len(again) - 1) * (most - 1))))
+    return found
+
+
+def picture(rows: list[dict], path: Path) -> None:
+    """Every cell as a point, by arm, with the arm's mean; a panel for each length of retraining."""
+    from nni_darts_rnn.plot import canvas
+
+    names, lengths = list(dict.fromkeys(row["name"] for row in rows)), by_epochs(rows)
+    with canvas.style():
+        figure = canvas.new_figure(4 + 3 * len(lengths), 0.7 + 0.45 * len(names))
+        figure.set_layout_engine("constrained")
+        panels = figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0]
+        for axes, (epochs, retrained) in zip(panels, lengths.items()):
+            for place, name in enumerate(names):
+                by_seed: dict = {}
+                for row in retrained:
+                    if row["name"] == name:
+                        by_seed.setdefault(row["seed"], []).append(float(row["valid"]))
+                values = [np.mean(v) for v in by_seed.values()]
+                axes.plot(values, [place] * len(values), "o", color="tab:blue", alpha=0.5)
+                if values:
+                    axes.plot([np.mean(values)] * 2, [place - 0.3, place + 0.3], color="black")
+            axes.set_title(f"retrained for {epochs} epochs")
+        panels[0].set_yticks(range(len(names)), names)
+        panels[0].invert_yaxis()
+        figure.supxlabel("validation perplexity of the retrained cells (lower is better; bar: mean)")
+        canvas.save(figure, path)
