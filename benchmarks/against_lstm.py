@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nni_darts_rnn import learner
-from nni_darts_rnn.baselines import bigram_perplexity, unigram_perplexity
 from nni_darts_rnn.cell import variational_mask
 from nni_darts_rnn.genotype import load_genotype
 from nni_darts_rnn.model import LanguageModel, number_of_parameters
+from nni_darts_rnn.outputs.versions import package_versions
 from nni_darts_rnn.pipeline import take_fast_path
+from nni_darts_rnn.text.baselines import bigram_perplexity, unigram_perplexity
 from nni_darts_rnn.trial import add_run_options, checked_recipe, open_corpus, prepare_torch
-from nni_darts_rnn.versions import package_versions
 
 
 class LSTMLayer(nn.Module):

@@ -50,7 +50,7 @@ def frequent(corpus, words: int):
     """The corpus with <unk> for all but its most frequent training words."""
     import torch
 
-    from nni_darts_rnn.vocabulary import EOS, UNK, Vocabulary
+    from nni_darts_rnn.text.vocabulary import EOS, UNK, Vocabulary
 
     counts = torch.bincount(corpus.train, minlength=len(corpus.vocab))
     ids = [i for i in torch.argsort(counts, descending=True, stable=True).tolist() if corpus.vocab.words[i] not in (EOS, UNK)][:words - 2]

@@ -13,9 +13,9 @@ import signal
 import sys
 from pathlib import Path
 
+from .checkpoints.stopping import Terminated
 from .genotype import Genotype
 from .rungs import recipe_fields
-from .stopping import Terminated
 from .trial import Parser, add_onnx_option, add_run_options, checked_recipe, checked_seed, open_corpus, prepare_torch, quiet_hosts
 
 
@@ -82,11 +82,11 @@ def run(arguments: argparse.Namespace, parameters: dict, report) -> dict:
     recipe = checked_recipe(arguments, settings)
     prepare_torch(arguments)
     from .files import write_json, write_text
+    from .outputs.versions import package_versions
     from .pipeline import check_fits, retrain_phase
-    from .versions import package_versions
 
     if arguments.onnx:
-        from .onnx_file import check_onnx, write_trained_onnx
+        from .outputs.onnx_file import check_onnx, write_trained_onnx
 
         check_onnx()
     corpus = open_corpus(arguments)

@@ -6,8 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from . import __version__, afterwards, commands
-from .stopping import Terminated
+from . import __version__
+from .checkpoints.stopping import Terminated
+from .commands import afterwards, compute
 from .trial import Parser, add_keeping_options, add_run_options
 
 EXPERIMENT = "id of an NNI experiment on this machine (running, stopped or finished), or its folder"
@@ -24,17 +25,17 @@ def build_parser() -> argparse.ArgumentParser:
         command.set_defaults(action=action)
         return command
 
-    search = add("search", commands.search, "search for a cell on a corpus",
+    search = add("search", compute.search, "search for a cell on a corpus",
                  "Searches for a cell; leaves genotype.json, alpha.json, search.csv and pictures in --out.",
                  "Example: nni-darts-rnn search --corpus pydoc --seed 1 --out found")
-    retrain = add("retrain", commands.retrain, "train a cell from scratch and test it",
+    retrain = add("retrain", compute.retrain, "train a cell from scratch and test it",
                   "Trains a cell from scratch on a corpus, keeps the best on validation in --out, and tests it. With --from it is the cell of an "
                   "experiment's best trial, trained until validation no longer improves; corpus and recipe are then that trial's where no other is given.",
                   "Examples: nni-darts-rnn retrain --genotype DARTS_V2; nni-darts-rnn retrain --from k3v8x2ab --set retrain.epochs=40")
     cell = retrain.add_mutually_exclusive_group()
     cell.add_argument("--genotype", help="DARTS_V1, DARTS_V2, ENAS, a genotype.json, or a folder with one")
     cell.add_argument("--from", dest="experiment", metavar="EXPERIMENT", help=EXPERIMENT + "; the cell of its best trial is trained")
-    evaluate = add("evaluate", commands.evaluate, "perplexity of a trained cell", "Prints validation and test perplexity of a trained model.",
+    evaluate = add("evaluate", compute.evaluate, "perplexity of a trained cell", "Prints validation and test perplexity of a trained model.",
                    "Example: nni-darts-rnn evaluate trained --corpus pydoc")
     evaluate.add_argument("model", help="folder with model.safetensors and model.json")
     for command in (search, retrain, evaluate):
@@ -65,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
                "Example: nni-darts-rnn init mine && nnictl create --config mine/examples/darts_rnn.yml")
     init.add_argument("folder", type=Path, metavar="DIR", help="made where it does not exist")
     init.add_argument("--force", action="store_true", help="replace files of the same name")
-    recipes = add("recipes", commands.recipes, "the named recipes and every field", "Prints every recipe's fields with what they mean.")
+    recipes = add("recipes", compute.recipes, "the named recipes and every field", "Prints every recipe's fields with what they mean.")
 
     for command in (search, retrain, evaluate, plot, best, report, init, recipes):
         command.add_argument("--json", action="store_true", help="for machines: only the result, as JSON, on standard output")

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import download
-from .batches import Batch, BpttBatches, LengthRule, fixed_length, retrain_lengths, search_lengths, streams
 from .genotype import did_you_mean
-from .pydoc_text import pydoc_splits
-from .vocabulary import EOS, UNK, Vocabulary, split_words
+from .text import download
+from .text.batches import Batch, BpttBatches, LengthRule, fixed_length, retrain_lengths, search_lengths, streams
+from .text.pydoc_text import pydoc_splits
+from .text.vocabulary import EOS, UNK, Vocabulary, split_words
 
 __all__ = ["EOS", "NAMES", "UNK", "Batch", "BpttBatches", "Corpus", "LengthRule", "Vocabulary", "fixed_length", "load_corpus", "retrain_lengths",
            "search_lengths", "streams"]

@@ -18,7 +18,7 @@ from nni.nas.evaluator import Evaluator
 from .corpus import Corpus, load_corpus
 from .files import write_text
 from .learner import language_dls, lm_learner
-from .onnx_file import check_onnx, write_onnx
+from .outputs.onnx_file import check_onnx, write_onnx
 from .pipeline import check_fits, take_fast_path
 from .recipes import Recipe, get_recipe
 from .space import RecurrentSpace

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .checkpoint import Checkpoints, where
+from .checkpoints.store import Checkpoints, where
 from .genotype import Genotype
 
 logger = logging.getLogger(__name__)

@@ -28,7 +28,9 @@ from .callbacks import (
     ScaleLRByLength,
     weight_parameters,
 )
-from .checkpoint import Checkpoints, Every
+from .checkpoints.retrain import ResumableLearner, RetrainCheckpoints
+from .checkpoints.stopping import Stopped, Terminated, stop_requests
+from .checkpoints.store import Checkpoints, Every
 from .corpus import Corpus
 from .fastai_lm import SequenceLoss, SmoothLoss, StatefulLM, TokenLoss, TokenPerplexity
 from .fastai_streams import language_dls
@@ -37,8 +39,6 @@ from .genotype import Genotype, load_genotype
 from .health import name_poor, with_rollbacks
 from .model import LanguageModel, number_of_parameters, perplexity
 from .recipes import Recipe, RetrainRecipe, SearchRecipe, get_recipe
-from .retrain_checkpoints import ResumableLearner, RetrainCheckpoints
-from .stopping import Stopped, Terminated, stop_requests
 from .supernet import MixedRNN
 
 __all__ = ["language_dls", "lm_learner", "search_learner", "retrain"]

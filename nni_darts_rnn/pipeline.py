@@ -9,13 +9,13 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from .checkpoint import USUAL, Checkpoints, Keeping, alone_in, run_identity
+from .checkpoints.store import USUAL, Checkpoints, Keeping, alone_in, run_identity
 from .corpus import Corpus
 from .files import write_json
 from .genotype import Genotype
+from .outputs.tensorboard import watched
+from .outputs.versions import package_versions
 from .recipes import Recipe, RetrainRecipe, SearchRecipe
-from .tensorboard import watched
-from .versions import package_versions
 
 
 def check_fits(corpus: Corpus, *parts: SearchRecipe | RetrainRecipe) -> None:
@@ -135,7 +135,7 @@ def _store(kept: Path, phase: str, identity: dict, keeping: Keeping) -> Checkpoi
 
 def _draw(folder: Path, *names: str) -> None:
     """Pictures of what is in the folder. A picture that cannot be made is no reason to lose the run that it shows."""
-    from .figures import draw
+    from .outputs.figures import draw
 
     try:
         missing = draw(folder, names)[1]

@@ -34,7 +34,7 @@ def configuration_folder(parameters: dict, trial_folder: Path, rungs: str | None
 
 def copy_results(kept: Path, trial_folder: Path) -> None:
     """What the configuration has left so far, without its checkpoints, into the folder of a trial, where NNI and `report` look for it."""
-    from .checkpoint import FOLDER
+    from .checkpoints.store import FOLDER
 
     for path in sorted(kept.rglob("*")):
         name = path.relative_to(kept)

@@ -12,15 +12,15 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 
-from .checkpoint import Checkpoints, Every
+from .checkpoints.search import SearchCheckpoints
+from .checkpoints.stopping import Stopped, StopRequest, stop_requests
+from .checkpoints.store import Checkpoints, Every
 from .corpus import Corpus
 from .evaluator import SupernetReport, search_evaluator
 from .genotype import Genotype
 from .health import name_poor, with_rollbacks
 from .recipes import SearchRecipe
-from .search_checkpoints import SearchCheckpoints
 from .space import DartsRnnSpace
-from .stopping import Stopped, StopRequest, stop_requests
 from .strategy import SecondOrderDARTS
 
 

@@ -13,7 +13,7 @@ from .cell import DiscreteRNN
 from .files import check_seal, sealed, whole, write_text
 from .genotype import Genotype
 from .model import LanguageModel
-from .versions import package_versions
+from .outputs.versions import package_versions
 
 FORMAT, FORMAT_VERSION = "nni_darts_rnn language model", 1
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"

@@ -11,8 +11,8 @@ import os
 import sys
 from pathlib import Path
 
+from .checkpoints.stopping import Terminated
 from .rungs import BUDGET, configuration_folder, copy_results, recipe_fields
-from .stopping import Terminated
 
 
 class Parser(argparse.ArgumentParser):
@@ -84,7 +84,7 @@ def add_onnx_option(parser: argparse.ArgumentParser) -> None:
 
 
 def keeping(arguments: argparse.Namespace):
-    from .checkpoint import Every, Keeping
+    from .checkpoints.store import Every, Keeping
 
     return Keeping(Every.parse(arguments.checkpoint_every), arguments.resume)
 
@@ -101,7 +101,7 @@ def run(arguments: argparse.Namespace, parameters: dict, report, final=None) -> 
     from .pipeline import check_fits, whole_run
 
     if arguments.onnx:
-        from .onnx_file import check_onnx, write_trained_onnx
+        from .outputs.onnx_file import check_onnx, write_trained_onnx
 
         check_onnx()
     corpus = open_corpus(arguments)
@@ -127,7 +127,7 @@ def _leave_report(folder: Path, arguments: argparse.Namespace) -> None:
     """A page about this trial among its files, which NNI's server serves. One that cannot be made is no reason to fail a finished trial."""
     import nni
 
-    from .report import write_trial_report
+    from .report.page import write_trial_report
 
     try:
         write_trial_report(folder, arguments, nni.get_experiment_id(), nni.get_trial_id())

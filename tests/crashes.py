@@ -24,7 +24,7 @@ import nni_darts_rnn.learner
 import nni_darts_rnn.search
 import nni_darts_rnn.trained
 from nni_darts_rnn import pipeline
-from nni_darts_rnn.checkpoint import Every, Keeping
+from nni_darts_rnn.checkpoints.store import Every, Keeping
 from nni_darts_rnn.corpus import EOS, UNK, Corpus, Vocabulary
 from nni_darts_rnn.genotype import Genotype
 from nni_darts_rnn.recipes import get_recipe

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from nni_darts_rnn.baselines import bigram_perplexity, unigram_perplexity
 from nni_darts_rnn.corpus import Corpus, Vocabulary, load_corpus
+from nni_darts_rnn.text.baselines import bigram_perplexity, unigram_perplexity
 
 PENN = Path(__file__).parents[2] / "shared" / "data" / "penn"
 

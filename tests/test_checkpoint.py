@@ -16,9 +16,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from nni_darts_rnn import checkpoint_file
-from nni_darts_rnn.checkpoint import AnotherRun, Checkpoints
-from nni_darts_rnn.checkpoint_file import (
+from nni_darts_rnn.checkpoints import file as checkpoint_file
+from nni_darts_rnn.checkpoints.file import (
     flatten,
     random_state,
     read_about,
@@ -27,6 +26,7 @@ from nni_darts_rnn.checkpoint_file import (
     restore_random_state,
     write_checkpoint,
 )
+from nni_darts_rnn.checkpoints.store import AnotherRun, Checkpoints
 from nni_darts_rnn.files import sealed
 
 
@@ -187,11 +187,14 @@ class Bomb:
 
 def loaders(folder: Path):
     """(what it is called, the files it reads, what reads them) of everything in the package that reads a file of somebody else's."""
-    from nni_darts_rnn import download, experiments, figures, fused
+    from nni_darts_rnn import fused
     from nni_darts_rnn.callbacks import BestModel
     from nni_darts_rnn.corpus import Vocabulary, load_corpus
     from nni_darts_rnn.genotype import load_genotype
+    from nni_darts_rnn.outputs import figures
+    from nni_darts_rnn.report import experiments
     from nni_darts_rnn.space import load_searched_model
+    from nni_darts_rnn.text import download
     from nni_darts_rnn.trained import load_trained, read_description
 
     def best_model():

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from nni_darts_rnn import corpus as corpus_module
-from nni_darts_rnn import download
 from nni_darts_rnn.corpus import BpttBatches, Corpus, Vocabulary, fixed_length, load_corpus, retrain_lengths, search_lengths, streams
+from nni_darts_rnn.text import download
 
 ROOT = Path(__file__).parents[1]
 PENN = Path(__file__).parents[2] / "shared" / "data" / "penn"

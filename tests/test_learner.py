@@ -12,7 +12,7 @@ from fastai.data.core import DataLoaders
 from fastai.text.data import LMDataLoader
 
 from nni_darts_rnn import fused
-from nni_darts_rnn.checkpoint import Checkpoints, Every
+from nni_darts_rnn.checkpoints.store import Checkpoints, Every
 from nni_darts_rnn.corpus import EOS, UNK, Corpus, Vocabulary
 from nni_darts_rnn.fastai_lm import StatefulLM
 from nni_darts_rnn.fastai_streams import StreamLoader, torch_device

@@ -49,7 +49,7 @@ BUILD = """
 import os, sys, time
 sys.path.insert(0, sys.argv[1])
 import crashes
-import nni_darts_rnn.corpus as corpus, nni_darts_rnn.download as download
+import nni_darts_rnn.corpus as corpus, nni_darts_rnn.text.download as download
 from pathlib import Path
 corpus._ON_DISK = 1
 folder, what = Path(sys.argv[2]), sys.argv[3]

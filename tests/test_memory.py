@@ -19,7 +19,7 @@ warnings.filterwarnings("ignore")
 import numpy as np, torch
 torch.set_num_threads(1)
 from pathlib import Path
-from nni_darts_rnn.checkpoint import Checkpoints, Every
+from nni_darts_rnn.checkpoints.store import Checkpoints, Every
 from nni_darts_rnn.corpus import EOS, UNK, Corpus, Vocabulary
 from nni_darts_rnn.recipes import get_recipe
 
@@ -61,7 +61,7 @@ def test_memory_is_flat_over_two_thousand_steps(tmp_path, phase):
 LOAD = """
 import json, resource, sys
 import nni_darts_rnn.corpus as corpus
-from nni_darts_rnn.checkpoint import run_identity
+from nni_darts_rnn.checkpoints.store import run_identity
 from nni_darts_rnn.recipes import get_recipe
 corpus._ON_DISK = 1 << 20
 def peak():

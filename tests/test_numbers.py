@@ -9,7 +9,7 @@ import torch
 from crashes import CELL, RECIPE, corpus
 
 from nni_darts_rnn import health
-from nni_darts_rnn.checkpoint import Checkpoints, Every
+from nni_darts_rnn.checkpoints.store import Checkpoints, Every
 from nni_darts_rnn.genotype import Genotype
 from nni_darts_rnn.health import NotFinite, check_epoch, check_finite, collapse, spread, with_rollbacks
 from nni_darts_rnn.recipes import override

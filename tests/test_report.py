@@ -12,9 +12,11 @@ pytest.importorskip("matplotlib")
 
 from test_experiments import home, run, trial_folder, write_experiment, write_mixed, write_trial  # noqa: F401 (home is a fixture)
 
-from nni_darts_rnn.experiments import load_experiment
 from nni_darts_rnn.files import write_csv, write_text
-from nni_darts_rnn.report import _folded, inline_svg, render
+from nni_darts_rnn.report.experiments import load_experiment
+from nni_darts_rnn.report.page import render
+from nni_darts_rnn.report.pictures import inline_svg
+from nni_darts_rnn.report.trial_section import folded
 
 NASTY = "<script>alert('x')</script>\"'&<img src=https://example.org/x.png>"
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -154,9 +156,9 @@ def test_what_the_command_says(home, capsys):  # noqa: F811
 
 def test_folded_commands_are_the_same_commands():
     command = shlex.join(["nni-darts-rnn", "search", "--corpus", "a folder's -- name", *[w for k in range(9) for w in ("--set", f"search.x{k}=1")]])
-    folded = _folded(command)
-    assert len(folded.splitlines()) > 1 and max(map(len, folded.splitlines())) < 110
-    assert shlex.split(folded.replace("\\\n", "")) == shlex.split(command)
+    lines = folded(command)
+    assert len(lines.splitlines()) > 1 and max(map(len, lines.splitlines())) < 110
+    assert shlex.split(lines.replace("\\\n", "")) == shlex.split(command)
 
 
 def test_ids_of_inline_pictures_do_not_meet():

@@ -16,10 +16,10 @@ import torch
 from crashes import RECIPE, corpus, phase
 
 from nni_darts_rnn import pipeline
-from nni_darts_rnn.checkpoint import Checkpoints, Every, Keeping, alone_in, run_identity
-from nni_darts_rnn.checkpoint_file import read_about, read_state
+from nni_darts_rnn.checkpoints.file import read_about, read_state
+from nni_darts_rnn.checkpoints.stopping import Stopped, Terminated, stop_requests
+from nni_darts_rnn.checkpoints.store import Checkpoints, Every, Keeping, alone_in, run_identity
 from nni_darts_rnn.files import digest
-from nni_darts_rnn.stopping import Stopped, Terminated, stop_requests
 
 TIMES = {"seconds", "tokens_per_second"}
 
@@ -215,7 +215,7 @@ def test_how_often():
 
 
 def test_two_processes_do_not_work_in_one_folder(tmp_path):
-    code = f"from nni_darts_rnn.checkpoint import alone_in\nwith alone_in({str(tmp_path)!r}): pass"
+    code = f"from nni_darts_rnn.checkpoints.store import alone_in\nwith alone_in({str(tmp_path)!r}): pass"
     with alone_in(tmp_path) as kept:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
         assert done.returncode == 1 and "another process is at work in this folder" in done.stderr

@@ -17,9 +17,9 @@ from texts import write_texts
 
 from nni_darts_rnn import trial
 from nni_darts_rnn.corpus import load_corpus
-from nni_darts_rnn.experiments import load_experiment
 from nni_darts_rnn.files import digest
 from nni_darts_rnn.hyperband import Hyperband
+from nni_darts_rnn.report.experiments import load_experiment
 
 ROOT = Path(__file__).parents[1]
 TIMES = {"seconds", "search_seconds", "retrain_seconds"}

@@ -1,6 +1,7 @@
 """Who may import whom, read from the source; and that importing the package is light."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,14 +16,14 @@ TREES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts).replace(".__i
 FOLDERS = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
 OURS = set(TREES) - {"__init__"}
 
-NNI = {"space", "strategy", "evaluator", "search", "trial", "cli", "callbacks", "experiments", "strategies", "fastai_evaluator", "cell_trial", "hyperband",
+NNI = {"space", "strategy", "evaluator", "search", "trial", "cli", "callbacks", "report.experiments", "strategies", "fastai_evaluator", "cell_trial", "hyperband",
        "nas_in_trial", "nas_view"}
-FASTAI = {"callbacks", "fastai_lm", "fastai_streams", "learner", "evaluator", "fastai_text", "fastai_evaluator", "retrain_checkpoints"}
-LIGHTNING = {"evaluator", "search", "search_checkpoints", "strategy"}
+FASTAI = {"callbacks", "fastai_lm", "fastai_streams", "learner", "evaluator", "fastai_text", "fastai_evaluator", "checkpoints.retrain"}
+LIGHTNING = {"evaluator", "search", "checkpoints.search", "strategy"}
 # a module -> those of ours that it may import; what is not listed may import any that does not import it
-LEAVES = {"genotype": set(), "files": set(), "bilevel": set(), "download": {"files"}, "stopping": set(), "checkpoint_file": {"files"},
-          "recipes": {"genotype"}, "vocabulary": set(), "batches": set(), "pydoc_text": {"vocabulary"},
-          "corpus": {"batches", "download", "genotype", "pydoc_text", "vocabulary"},
+LEAVES = {"genotype": set(), "files": set(), "bilevel": set(), "talk": set(), "checkpoints.stopping": set(), "checkpoints.file": {"files"},
+          "recipes": {"genotype"}, "text.download": {"files"}, "text.vocabulary": set(), "text.batches": set(), "text.pydoc_text": {"text.vocabulary"},
+          "corpus": {"genotype", "text.batches", "text.download", "text.pydoc_text", "text.vocabulary"},
           "cell": {"genotype", "fused"}, "layer": {"cell", "genotype"}, "supernet": {"cell", "genotype", "fused"}}
 
 
@@ -35,7 +36,8 @@ def imports(tree: ast.AST, within: str = ""):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             dots = "." * min(node.level, 1) + (within + "." if within and node.level == 1 else "")
-            names = [dots + node.module] if node.module else [dots + alias.name for alias in node.names]
+            modules = [alias.name for alias in node.names if f"{node.module}.{alias.name}" in OURS] if node.level else []  # from .folder import module
+            names = [f"{dots}{node.module}.{module}" for module in modules] or [dots + node.module] if node.module else [dots + alias.name for alias in node.names]
         else:
             continue
         for name in names:
@@ -56,12 +58,13 @@ def ours(name: str, at_import_time: bool | None = None) -> set[str]:
 def test_the_reader_of_imports_reads():
     tree = ast.parse("import a.b\nfrom .c import d\nfrom . import e\ndef f():\n    from g.h import i\n    import j")
     assert set(imports(tree)) == {("a.b", True), (".c", True), (".e", True), ("g.h", False), ("j", False)}
+    assert "outputs.figures" in ours("report.page") and "files" in ours("report.page")
     assert "torch" in roots("cell") and "genotype" in ours("cell") and "nni" in roots("space")
 
 
 def test_hosts_are_imported_where_the_map_says():
-    assert {name.split(".")[0] for name in TREES if "nni" in roots(name)} <= NNI
-    assert {name.split(".")[0] for name in TREES if "fastai" in roots(name)} <= FASTAI
+    for host, modules in (("nni", NNI), ("fastai", FASTAI)):
+        assert not {name for name in TREES if host in roots(name) and not {name, name.split(".")[0]} & modules}
     assert {name for name in TREES if roots(name) & {"pytorch_lightning", "lightning"}} <= LIGHTNING
     for name in ("callbacks.reports", "cli", "trial"):  # NNI only when it is used
         assert "nni" not in roots(name, at_import_time=True)
@@ -100,6 +103,12 @@ def test_every_relative_import_is_a_module_of_the_package():
     for name, found in IMPORTS.items():
         for module, _ in found:
             assert not module.startswith(".") or module[1:] in OURS | {"__version__"}, (name, module)
+
+
+def test_the_readme_says_where_everything_is():
+    told = (PACKAGE.parent / "README.md").read_text(encoding="utf-8").partition("## Where things are")[2]
+    there = {f"{name}/" for name in FOLDERS} | {name for name in OURS - FOLDERS if "." not in name}
+    assert there | {"csrc/"} | {"nni_darts_rnn/"} == {name for name in re.findall(r"`([a-z_]+/?)`", told)} - {"tests/", "search_spaces/", "examples/", "benchmarks/"}
 
 
 @pytest.mark.parametrize("name", TREES)

@@ -3,8 +3,8 @@
 import pytest
 
 from nni_darts_rnn.genotype import DARTS_V2
+from nni_darts_rnn.outputs.tensorboard import watched
 from nni_darts_rnn.plot import plot_cell
-from nni_darts_rnn.tensorboard import watched
 
 
 def rows(first, last):

@@ -58,4 +58,4 @@ def test_a_note_that_cannot_be_written_costs_nothing_else(corpus, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(sys, "stderr", Full())
-    logging.getLogger("nni_darts_rnn.checkpoint").warning("no checkpoint was written")
+    logging.getLogger("nni_darts_rnn.checkpoints.store").warning("no checkpoint was written")

@@ -6,7 +6,7 @@ import csv
 import json
 from pathlib import Path
 
-from .genotype import Genotype, load_genotype
+from ..genotype import Genotype, load_genotype
 
 SOURCES = ("genotype.json", "model.json", "alpha.json", "search.csv", "retrain.csv", "history.csv")
 EVERY = ("cell.svg", "cell.png", "cell.gif", "alpha.svg", "alpha.png", "curves.svg", "curves.png")
@@ -33,7 +33,7 @@ def draw(folder: str | Path, names=EVERY, out: str | Path | None = None) -> tupl
 
 def draw_one(name: str, data, path: Path) -> Path:
     """Draws one picture of what its reader returned."""
-    from . import plot
+    from .. import plot
 
     if name.startswith("cell.") and not name.endswith(".gif"):
         return plot.plot_cell(data, path)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from .corpus import Corpus
+from ..corpus import Corpus
 
 _ROUNDS = 30  # halvings: λ to 1e-9
 

@@ -6,12 +6,12 @@ import time
 
 import pytorch_lightning as pl
 
-from .checkpoint import Checkpoints
-from .checkpoint_file import random_state, restore_random_state
-from .evaluator import SupernetReport, TaggedBatches
-from .genotype import Genotype
-from .health import check_finite
+from ..evaluator import SupernetReport, TaggedBatches
+from ..genotype import Genotype
+from ..health import check_finite
+from .file import random_state, restore_random_state
 from .stopping import StopRequest
+from .store import Checkpoints
 
 
 class SearchCheckpoints(pl.Callback):

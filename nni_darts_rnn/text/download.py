@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from .files import digest, hold
+from ..files import digest, hold
 
 logger = logging.getLogger(__name__)
 

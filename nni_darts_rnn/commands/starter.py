@@ -6,7 +6,7 @@ import sysconfig
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
-from .files import write_text
+from ..files import write_text
 
 FOLDERS = ("examples", "search_spaces")
 SUFFIXES = (".yml", ".json")
@@ -15,7 +15,7 @@ CONFIG = Path("examples") / "darts_rnn.yml"  # what `nnictl create --config` is 
 
 def example_files() -> dict[Path, Path]:
     """Path in the user's folder -> file of this installation. From the checkout where the package runs from one, else from share/nni_darts_rnn."""
-    checkout = Path(__file__).resolve().parents[1]
+    checkout = Path(__file__).resolve().parents[2]
     if (checkout / "setup.cfg").is_file() and (checkout / CONFIG).is_file():
         return _in(checkout)
     found = {}

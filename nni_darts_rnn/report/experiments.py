@@ -15,8 +15,8 @@ import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 
-from .genotype import did_you_mean
-from .trial import Parser, add_run_options
+from ..genotype import did_you_mean
+from ..trial import Parser, add_run_options
 from .trial_folder import Trial, one_line, read_trial
 
 CORPUS_NAMES = ("pydoc", "penn", "wikitext-2", "wikitext-103")  # as `corpus.NAMES`, which would import torch

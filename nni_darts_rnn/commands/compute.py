@@ -6,17 +6,17 @@ import dataclasses
 import json
 from pathlib import Path
 
-from .experiments import load_experiment
-from .recipes import Recipe, get_recipe
-from .talk import Talk, answer
-from .trial import checked_recipe, checked_seed, keeping, open_corpus, prepare_torch
-from .trial_folder import corpus_words, set_words
+from ..recipes import Recipe, get_recipe
+from ..report.experiments import load_experiment
+from ..report.trial_folder import corpus_words, set_words
+from ..talk import Talk, answer
+from ..trial import checked_recipe, checked_seed, keeping, open_corpus, prepare_torch
 
 MOST_EPOCHS = 1000  # of a retraining that ends when it no longer gets better
 
 
 def search(arguments) -> None:
-    from .pipeline import check_fits, search_phase
+    from ..pipeline import check_fits, search_phase
 
     keep = keeping(arguments)
     recipe, seed, corpus, talk = _start(arguments)
@@ -38,8 +38,8 @@ def search(arguments) -> None:
 def retrain(arguments) -> None:
     name, keep = _choose_cell(arguments), keeping(arguments)
     recipe, seed, corpus, talk = _start(arguments)
-    from .baselines import bigram_perplexity, unigram_perplexity
-    from .pipeline import check_fits, retrain_phase
+    from ..pipeline import check_fits, retrain_phase
+    from ..text.baselines import bigram_perplexity, unigram_perplexity
 
     check_fits(corpus, recipe.retrain)
     talk(f"corpus {corpus.describe()}")
@@ -59,10 +59,10 @@ def retrain(arguments) -> None:
 
 
 def evaluate(arguments) -> None:
-    from . import fused
-    from .baselines import bigram_perplexity, unigram_perplexity
-    from .model import choose_device, perplexity
-    from .trained import load_trained
+    from .. import fused
+    from ..model import choose_device, perplexity
+    from ..text.baselines import bigram_perplexity, unigram_perplexity
+    from ..trained import load_trained
 
     recipe, _, corpus, _ = _start(arguments)
     model, words = load_trained(arguments.model)
@@ -81,7 +81,7 @@ def evaluate(arguments) -> None:
 
 
 def recipes(arguments) -> None:
-    from .recipes import RECIPES
+    from ..recipes import RECIPES
 
     if arguments.json:
         print(json.dumps({name: recipe.to_dict() for name, recipe in RECIPES.items()}, indent=2))
@@ -98,7 +98,7 @@ def _start(arguments):
     """Checks every setting, then opens the corpus: (recipe, seed, corpus, talk)."""
     seed, recipe = checked_seed(arguments.seed), checked_recipe(arguments, {})
     if getattr(arguments, "genotype", None):
-        from .genotype import load_genotype
+        from ..genotype import load_genotype
 
         arguments.genotype = load_genotype(arguments.genotype)
     prepare_torch(arguments)
@@ -114,7 +114,7 @@ def _size(corpus, H: int, N: int) -> str:
 def _machine(arguments) -> str:
     import torch
 
-    from .model import choose_device
+    from ..model import choose_device
 
     if choose_device(arguments.device).type == "cuda":
         return torch.cuda.get_device_name()

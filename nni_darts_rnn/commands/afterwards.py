@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 
-from . import figures
-from .experiments import CORPUS_NAMES, load_experiment
-from .talk import Talk, answer
+from ..outputs import figures
+from ..report.experiments import CORPUS_NAMES, load_experiment
+from ..talk import Talk, answer
 
 
 def plot(arguments) -> None:
@@ -53,7 +53,7 @@ def best(arguments) -> None:
 
 
 def report(arguments) -> None:
-    from .report import write_report
+    from ..report.page import write_report
 
     experiment, talk = load_experiment(arguments.experiment), Talk(arguments)
     talk(f"experiment {experiment.id} {experiment.status}: {experiment.count()}; drawing")

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch.export import Dim
 
-from .files import whole
-from .model import LanguageModel
+from ..files import whole
+from ..model import LanguageModel
 
 NAME = "model.onnx"
 
@@ -42,6 +42,6 @@ def write_onnx(folder: str | Path, model: LanguageModel) -> Path:
 
 def write_trained_onnx(folder: str | Path) -> Path:
     """The trained model of a trial's folder as model.onnx beside it."""
-    from .trained import load_trained
+    from ..trained import load_trained
 
     return write_onnx(folder, load_trained(folder)[0])

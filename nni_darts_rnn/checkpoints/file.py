@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from .files import check_seal, digest, sealed, whole, write_text
+from ..files import check_seal, digest, sealed, whole, write_text
 
 FORMAT, FORMAT_VERSION = "nni_darts_rnn checkpoint", 1
 TENSORS, DESCRIPTION = ".safetensors", ".json"

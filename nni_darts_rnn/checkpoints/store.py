@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoint_file import DESCRIPTION, TENSORS, read_about, read_state, write_checkpoint
-from .files import hold, remove_partial
+from ..files import hold, remove_partial
+from .file import DESCRIPTION, TENSORS, read_about, read_state, write_checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -15,10 +15,10 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .genotype import Genotype
-from .recipes import RECIPES, Recipe, get_recipe
-from .rungs import recipe_fields
-from .trial import checked_recipe, checked_seed
+from ..genotype import Genotype
+from ..recipes import RECIPES, Recipe, get_recipe
+from ..rungs import recipe_fields
+from ..trial import checked_recipe, checked_seed
 
 RESULT = "result.json"
 _ENDED = {"SUCCEEDED": "succeeded", "FAILED": "failed", "USER_CANCELED": "stopped", "SYS_CANCELED": "stopped", "EARLY_STOPPED": "stopped"}

@@ -8,11 +8,11 @@ import torch
 from fastai.callback.core import Callback
 from fastai.learner import CancelEpochException, Learner
 
-from .callbacks import NTASGD, BestModel, EpochReport
-from .checkpoint import Checkpoints
-from .checkpoint_file import random_state, restore_random_state
-from .health import check_epoch, check_finite
+from ..callbacks import NTASGD, BestModel, EpochReport
+from ..health import check_epoch, check_finite
+from .file import random_state, restore_random_state
 from .stopping import StopRequest
+from .store import Checkpoints
 
 
 class ResumableLearner(Learner):

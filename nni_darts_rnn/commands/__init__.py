@@ -1,0 +1,1 @@
+"""What the commands of `nni-darts-rnn` do, and how they say it."""

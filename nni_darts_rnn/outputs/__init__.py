@@ -1,0 +1,1 @@
+"""What a run leaves beside its cell and model: pictures, TensorBoard's files, model.onnx, versions."""
