@@ -13,13 +13,13 @@ import argparse
 import json
 import os
 import sys
-import time
 from datetime import date
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from search_step import Size, gemm_peak, machine
+from hardware import add_options, gemm_peak, machine, shortest, use
+from step_size import Size
 from torch import Tensor, nn
 
 from nni_darts_rnn import fused
@@ -76,23 +76,25 @@ def layers(size: Size, genotype: Genotype) -> dict[str, nn.Module]:
     return {"original": OriginalLayer(size.H, genotype), **ours, "LSTM": TorchLayer("LSTM", count), "GRU": TorchLayer("GRU", count)}
 
 
-def layer_step(layer: nn.Module, size: Size):
+def layer_step(name: str, layer: nn.Module, size: Size):
     x, h = torch.randn(size.T, size.B, layer.hidden_size, requires_grad=True), torch.zeros(size.B, layer.hidden_size)
 
     def step():
+        fused.enable(name == "fused")
         layer(x, h).sum().backward()
 
     return step
 
 
-def model_step(layer: nn.Module, size: Size, original: bool):
+def model_step(name: str, layer: nn.Module, size: Size):
     model = LanguageModel(size.V, layer, dropout=0.75, dropout_i=0.2, dropout_e=0.1)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     x, y, h = size.batch()
 
     def step():
+        fused.enable(name == "fused")
         optimizer.zero_grad()
-        if original:
+        if name == "original":
             decoded, _, _, _ = model(x, h)
             loss = F.nll_loss(F.log_softmax(decoded.view(-1, size.V), -1), y.view(-1))
         else:
@@ -102,19 +104,6 @@ def model_step(layer: nn.Module, size: Size, original: bool):
         optimizer.step()
 
     return step
-
-
-def shortest(steps: dict, rounds: int) -> dict[str, float]:
-    """Shortest seconds of each, taking turns, after one step to warm up."""
-    best = dict.fromkeys(steps, float("inf"))
-    for round_ in range(rounds + 1):
-        for name, step in steps.items():
-            fused.enable(name == "fused")
-            start = time.perf_counter()
-            step()
-            if round_:
-                best[name] = min(best[name], time.perf_counter() - start)
-    return best
 
 
 def report(title: str, best: dict[str, float], size: Size) -> dict:
@@ -128,10 +117,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", nargs="+", choices=SIZES, default=["small"])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
+    add_options(parser)
     parser.add_argument("--save", nargs="?", type=Path, const=RESULTS, help=f"write JSON (default {RESULTS.name})")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
+    use(options)
     if not fused.available():
         print(f"the fast version is the readable one here: {fused.why_not()}")
     result = {"command": "python benchmarks/retrain_step.py " + " ".join(sys.argv[1:] if arguments is None else arguments),
@@ -141,11 +130,11 @@ def main(arguments: list[str] | None = None) -> None:
         torch.manual_seed(0)
         built = layers(size, genotype)
         flops = 3 * 2 * (4 + 2 * genotype.n_nodes) * size.H**2 * size.T * size.B  # forward, backward for data and for weights
-        best = shortest({n: layer_step(layer, size) for n, layer in built.items()}, options.rounds)
+        best = shortest({n: layer_step(n, layer, size) for n, layer in built.items()}, options.rounds)
         print(f"\n{name}: {size._asdict()}, layer {flops / 1e9:,.1f} GFLOP a step, GEMM peak {peak / 1e9:,.0f} GFLOP/s, "
               f"fast layer at {flops / best['fused'] / peak:.0%} of it, load average at the start {load:.1f}")
         rows = report("layer", best, size)
-        models = {n: model_step(built[n], size, n == "original") for n in ("original", "readable", "fused")}
+        models = {n: model_step(n, built[n], size) for n in ("original", "readable", "fused")}
         result["sizes"][name] = {"size": size._asdict(), "gemm_peak_flops": peak, "load_average": load, "layer_flops": flops, "layer": rows,
                                  "layer_hidden_sizes": {n: layer.hidden_size for n, layer in built.items()},
                                  "model": report("model", shortest(models, options.rounds), size)}

@@ -12,7 +12,7 @@ Arms: `second-order`, the package's own; `original`, with quark0/darts' numerics
 Talwalkar 2019: weights of all cells trained on a random one each step, then the best of random cells on validation text); `random`, random search
 (each cell trained for the short retraining, the best on validation text is kept); `one`, a random cell as it comes.
 
-The budget is arithmetic: that of the recipe's second-order search. A step is 13 forward passes of the mixed cell in second order (`search_step.py`
+The budget is arithmetic: that of the recipe's second-order search. A step is 13 forward passes of the mixed cell in second order (`step_size.py`
 has the formula), 5 in first order (α: forward and backward to the data; weights: 3), 3 while α waits, and 3 of the discrete cell in
 training. The other arms get as many epochs, or cells, as come nearest; α's warm-up of 4 epochs and one with α cost 25 passes in place of 26. All
 search on the first half of the training text and its validation text, and retrain on all of it.
@@ -31,8 +31,9 @@ from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
+from hardware import machine
 from quality_table import RESULTS, by_epochs, lengths_agree, picture, save, stored, summary
-from search_step import Size, machine
+from step_size import Size
 
 from nni_darts_rnn.genotype import PRIMITIVES
 

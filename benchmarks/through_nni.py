@@ -8,6 +8,7 @@ import warnings
 
 import pytorch_lightning as pl
 import torch
+from hardware import on_gpu
 from nni.nas import strategy as nni_strategy
 
 from nni_darts_rnn import fused, get_recipe, search_evaluator
@@ -29,7 +30,7 @@ class ThroughNNI:
         self.size, self.first_order, self.fast = size, first_order, fast
         self.recipe = get_recipe("penn", {"search": {"hidden_size": size.H, "n_nodes": size.N, "batch_size": size.B, "eval_batch_size": size.B,
                                                      "bptt": size.T, "short_bptt_probability": 0.0, "epochs": 1}}).search
-        words = torch.randint(size.V, (size.B * (size.T * STEPS + 1),))
+        words = torch.randint(size.V, (size.B * (size.T * STEPS + 1),), device="cpu")
         few = words[:size.B * (size.T + 1)]
         self.corpus = Corpus("random words", Vocabulary(["<eos>", "<unk>", *(f"w{i}" for i in range(size.V - 2))]), words, few, few)
         warnings.simplefilter("ignore")  # NNI's and Lightning's advice
@@ -39,20 +40,24 @@ class ThroughNNI:
     def __call__(self, train, valid) -> float:
         fused.enable(self.fast)
         strategy = nni_strategy.DARTS(gradient_clip_val=self.recipe.clip) if self.first_order else make_strategy(self.recipe)
-        supernet, clock = strategy.mutate_model(make_space(self.size.V, self.recipe)), Clock()
-        evaluator = search_evaluator(self.corpus, self.recipe, callbacks=[clock], accelerator="cpu", enable_progress_bar=False)
-        strategy.mutate_evaluator(evaluator).evaluate(supernet)
+        accelerator = "gpu" if on_gpu() else "cpu"
+        with torch.device("cpu"):  # Lightning moves model and batches
+            supernet, clock = strategy.mutate_model(make_space(self.size.V, self.recipe)), Clock(accelerator)
+            evaluator = search_evaluator(self.corpus, self.recipe, callbacks=[clock], accelerator=accelerator, enable_progress_bar=False)
+            strategy.mutate_evaluator(evaluator).evaluate(supernet)
         return min(clock.seconds)
 
 
 class Clock(pl.Callback):
     """Seconds of each step; what Lightning does between two steps is not counted."""
 
-    def __init__(self):
-        self.seconds = []
+    def __init__(self, accelerator: str):
+        self.seconds, self.wait = [], torch.cuda.synchronize if accelerator == "gpu" else lambda: None
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.wait()
         self.began = time.perf_counter()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.wait()
         self.seconds.append(time.perf_counter() - self.began)

@@ -3,6 +3,7 @@
 Any warning of pdoc's (a name that cannot be imported, an annotation that cannot be read) ends it with an error.
 """
 
+import importlib
 import pkgutil
 import re
 import sys
@@ -20,12 +21,15 @@ THEIRS = re.compile(r"annotation .*\bfor (nni\.|nni_darts_rnn\.\S+\.__init__\. I
 
 def main(folder: Path) -> None:
     quiet_hosts()
-    modules = [m.name for m in pkgutil.walk_packages(nni_darts_rnn.__path__, "nni_darts_rnn.") if not m.name.rpartition(".")[2].startswith("_")]
+    found = [m for m in pkgutil.walk_packages(nni_darts_rnn.__path__, "nni_darts_rnn.") if not m.name.rpartition(".")[2].startswith("_")]
+    # pdoc takes the modules of a folder with it, but where `__all__` says which names are its own
+    whole = {m.name for m in found if m.ispkg and not hasattr(importlib.import_module(m.name), "__all__")}
+    modules = [m.name for m in found if m.name.rpartition(".")[0] not in whole]
     pdoc.render.configure(docformat="markdown", math=True, footer_text=f"nni_darts_rnn {nni_darts_rnn.__version__}")
-    with warnings.catch_warnings(record=True) as found:
+    with warnings.catch_warnings(record=True) as warned:
         quiet_hosts()
         pdoc.pdoc("nni_darts_rnn", *modules, output_directory=folder)
-    ours = [str(w.message) for w in found if not issubclass(w.category, (DeprecationWarning, FutureWarning)) and not THEIRS.search(str(w.message))]
+    ours = [str(w.message) for w in warned if not issubclass(w.category, (DeprecationWarning, FutureWarning)) and not THEIRS.search(str(w.message))]
     if ours:
         sys.exit("\n".join(ours))
 

@@ -1,0 +1,88 @@
+"""What a benchmark runs on, the most that it could do there, and how long something took."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import resource
+import time
+from pathlib import Path
+
+import torch
+
+
+def add_options(parser) -> None:
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+
+
+def use(options) -> None:
+    """What is made from here on is on the chosen device."""
+    torch.set_num_threads(options.threads)
+    if options.device == "gpu":
+        torch.set_default_device("cuda")
+
+
+def on_gpu() -> bool:
+    return torch.get_default_device().type == "cuda"
+
+
+def machine() -> dict:
+    model = next((line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
+    return {"cpu": model, "cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__, "system": platform.platform(),
+            **({"gpu": torch.cuda.get_device_name()} if on_gpu() else {})}
+
+
+def _wait() -> None:
+    if on_gpu():
+        torch.cuda.synchronize()
+
+
+def seconds(step, *arguments) -> float:
+    """Of one call, to the end of what it has started on a GPU; of what it counts itself, where it returns that."""
+    _wait()
+    start = time.perf_counter()
+    counted = step(*arguments)
+    _wait()
+    return time.perf_counter() - start if counted is None else counted
+
+
+def shortest(steps: dict, rounds: int) -> dict[str, float]:
+    """Shortest seconds of each, taking turns, after one call to warm up."""
+    best = dict.fromkeys(steps, float("inf"))
+    for round_ in range(rounds + 1):
+        for name, step in steps.items():
+            took = seconds(step)
+            if round_:
+                best[name] = min(best[name], took)
+    return best
+
+
+def gemm_peak(repeats: int = 5) -> float:
+    """FLOP/s of the best of several torch.mm shapes: squares, and those of the cell and of the decoder at the paper's size."""
+    best = 0.0
+    for m, k, n in ((1024,) * 3, (2048,) * 3, (3072,) * 3, (256, 300, 4800), (8960, 300, 600), (512, 300, 10000)):
+        a, b, c = torch.randn(m, k), torch.randn(k, n), torch.empty(m, n)
+        best = max(best, 2 * m * k * n / shortest({"mm": functools.partial(_multiply, a, b, c)}, repeats)["mm"])
+    return best
+
+
+def _multiply(a, b, c) -> None:
+    torch.mm(a, b, out=c)
+
+
+def peak_gb() -> float:
+    """The most memory that this process has had: resident, or allocated on the GPU."""
+    if on_gpu():
+        return torch.cuda.max_memory_allocated() / 1e9
+    # ru_maxrss would count the parent's memory from before exec
+    high = next((line for line in _lines("/proc/self/status") if line.startswith("VmHWM")), None)  # kB
+    return (int(high.split()[1]) if high else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1e6
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []

@@ -1,0 +1,95 @@
+"""The benchmarks measure what they say: every version computes the same step, at a size that takes no time."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import hardware
+import published_step
+import retrain_step
+import search_step
+from step_size import Size
+
+from nni_darts_rnn import DARTS_V2, fused
+from nni_darts_rnn.model import LanguageModel
+from nni_darts_rnn.supernet import MixedRNN
+
+SIZE = Size(T=3, B=4, H=5, V=11, N=2)
+NO_DROPOUT = 1e-12  # a mask that keeps everything; 0 would be no mask at all
+
+
+@pytest.fixture(autouse=True)
+def as_before():
+    threads, enabled = torch.get_num_threads(), fused.enabled()
+    yield
+    torch.set_num_threads(threads)
+    fused.enable(enabled)
+
+
+def test_the_published_model_is_the_readable_one(monkeypatch):
+    monkeypatch.setattr(published_step, "DROPOUT", dict.fromkeys(published_step.DROPOUT, NO_DROPOUT))
+    torch.manual_seed(0)
+    published = published_step.OriginalModel(SIZE).double()
+    readable = LanguageModel(SIZE.V, MixedRNN(SIZE.H, SIZE.H, SIZE.N)).double()
+    with torch.no_grad():
+        published.alpha = torch.randn(3, 5, dtype=torch.float64)
+        readable.rnn.alpha.copy_(published.alpha)
+        readable.encoder.weight.copy_(published.encoder.weight)
+        readable.decoder.bias.copy_(published.decoder.bias.uniform_())
+        readable.rnn.W0.copy_(published.W0)
+        readable.rnn.Ws.copy_(torch.stack(list(published.Ws)))
+    tokens, targets, _ = SIZE.batch()
+    hidden = torch.randn(SIZE.B, SIZE.H, dtype=torch.float64)
+    assert published(tokens, targets, hidden)[0].item() == pytest.approx(readable.loss(tokens, targets, hidden)[0].item(), rel=1e-9)
+
+
+def test_the_published_layer_is_the_readable_one(monkeypatch):
+    for name in ("DROPOUT_X", "DROPOUT_H"):
+        monkeypatch.setattr(retrain_step, name, NO_DROPOUT)
+    torch.manual_seed(0)
+    built = retrain_step.layers(SIZE, DARTS_V2)
+    published, readable = built["original"], built["readable"]
+    with torch.no_grad():
+        readable.W0.copy_(published.W0)
+        readable.Ws.copy_(torch.stack(list(published.Ws)))
+    x, h = torch.randn(SIZE.T, SIZE.B, SIZE.H), torch.randn(SIZE.B, SIZE.H)
+    torch.testing.assert_close(published(x, h), readable(x, h))
+
+
+def test_lstm_and_gru_have_as_many_parameters():
+    large = retrain_step.layers(Size(1, 1, 850, 10, 8), DARTS_V2)
+    count = 20 * 850**2
+    for name in ("LSTM", "GRU"):
+        matrices = sum(p.numel() for p in large[name].parameters() if p.dim() == 2)
+        assert matrices == pytest.approx(count, rel=2e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_search_step_runs_every_version_and_keeps_what_stood_there(tmp_path, monkeypatch):
+    monkeypatch.setitem(search_step.SIZES, "small", SIZE)
+    monkeypatch.setattr(search_step, "gemm_peak", lambda: 1e9)
+    monkeypatch.setattr(search_step, "peak_memory", lambda *_: 0.5)  # processes of their own, at the true size
+    (tmp_path / "found.json").write_text('{"paper": 1}')
+    search_step.main(["--size", "small", "--rounds", "1", "--threads", "1", "--save", str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["paper"] == 1 and list(found["small"]["versions"]) == list(search_step.VERSIONS) and found["small"]["flops"] == SIZE.flops()
+    for row in found["small"]["versions"].values():
+        assert row["ms"] > 0 and row["share_of_peak"] == pytest.approx(SIZE.flops() / row["ms"] / 1e6)
+    assert found["small"]["versions"]["original"]["ratio"] == 1
+
+
+def test_shortest_takes_turns_and_the_best():
+    order, took = [], iter([9.0, 9.0, 3.0, 5.0, 4.0, 2.0])  # a round to warm up, which does not count, and two
+
+    def step(name):
+        order.append(name)
+        return next(took)
+
+    assert hardware.shortest({"a": lambda: step("a"), "b": lambda: step("b")}, 2) == {"a": 3.0, "b": 2.0}
+    assert order == ["a", "b"] * 3
