@@ -14,7 +14,7 @@ import torch
 
 def add_options(parser) -> None:
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="what the versions run on, and what the peak is of")
 
 
 def use(options) -> None:
@@ -39,11 +39,11 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def seconds(step, *arguments) -> float:
+def seconds(step) -> float:
     """Of one call, to the end of what it has started on a GPU; of what it counts itself, where it returns that."""
     _wait()
     start = time.perf_counter()
-    counted = step(*arguments)
+    counted = step()
     _wait()
     return time.perf_counter() - start if counted is None else counted
 

@@ -40,16 +40,25 @@ def by_epochs(rows: list[dict]) -> dict[int, list[dict]]:
     return {epochs: [row for row in rows if int(row["epochs"]) == epochs] for epochs in lengths}
 
 
+def by_cell(rows: list[dict]) -> dict[str, dict[int, list[dict]]]:
+    """arm -> search seed -> the rows of that seed's cell, one a retraining."""
+    cells: dict = {}
+    for row in rows:
+        cells.setdefault(row["name"], {}).setdefault(int(row["seed"]), []).append(row)
+    return cells
+
+
+def mean(retrained: list[dict], what: str) -> float:
+    """A cell's figure: the mean of its retrainings'."""
+    return float(np.mean([float(row[what]) for row in retrained]))
+
+
 def lengths_agree(rows: list[dict]) -> list[dict]:
     """For each two lengths of retraining one after the other: how many cells have both, and the rank correlation of a cell's mean perplexity."""
-    means = []
-    for epochs, there in by_epochs(rows).items():
-        valid: dict = {}
-        for row in there:
-            valid.setdefault((row["name"], int(row["seed"])), []).append(float(row["valid"]))
-        means.append((epochs, {cell: float(np.mean(values)) for cell, values in valid.items()}))
+    valid = {epochs: {(name, seed): mean(retrained, "valid") for name, seeds in by_cell(there).items() for seed, retrained in seeds.items()}
+             for epochs, there in by_epochs(rows).items()}
     found = []
-    for (short, a), (long, b) in pairwise(means):
+    for (short, a), (long, b) in pairwise(valid.items()):
         both = [cell for cell in a if cell in b]
         if len(both) > 2:
             found.append({"epochs": [short, long], "cells": len(both), "rank_correlation": spearman(*(np.array([m[cell] for cell in both]) for m in (a, b)))})
@@ -74,13 +83,11 @@ def agreement(cells: list[list]) -> float | None:
 def summary(rows: list[dict]) -> dict:
     """By arm: seeds, mean and standard deviation of the cells' perplexities (a cell's is the mean of its retrainings), the best, how far the seeds'
     cells agree, the test against `random` and `original` by seed; over all cells the rank correlation of short and long retraining."""
-    cells: dict = {}
-    for row in rows:
-        cells.setdefault(row["name"], {}).setdefault(int(row["seed"]), []).append(row)
-    mean = {name: {seed: {k: float(np.mean([float(r[k]) for r in there])) for k in ("short_valid", "valid", "test", "search_seconds")}
-                   for seed, there in seeds.items()} for name, seeds in cells.items()}
+    cells = by_cell(rows)
+    means = {name: {seed: {k: mean(there, k) for k in ("short_valid", "valid", "test", "search_seconds")} for seed, there in seeds.items()}
+             for name, seeds in cells.items()}
     found: dict = {"arms": {}}
-    for name, seeds in mean.items():
+    for name, seeds in means.items():
         valid, test = (np.array([cell[k] for cell in seeds.values()]) for k in ("valid", "test"))
         best = min(seeds, key=lambda seed: seeds[seed]["valid"])
         genotypes = [json.loads(there[0]["genotype"])["recurrent"] for there in cells[name].values()]
@@ -92,12 +99,12 @@ def summary(rows: list[dict]) -> dict:
                "supernet_valid": float(np.median(supernets)) if supernets else None, "agreement": agreement(genotypes),
                "ops": {op: count / sum(ops.values()) for op, count in sorted(ops.items())}}
         for other in ("random", "shared", "original", "one"):
-            both = sorted(seeds.keys() & mean.get(other, {}).keys())
+            both = sorted(seeds.keys() & means.get(other, {}).keys())
             if other != name and len(both) > 1:
-                differences = np.array([seeds[s]["valid"] - mean[other][s]["valid"] for s in both])
+                differences = np.array([seeds[s]["valid"] - means[other][s]["valid"] for s in both])
                 arm[f"minus_{other}"], arm[f"p_{other}"] = differences.mean(), sign_flip(differences)
         found["arms"][name] = arm
-    every = [cell for seeds in mean.values() for cell in seeds.values()]
+    every = [cell for seeds in means.values() for cell in seeds.values()]
     n_nodes = len(json.loads(rows[0]["genotype"])["recurrent"])
     found["agreement_by_chance"] = float(np.mean([1 / ((len(PRIMITIVES) - 1) * node) for node in range(1, n_nodes + 1)]))
     found["short_long_rank_correlation"] = spearman(*(np.array([cell[k] for cell in every]) for k in ("short_valid", "valid")))
@@ -121,13 +128,10 @@ def picture(rows: list[dict], path: Path) -> None:
         figure = canvas.new_figure(4 + 3 * len(lengths), 0.7 + 0.45 * len(names))
         figure.set_layout_engine("constrained")
         panels = figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0]
-        for axes, (epochs, retrained) in zip(panels, lengths.items()):
+        for axes, (epochs, there) in zip(panels, lengths.items()):
+            cells = by_cell(there)
             for place, name in enumerate(names):
-                by_seed: dict = {}
-                for row in retrained:
-                    if row["name"] == name:
-                        by_seed.setdefault(row["seed"], []).append(float(row["valid"]))
-                values = [np.mean(v) for v in by_seed.values()]
+                values = [mean(retrained, "valid") for retrained in cells.get(name, {}).values()]
                 axes.plot(values, [place] * len(values), "o", color="tab:blue", alpha=0.5)
                 if values:
                     axes.plot([np.mean(values)] * 2, [place - 0.3, place + 0.3], color="black")

@@ -304,7 +304,7 @@ def test_no_gpu(way, place, capsys):
     refused(main, [*argv, "--corpus", place.parent / "corpus", *SMALL, "--device", "gpu"], place, capsys, "device: gpu was asked for", "use auto or cpu")
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no such rights here")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork, and a process cannot give up rights for a while")
 @pytest.mark.parametrize("command", [["search"], ["retrain", "--genotype", "ENAS"]], ids=lambda c: c[0])
 def test_a_folder_without_permission(command, place, capfd):
     """In a process of its own, which gives up what the administrator may do."""
