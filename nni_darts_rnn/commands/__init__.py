@@ -1,1 +1,1 @@
-"""What the commands of `nni-darts-rnn` do, and how they say it."""
+"""What the commands of `nni-darts-rnn` do; `cli` has their options, `talk` their words."""
