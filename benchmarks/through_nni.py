@@ -16,6 +16,7 @@ from nni_darts_rnn.corpus import Corpus, Vocabulary
 from nni_darts_rnn.search import make_space, make_strategy
 
 STEPS = 2  # batches of a call
+QUIET = ("nni", "pytorch_lightning.utilities.rank_zero", "nni_darts_rnn.evaluator")  # loggers that a benchmark keeps to their errors
 
 
 class ThroughNNI:
@@ -34,7 +35,7 @@ class ThroughNNI:
         few = words[:size.B * (size.T + 1)]
         self.corpus = Corpus("random words", Vocabulary(["<eos>", "<unk>", *(f"w{i}" for i in range(size.V - 2))]), words, few, few)
         warnings.simplefilter("ignore")  # NNI's and Lightning's advice
-        for name in ("nni", "pytorch_lightning.utilities.rank_zero", "nni_darts_rnn.evaluator"):
+        for name in QUIET:
             logging.getLogger(name).setLevel(logging.ERROR)
 
     def __call__(self, train, valid) -> float:

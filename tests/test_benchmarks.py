@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import hardware
 import published_step
 import retrain_step
 import search_step
+import through_nni
 from step_size import Size
 
 from nni_darts_rnn import DARTS_V2, fused
@@ -26,8 +28,10 @@ NO_DROPOUT = 1e-12  # a mask that keeps everything; 0 would be no mask at all
 
 @pytest.fixture(autouse=True)
 def as_before():
-    threads, enabled = torch.get_num_threads(), fused.enabled()
+    threads, enabled, levels = torch.get_num_threads(), fused.enabled(), {name: logging.getLogger(name).level for name in through_nni.QUIET}
     yield
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
     torch.set_num_threads(threads)
     fused.enable(enabled)
 
