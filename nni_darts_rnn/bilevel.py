@@ -10,6 +10,7 @@ All passes of one step draw the same random numbers, so that a difference of los
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -130,6 +131,17 @@ class AlphaGradient(NamedTuple):
     coefficient: float = 1.0
 
 
+@contextlib.contextmanager
+def all_digits():
+    """float32 products to float32's precision, whatever the process allows elsewhere: the difference of two gradients has not the digits of TF32."""
+    allowed = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(allowed)
+
+
 def norm(tensors: Sequence[Tensor | None]) -> Tensor:
     """The Euclidean norm of all tensors taken together; 0 where there is none."""
     squares = [t.pow(2).sum() for t in tensors if t is not None]
@@ -192,7 +204,8 @@ def architecture_gradient(loss: Loss, weights: Tensors, alphas: Tensors, train_b
         if scale == 0:
             implicit = [torch.zeros_like(a) for a in alphas]
         else:
-            up, down = _grad(train(plus), alphas), _grad(train(minus), alphas)
+            with all_digits():
+                up, down = _grad(train(plus), alphas), _grad(train(minus), alphas)
             implicit = [(a - b) / scale for a, b in zip(up, down)]
     start.restore()
     direct, implicit = reduce(direct), reduce(implicit)
@@ -230,7 +243,8 @@ def _neumann(train, weights, q, step, terms, epsilon, g, reduce) -> list[Tensor 
             if scale == 0:
                 break
             ends = [[w.requires_grad_() for w in end] for end in (plus, minus)]
-            up, down = (torch.autograd.grad(train(end), end, allow_unused=True) for end in ends)
+            with all_digits():
+                up, down = [torch.autograd.grad(train(end), end, allow_unused=True) for end in ends]
             product = [None if a is None else (a - b) / scale for a, b in zip(up, down)]
         term = [None if t is None else t if h is None else t - rate * h for t, h, rate in zip(term, reduce(product), step.rates)]
         total = [None if s is None else s + t for s, t in zip(total, term)]

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import hashlib
+import importlib.util
 import os
 import platform
 import re
@@ -35,7 +37,7 @@ SWITCH = "NNI_DARTS_RNN_FUSED"
 class State:
     """What this process has decided and loaded."""
 
-    on = False
+    on: bool | None = None  # None: nobody has said; then the GPU's kernels are used, and the extension is not
     forced_off = 0  # depth of `reference()`
     loaded: _Library | None = None
     problem: str | None = None  # why there is no library although one was asked for
@@ -43,7 +45,7 @@ class State:
 
 
 def enable(on: bool = True) -> bool:
-    """Use the extension from now on in this process, building it if need be (or stop using it). Returns whether it is in use."""
+    """Use the extension from now on in this process, building it if need be (or neither it nor the GPU's kernels). Returns whether it is in use."""
     State.on = bool(on)
     return enabled()
 
@@ -93,6 +95,22 @@ def available(build: bool = True) -> bool:
             if problem.unexpected:
                 warnings.warn(f"{State.problem}; the slower readable cells are used", stacklevel=3)
     return State.loaded is not None
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether the GPU's kernels are the ones for this tensor: also on a CPU where Triton interprets them."""
+    return tensor.is_cuda or (tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def gpu_ready(tensor: Tensor) -> bool:
+    """Whether the GPU's kernels can be compiled, which takes some seconds in the first run on a machine. They need no `enable`: Triton comes with torch."""
+    wanted = os.environ.get(SWITCH) != "0" and State.on is not False
+    return wanted and _has_triton() and (not tensor.is_cuda or torch.cuda.get_device_capability(tensor.device) >= (7, 0))
+
+
+@functools.lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def why_not() -> str | None:
@@ -237,7 +255,7 @@ def _checked(library: _Library) -> _Library:
     from .genotype import Genotype
 
     generator = torch.Generator().manual_seed(0)
-    x, h, W0, Ws = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((2, 3, 8), (3, 4), (4, 8), (2, 4, 8)))
+    x, h, W0, Ws = (torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") for shape in ((2, 3, 8), (3, 4), (4, 8), (2, 4, 8)))
     genotype = Genotype((("tanh", 0), ("sigmoid", 0)))
     State.loaded, before = library, State.loaded
     try:

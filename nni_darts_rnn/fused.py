@@ -1,7 +1,7 @@
-"""The fast path: both cells over a whole sequence in C++ with a hand-written backward.
+"""The fast path: both cells over a whole sequence with a hand-written backward, in C++ or on a GPU.
 
-`discrete_cell` and `mixed_cell` take and return what `cell.discrete_cell` and `supernet.mixed_cell` do, to rounding. They run `csrc/cells.cpp`
-where it applies (CPU, float32 or float64, built-in primitives, plain autograd, the extension in use) and the readable forms elsewhere.
+`discrete_cell` and `mixed_cell` take and return what `cell.discrete_cell` and `supernet.mixed_cell` do, to rounding. For float32 and float64, built-in
+primitives and plain autograd they run `csrc/cells.cpp` on a CPU, where the extension is in use, and `gpu/` on a GPU; else the readable forms.
 A second derivative (`create_graph=True`) is taken through the readable form by itself; `reference()` avoids the detour where that is known before.
 """
 
@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from . import cell, supernet
-from .extension import SWITCH, CellStruct, State, available, eager_seconds, enable, enabled, prepare, reference, why_not
+from .extension import SWITCH, CellStruct, State, available, eager_seconds, enable, enabled, gpu_ready, on_gpu, prepare, reference, why_not
 from .genotype import PRIMITIVES, Genotype
 
 __all__ = ["SWITCH", "available", "discrete_cell", "eager_seconds", "enable", "enabled", "mixed_cell", "prepare", "reference", "why_not"]
 
 OPS = ("tanh", "relu", "sigmoid", "identity")  # the enum Op of cells.cpp; the mixture of all four comes next
 MIX = len(OPS)
+GPU_BATCH = 4096
+"""The largest batch for the GPU's kernels, of which one program normalises whole columns."""
 
 
 class Graph(NamedTuple):
@@ -107,17 +109,19 @@ def _built_in(op: str) -> bool:
 
 
 def _applies(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, mask: Tensor | None, *others: Tensor) -> bool:
-    """Whether cells.cpp can take these tensors. Shapes that do not fit are left to the readable form and its error messages."""
-    if State.forced_off or not enabled() or not plain():
+    """Whether cells.cpp or the GPU's kernels can take these tensors. Shapes that do not fit are left to the readable form and its error messages."""
+    if State.forced_off or not plain() or not (gpu_ready(x_proj) if on_gpu(x_proj) else x_proj.device.type == "cpu" and enabled()):
         return False
     tensors = [x_proj, h0, W0_h, Ws, *others, *([] if mask is None else [mask])]
-    if x_proj.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu") or torch.overrides.has_torch_function(tensors):
+    if x_proj.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(x_proj.device.type) or torch.overrides.has_torch_function(tensors):
         return False
-    if any(t.device.type != "cpu" or t.dtype != x_proj.dtype or t.layout != torch.strided or t.numel() == 0 for t in tensors):
+    if any(t.device != x_proj.device or t.dtype != x_proj.dtype or t.layout != torch.strided or t.numel() == 0 for t in tensors):
         return False
     if h0.dim() != 2 or x_proj.dim() != 3 or Ws.dim() != 3 or (mask is not None and (mask.requires_grad or mask.shape != h0.shape)):
         return False
     B, H = h0.shape
+    if on_gpu(x_proj) and B > GPU_BATCH:
+        return False
     return x_proj.shape[1:] == (B, 2 * H) and W0_h.shape == (H, 2 * H) and Ws.shape[1:] == (H, 2 * H)
 
 
@@ -147,8 +151,12 @@ def _mixture(probabilities: Tensor, places: tuple[tuple[int, int], ...]) -> Tens
 
 
 def _run_forward(graph: Graph, x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, p: Tensor | None, mask: Tensor | None,
-                 keep: bool) -> _Forward:
+                 keep: bool):
     """Run the cell; with `keep` the buffers hold every time step, for `_run_backward`. p (E, 4) for a mixed cell, None for a discrete one."""
+    if on_gpu(x_proj):
+        from .gpu import sequence
+
+        return sequence.run_forward(graph, x_proj.detach(), h0.detach(), W0_h.detach(), Ws.detach(), p, mask, keep)
     T, B, H, N, E = len(x_proj), *h0.shape, graph.n_nodes, graph.n_edges
     steps, new = (T if keep else 1), x_proj.new_empty
     inputs = {name: t.detach().contiguous() for name, t in (("x_proj", x_proj), ("h0", h0), ("W0_h", W0_h), ("Ws", Ws))}
@@ -169,8 +177,12 @@ def _run_forward(graph: Graph, x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Ten
     return result
 
 
-def _run_backward(graph: Graph, saved: _Forward, d_outputs: Tensor, needs: tuple[bool, ...]) -> list[Tensor | None]:
+def _run_backward(graph: Graph, saved, d_outputs: Tensor, needs: tuple[bool, ...]) -> list[Tensor | None]:
     """Gradients of x_proj, h0, W0_h, Ws where `needs` says so and d_p (E, 5) or None. Uses up the buffers: pre-activations become their gradients."""
+    if not isinstance(saved, _Forward):
+        from .gpu import sequence
+
+        return sequence.run_backward(saved, d_outputs, needs)
     N, (B, H), new = graph.n_nodes, d_outputs.shape[1:], d_outputs.new_empty
     d_h0, d_W0_h, d_Ws = (new(shape) if need else None for need, shape in zip(needs[1:4], ((B, H), (H, 2 * H), (N, H, 2 * H))))
     d_p = torch.zeros(graph.n_edges, 5, dtype=torch.float64) if needs[4] else None
@@ -222,7 +234,7 @@ class _CellFunction(torch.autograd.Function):
         return run.outputs
 
     @staticmethod
-    def run(ctx, tensors) -> _Forward:
+    def run(ctx, tensors):
         *others, probabilities, mask = tensors
         p = None if probabilities is None else _mixture(probabilities.detach(), ctx.places)
         return _run_forward(ctx.graph, *others, p, mask, keep=True)

@@ -72,7 +72,7 @@ class MixedRNN(RecurrentWeights):
         self.relaxation = one_of("relaxation", relaxation, RELAXATIONS)
         self.softmax = nn.Softmax(-1) if softmax is None else softmax
         # from a generator of its own, so that a seed gives the same α however many other numbers were drawn before, in NNI or in fastai
-        noise = torch.randn(n_nodes * (n_nodes + 1) // 2, len(self.primitives), generator=torch.Generator().manual_seed(torch.initial_seed()))
+        noise = torch.randn(n_nodes * (n_nodes + 1) // 2, len(self.primitives), generator=torch.Generator().manual_seed(torch.initial_seed()), device="cpu")
         self.alpha = nn.Parameter(ALPHA_SCALE * noise)
 
     def probabilities(self) -> Tensor:

@@ -188,7 +188,8 @@ def prepare_torch(arguments: argparse.Namespace) -> None:
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    choose_device(arguments.device)
+    if choose_device(arguments.device).type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32; where it has too few digits, bilevel.py asks for all of them
 
 
 if __name__ == "__main__":
