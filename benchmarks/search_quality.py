@@ -149,7 +149,7 @@ def trial(options, recipe) -> None:
     prepare_torch(options)
     corpus, folder = frequent(open_corpus(options), WORDS), place(options, recipe, options.name) / str(seed)
     folder.mkdir(parents=True, exist_ok=True)
-    take_fast_path(corpus, recipe.search)
+    take_fast_path(corpus, recipe.search, "cpu")
     took, before = folder / "search.json", {}
     if options.again:
         before = next(row for row in stored() if row["name"] == options.name and int(row["seed"]) == seed)

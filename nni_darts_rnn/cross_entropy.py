@@ -67,8 +67,8 @@ def _compiled(x: Tensor, w: Tensor, b: Tensor | None, targets: Tensor, needs) ->
     """`_by_blocks` in C++ (csrc/cross_entropy.cpp)."""
     (R, H), V = x.shape, len(w)
     x, w, b, y = x.contiguous(), w.contiguous(), None if b is None else b.contiguous(), targets.contiguous()
-    nll = torch.empty(R, dtype=torch.float64)
-    grads = [torch.empty(shape, dtype=x.dtype) if need else None for shape, need in zip(((R, H), (V, H), (V,)), needs)]
+    nll = x.new_empty(R, dtype=torch.float64)
+    grads = [x.new_empty(shape) if need else None for shape, need in zip(((R, H), (V, H), (V,)), needs)]
     scratch = {"logits": x.new_empty(State.loaded.block, V), "packed": x.new_empty(H, padded(V))}
     if needs[0]:
         scratch["packed_back"] = x.new_empty(V, padded(H))

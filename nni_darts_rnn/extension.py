@@ -120,6 +120,13 @@ def why_not() -> str | None:
     return State.problem
 
 
+def why_not_on_gpu() -> str | None:
+    """`why_not` for a run on a GPU."""
+    if os.environ.get(SWITCH) == "0":
+        return f"the fast path is turned off by {SWITCH}=0"
+    return None if _has_triton() else "triton is not installed; install it for much faster searches on a GPU"
+
+
 class _Unavailable(Exception):
     def __init__(self, message: str, unexpected: bool = False):
         super().__init__(message)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from . import cell, supernet
-from .extension import SWITCH, CellStruct, State, available, eager_seconds, enable, enabled, gpu_ready, on_gpu, prepare, reference, why_not
+from .extension import SWITCH, CellStruct, State, available, eager_seconds, enable, enabled, gpu_ready, on_gpu, prepare, reference, why_not, why_not_on_gpu
 from .genotype import PRIMITIVES, Genotype
 
-__all__ = ["SWITCH", "available", "discrete_cell", "eager_seconds", "enable", "enabled", "mixed_cell", "prepare", "reference", "why_not"]
+__all__ = ["SWITCH", "available", "discrete_cell", "eager_seconds", "enable", "enabled", "mixed_cell", "prepare", "reference", "why_not", "why_not_on_gpu"]
 
 OPS = ("tanh", "relu", "sigmoid", "identity")  # the enum Op of cells.cpp; the mixture of all four comes next
 MIX = len(OPS)
@@ -113,7 +113,7 @@ def _applies(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, mask: Tensor 
     if State.forced_off or not plain() or not (gpu_ready(x_proj) if on_gpu(x_proj) else x_proj.device.type == "cpu" and enabled()):
         return False
     tensors = [x_proj, h0, W0_h, Ws, *others, *([] if mask is None else [mask])]
-    if x_proj.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(x_proj.device.type) or torch.overrides.has_torch_function(tensors):
+    if x_proj.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(x_proj.device.type) or subclassed(tensors):
         return False
     if any(t.device != x_proj.device or t.dtype != x_proj.dtype or t.layout != torch.strided or t.numel() == 0 for t in tensors):
         return False
@@ -123,6 +123,11 @@ def _applies(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, mask: Tensor 
     if on_gpu(x_proj) and B > GPU_BATCH:
         return False
     return x_proj.shape[1:] == (B, 2 * H) and W0_h.shape == (H, 2 * H) and Ws.shape[1:] == (H, 2 * H)
+
+
+def subclassed(tensors: list[Tensor]) -> bool:
+    """Whether one of them has arithmetic of its own. `has_torch_function` would say so under `torch.set_default_device` too."""
+    return any(type(t) not in (Tensor, torch.nn.Parameter) and torch.overrides.has_torch_function((t,)) for t in tensors)
 
 
 def plain() -> bool:
@@ -166,7 +171,7 @@ def _run_forward(graph: Graph, x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Ten
     buffers = {
         **inputs, "mask": None if mask is None else mask.detach().contiguous(),
         "p": new(E, 4).zero_() if p is None else p.detach().contiguous(),
-        "present": new(E).fill_(1) if p is None else p.detach().sum(1), "average": torch.tensor(graph.average, dtype=x_proj.dtype),
+        "present": new(E).fill_(1) if p is None else p.detach().sum(1), "average": x_proj.new_tensor(graph.average),
         "pre0": new(steps, B, 2 * H), **large,
     }
     result = _Forward(new(T, B, H), workspace, buffers)
@@ -185,7 +190,7 @@ def _run_backward(graph: Graph, saved, d_outputs: Tensor, needs: tuple[bool, ...
         return sequence.run_backward(saved, d_outputs, needs)
     N, (B, H), new = graph.n_nodes, d_outputs.shape[1:], d_outputs.new_empty
     d_h0, d_W0_h, d_Ws = (new(shape) if need else None for need, shape in zip(needs[1:4], ((B, H), (H, 2 * H), (N, H, 2 * H))))
-    d_p = torch.zeros(graph.n_edges, 5, dtype=torch.float64) if needs[4] else None
+    d_p = new(graph.n_edges, 5, dtype=torch.float64).zero_() if needs[4] else None
     scratch = {"d_outputs": d_outputs.contiguous(), "d_states": new(N + 1, B, H), "scratch": new(B, H), "carry": new(B, H).zero_(), "d_h": new(B, H)}
     arguments = _arguments(graph, saved, True, **scratch, d_h0=d_h0, d_W0_h=d_W0_h, d_Ws=d_Ws, d_p=d_p)
     State.loaded.backward[d_outputs.dtype](ctypes.byref(arguments))
@@ -213,7 +218,7 @@ def _take(sizes: dict[str, int], dtype: torch.dtype) -> tuple[Tensor, dict[str, 
     spare = State.spare.pop() if State.spare else None
     if spare is None or spare.dtype != dtype or spare.numel() < sum(lengths):
         del spare
-        spare = torch.empty(sum(lengths), dtype=dtype)
+        spare = torch.empty(sum(lengths), dtype=dtype, device="cpu")
     return spare, dict(zip(sizes, spare[:sum(lengths)].split(lengths)))
 
 

@@ -48,13 +48,16 @@ def _memory() -> float:
         return math.inf
 
 
-def take_fast_path(corpus: Corpus, recipe: SearchRecipe | RetrainRecipe, n_nodes: int | None = None) -> str | None:
+def take_fast_path(corpus: Corpus, recipe: SearchRecipe | RetrainRecipe, device: str, n_nodes: int | None = None) -> str | None:
     """Turns the compiled cells on where they save more than compiling them costs; a line that says what would make this run faster, if anything.
 
     The decision depends on the sizes of the run alone, so a run and its repetition take the same path.
     """
     from . import fused
+    from .model import choose_device
 
+    if str(device) != "cpu" and choose_device("auto").type == "cuda":
+        return fused.why_not_on_gpu()
     search, n_nodes = (True, recipe.n_nodes) if isinstance(recipe, SearchRecipe) else (False, n_nodes)
     steps = recipe.epochs * len(corpus.train) / (recipe.batch_size * recipe.bptt)
     # a search step is worth 13 forward passes (four gradients and one of the weights), a training step 3
@@ -81,7 +84,7 @@ def search_phase(corpus: Corpus, recipe: SearchRecipe, seed: int, folder: Path, 
 def _search_phase(corpus, recipe, seed, folder, report, progress, device, store) -> dict:
     from .search import search
 
-    take_fast_path(corpus, recipe)
+    take_fast_path(corpus, recipe, device)
     with watched(folder, "search", report) as report:
         result = search(corpus, recipe, seed, report, progress, device, folder, store)
         _draw(folder, "cell.svg", "cell.png", "cell.gif", "alpha.svg", "alpha.png", "curves.svg", "curves.png")
@@ -112,7 +115,7 @@ def _retrain_phase(corpus, genotype, recipe, seed, folder, report, progress, dev
     from .learner import retrain
     from .trained import save_trained
 
-    take_fast_path(corpus, recipe, genotype.n_nodes)
+    take_fast_path(corpus, recipe, device, genotype.n_nodes)
     with watched(folder, "retrain", report) as report:
         outcome = retrain(corpus, genotype, recipe, seed, folder, report, progress, device, store)
         summary = {name: outcome[name] for name in ("valid_perplexity", "test_perplexity", "parameters")}
