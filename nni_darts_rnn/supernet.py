@@ -73,7 +73,7 @@ class MixedRNN(RecurrentWeights):
         self.softmax = nn.Softmax(-1) if softmax is None else softmax
         # from a generator of its own, so that a seed gives the same α however many other numbers were drawn before, in NNI or in fastai
         noise = torch.randn(n_nodes * (n_nodes + 1) // 2, len(self.primitives), generator=torch.Generator().manual_seed(torch.initial_seed()), device="cpu")
-        self.alpha = nn.Parameter(ALPHA_SCALE * noise)
+        self.alpha = nn.Parameter(ALPHA_SCALE * noise.to(self.W0.device))
 
     def probabilities(self) -> Tensor:
         """softmax(α), (E, K), without noise."""
