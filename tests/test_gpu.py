@@ -1,0 +1,97 @@
+"""The GPU's kernels against the readable cells: interpreted by Triton on a CPU, in a process of their own, since that is chosen when Triton is imported;
+and as they are where there is a GPU."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+COMPARE = """
+import torch
+from nni_darts_rnn import cell, fused, supernet
+from nni_darts_rnn.genotype import DARTS_V1, DARTS_V2
+from nni_darts_rnn.gpu import sequence
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+torch.manual_seed(0)
+sequence.CHUNK = 3
+passes = []
+load = sequence.Plan.load_weights
+sequence.Plan.load_weights = lambda self, *rest: (passes.append(self), load(self, *rest))[1]
+
+
+def inputs(T, B, H, N, dtype, masked):
+    def draw(*shape):
+        return torch.randn(*shape, dtype=dtype, device=device) / 3
+    mask = torch.bernoulli(torch.full((B, H), 0.7, dtype=dtype, device=device)) / 0.7 if masked else None
+    return [draw(T, B, 2 * H), draw(B, H), draw(H, 2 * H), draw(N, H, 2 * H), torch.softmax(3 * draw(N * (N + 1) // 2, 5), -1), mask]
+
+
+def gradients(function, tensors):
+    leaves = [t.clone().requires_grad_() for t in tensors[:5]]
+    outputs = function(*leaves, tensors[5])
+    weights = torch.linspace(-1, 1, outputs.numel(), dtype=outputs.dtype, device=device).view_as(outputs)
+    grads = torch.autograd.grad((outputs * weights).sum(), leaves, allow_unused=True)
+    return [outputs.detach(), *(g for g in grads if g is not None)]
+
+
+def check(fast, readable, tensors, tolerance):
+    before = len(passes)
+    for cut in (len(tensors[0]), 2):  # a shorter sequence is served by the longer one's memory
+        part = [tensors[0][:cut], *tensors[1:]]
+        for got, wanted in zip(gradients(fast, part), gradients(readable, part), strict=True):
+            assert float((got - wanted).norm()) <= tolerance * float(wanted.norm()), (got, wanted)
+    long = tensors[0].repeat(2, 1, 1)  # without gradients, in more than one part
+    with torch.no_grad():
+        got, wanted = fast(long, *tensors[1:]), readable(long, *tensors[1:])
+    assert float((got - wanted).norm()) <= tolerance * float(wanted.norm())
+    assert len(passes) == before + 3 and passes[before] is passes[before + 1]
+
+
+for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
+    for N, masked, normalise in ((1, True, True), (2, True, True), (3, False, False)):
+        def fast(*tensors):
+            return fused.mixed_cell(*tensors, normalise=normalise)
+        def readable(*tensors):
+            return supernet.mixed_cell(*tensors, normalise=normalise)
+        check(fast, readable, inputs(4, 5, 6, N, dtype, masked), tolerance)
+    for genotype in (DARTS_V1, DARTS_V2):
+        def fast(x, h, W, Ws, p, mask):
+            return fused.discrete_cell(x, h, W, Ws, genotype, mask)
+        def readable(x, h, W, Ws, p, mask):
+            return cell.discrete_cell(x, h, W, Ws, genotype, mask)
+        check(fast, readable, inputs(3, 5, 6, 8, dtype, True), tolerance)
+
+x, h, W, Ws, p, mask = [None if t is None else t.clone().requires_grad_() for t in inputs(3, 4, 5, 2, torch.float64, False)]
+first, second = fused.mixed_cell(x, h, W, Ws, p), fused.mixed_cell(x, h, W, Ws, p)  # two passes alive at once
+grads = [torch.autograd.grad(o.sum(), Ws, retain_graph=o is first)[0] for o in (second, first)]
+again = torch.autograd.grad(first.sum(), Ws)[0]
+assert torch.equal(grads[0], grads[1]) and torch.equal(again, grads[1])
+x.data[0, 0, 7] = float("nan")
+assert fused.mixed_cell(x, h, W, Ws, p).isnan().any()
+fused.enable(False)
+before = len(passes)
+fused.mixed_cell(x, h, W, Ws, p)
+assert len(passes) == before
+print("equal")
+"""
+
+
+def run(**environment) -> str:
+    done = subprocess.run([sys.executable, "-c", COMPARE], capture_output=True, text=True, timeout=300, env=os.environ | environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_kernels_equal_the_readable_cells_when_interpreted():
+    assert run(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="").split() == ["equal"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_kernels_equal_the_readable_cells_on_a_gpu():
+    assert run().split() == ["equal"]
