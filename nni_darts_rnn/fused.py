@@ -15,7 +15,21 @@ import torch
 from torch import Tensor
 
 from . import cell, supernet
-from .extension import SWITCH, CellStruct, State, available, eager_seconds, enable, enabled, gpu_ready, on_gpu, prepare, reference, why_not, why_not_on_gpu
+from .extension import (
+    SWITCH,
+    CellStruct,
+    State,
+    available,
+    eager_seconds,
+    enable,
+    enabled,
+    gpu_ready,
+    on_gpu,
+    prepare,
+    reference,
+    why_not,
+    why_not_on_gpu,
+)
 from .genotype import PRIMITIVES, Genotype
 
 __all__ = ["SWITCH", "available", "discrete_cell", "eager_seconds", "enable", "enabled", "mixed_cell", "prepare", "reference", "why_not", "why_not_on_gpu"]

@@ -9,7 +9,7 @@ somebody else makes) the same steps are taken one kernel at a time.
 from __future__ import annotations
 
 import contextlib
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
@@ -18,6 +18,9 @@ from torch import Tensor
 from .. import supernet
 from .kernels import node_backward, node_forward
 
+if TYPE_CHECKING:
+    from ..fused import Graph
+
 CHUNK = 64  # time steps at a time where nothing is kept for a backward pass
 SPARE = 4  # plans kept for the next pass; a search or a retraining has one for training, and others for validation
 
@@ -25,7 +28,7 @@ SPARE = 4  # plans kept for the next pass; a search or a retraining has one for 
 class Key(NamedTuple):
     """What a plan depends on, beside the number of time steps."""
 
-    graph: object  # fused.Graph
+    graph: Graph
     B: int
     H: int
     masked: bool
@@ -49,11 +52,11 @@ class Spare:
     plans: list[Plan] = []
 
 
-def run_forward(graph, x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, p: Tensor | None, mask: Tensor | None, keep: bool) -> Run:
+def run_forward(graph: Graph, x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, p: Tensor | None, mask: Tensor | None, keep: bool) -> Run:
     """As `fused._run_forward`. Without `keep` the plan is free again at once."""
     with _on(x_proj):
         stream = torch.cuda.current_stream().cuda_stream if x_proj.is_cuda else 0
-        key = Key(graph, *h0.shape, mask is not None, p is not None, x_proj.dtype, x_proj.device, torch.get_float32_matmul_precision(), stream)
+        key = Key(graph, h0.shape[0], h0.shape[1], mask is not None, p is not None, x_proj.dtype, x_proj.device, torch.get_float32_matmul_precision(), stream)
         T = len(x_proj)
         plan = _take(key, T if keep else min(T, CHUNK))
         plan.record(keep)
@@ -179,7 +182,7 @@ class Plan:
 
     def backward(self, d_outputs: Tensor, needs: tuple[bool, ...]) -> list[Tensor | None]:
         """d_outputs (T, B, H) -> gradients of x_proj, h0, W0_h, Ws where `needs` says so, and of p (E, 5) or None."""
-        T, (N, B, H) = len(d_outputs), (self.N, self.key.B, self.key.H)
+        T, N, H = len(d_outputs), self.N, self.key.H
         self.d_outputs[:T] = d_outputs
         self.d_states[0].zero_()  # nothing comes from beyond the last step
         self.product.zero_()
@@ -240,10 +243,13 @@ class Plan:
         with torch.cuda.stream(stream):
             for step in missing:
                 step(0)  # compiles the kernels and sets cuBLAS up, which must not happen in a recording
+                # cuBLAS's workspace must be the recording's own: others clear the usual one (Lightning, when a fit ends), and a replay would write to it
+                torch._C._cuda_clearCublasWorkspaces()
                 graphs = [torch.cuda.CUDAGraph() for _ in range(self.T)]
                 for t, graph in enumerate(graphs):
                     graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                     step(t)
                     graph.capture_end()
+                torch._C._cuda_clearCublasWorkspaces()
                 self.recorded[step.__name__] = graphs
         torch.cuda.current_stream().wait_stream(stream)
