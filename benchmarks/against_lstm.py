@@ -86,7 +86,7 @@ def main() -> None:
         return cls(vocab_size, LSTMLayer(H_lstm, dropout_x, dropout_h), dropout, dropout_i, dropout_e)
 
     original = LanguageModel.from_genotype
-    take_fast_path(corpus, recipe, "cpu", N)
+    take_fast_path(corpus, recipe, "auto", N)
     for name, (what, H) in layers.items():
         if arguments.only not in (None, name):
             continue

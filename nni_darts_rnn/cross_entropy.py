@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .extension import CrossEntropyStruct, State, enabled
-from .fused import differentiable, padded, plain
+from .fused import differentiable, padded, plain, subclassed
 
 _CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}  # numbers in one block of logits: the CPU's cache, and enough for a GPU to be busy
 _FEW = 128  # rows from which packing the weights pays
@@ -22,7 +22,7 @@ def linear_cross_entropy(dropped: Tensor, weight: Tensor, bias: Tensor | None, t
     is wanted the block's share of it is computed at once, so nothing of size V is kept for a row. On any device, with or without the extension,
     under autocast.
     """
-    if State.forced_off or not plain() or torch.overrides.has_torch_function((dropped, weight, targets)) or targets.dim() != 1 or not len(targets):
+    if State.forced_off or not plain() or subclassed([dropped, weight, targets]) or targets.dim() != 1 or not len(targets):
         return _readable_cross_entropy(dropped, weight, bias, targets)
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (dropped, weight, bias)]
     if any(needs):

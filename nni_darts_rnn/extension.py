@@ -50,9 +50,12 @@ def enable(on: bool = True) -> bool:
     return enabled()
 
 
-def prepare(eager_seconds: float) -> bool:
-    """`enable` if a run that takes `eager_seconds` without it saves more than a build costs: decided on that number alone, not on the cache."""
-    if eager_seconds * 0.5 > BUILD_SECONDS:  # at least twice as fast at every size
+def prepare(eager_seconds: float, device: torch.device | str = "cpu") -> bool:
+    """`enable` if a run that takes `eager_seconds` without it saves more than a build costs: decided on that number alone, not on the cache.
+
+    A run on a GPU has no use for it.
+    """
+    if torch.device(device).type == "cpu" and eager_seconds * 0.5 > BUILD_SECONDS:  # at least twice as fast at every size
         enable()
     return enabled()
 
@@ -118,13 +121,6 @@ def why_not() -> str | None:
     if os.environ.get(SWITCH) == "0":
         return f"the fast path is turned off by {SWITCH}=0"
     return State.problem
-
-
-def why_not_on_gpu() -> str | None:
-    """`why_not` for a run on a GPU."""
-    if os.environ.get(SWITCH) == "0":
-        return f"the fast path is turned off by {SWITCH}=0"
-    return None if _has_triton() else "triton is not installed; install it for much faster searches on a GPU"
 
 
 class _Unavailable(Exception):

@@ -28,11 +28,10 @@ from .extension import (
     prepare,
     reference,
     why_not,
-    why_not_on_gpu,
 )
 from .genotype import PRIMITIVES, Genotype
 
-__all__ = ["SWITCH", "available", "discrete_cell", "eager_seconds", "enable", "enabled", "mixed_cell", "prepare", "reference", "why_not", "why_not_on_gpu"]
+__all__ = ["SWITCH", "available", "discrete_cell", "eager_seconds", "enable", "enabled", "mixed_cell", "prepare", "reference", "why_not"]
 
 OPS = ("tanh", "relu", "sigmoid", "identity")  # the enum Op of cells.cpp; the mixture of all four comes next
 MIX = len(OPS)

@@ -56,14 +56,12 @@ def take_fast_path(corpus: Corpus, recipe: SearchRecipe | RetrainRecipe, device:
     from . import fused
     from .model import choose_device
 
-    if str(device) != "cpu" and choose_device("auto").type == "cuda":
-        return fused.why_not_on_gpu()
     search, n_nodes = (True, recipe.n_nodes) if isinstance(recipe, SearchRecipe) else (False, n_nodes)
     steps = recipe.epochs * len(corpus.train) / (recipe.batch_size * recipe.bptt)
     # a search step is worth 13 forward passes (four gradients and one of the weights), a training step 3
     work = fused.eager_seconds(recipe.bptt, recipe.batch_size, recipe.hidden_size, len(corpus.vocab), n_nodes,
                                passes=steps * (13 if search else 3), edges=None if search else n_nodes)
-    fused.prepare(work)
+    fused.prepare(work, choose_device("cpu" if str(device) == "cpu" else "auto"))
     return fused.why_not()
 
 

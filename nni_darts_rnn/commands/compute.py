@@ -68,10 +68,12 @@ def evaluate(arguments) -> None:
     model, words = load_trained(arguments.model)
     if tuple(words) != tuple(corpus.vocab.words):
         raise ValueError(f"{arguments.model} was trained on another vocabulary ({len(words)} words) than that of {corpus.name} ({len(corpus.vocab)})")
-    model.to(choose_device(arguments.device))
+    device = choose_device(arguments.device)
+    model.to(device)
     r = recipe.retrain
     cell, streams = model.rnn, ((corpus.valid, r.eval_batch_size), (corpus.test, r.test_batch_size))
-    fused.prepare(sum(fused.eager_seconds(len(text) // B, B, cell.hidden_size, len(words), cell.n_nodes, 1, edges=cell.n_nodes) for text, B in streams))
+    work = sum(fused.eager_seconds(len(text) // B, B, cell.hidden_size, len(words), cell.n_nodes, 1, edges=cell.n_nodes) for text, B in streams)
+    fused.prepare(work, device)
     found = {"valid_perplexity": perplexity(model, corpus.valid, r.eval_batch_size, r.bptt),
              "test_perplexity": perplexity(model, corpus.test, r.test_batch_size, r.bptt),
              "unigram_perplexity": unigram_perplexity(corpus), "bigram_perplexity": bigram_perplexity(corpus)}

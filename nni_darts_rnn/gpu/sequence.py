@@ -103,7 +103,6 @@ class Plan:
         new = dict(dtype=key.dtype, device=key.device)
         arrays = {name: list(values) for name, values in graph.arrays.items()}
         self.order = torch.tensor(arrays["order"], device=key.device)
-        self.in_order = arrays["order"] == list(range(N))
         self.readers = [(0, 1), *zip(arrays["first"], arrays["count"])]  # of each slot: first of its nodes in `order`, and how many; h's is node 0
         widths = [count * 2 * H for _, count in self.readers]
         self.pre = torch.empty(T * B * sum(widths), **new)
@@ -148,7 +147,7 @@ class Plan:
         """W0_h (H, 2H), Ws (N, H, 2H), p (E, 4) or None, mask (B, H) or None, for the passes that follow; `transposed` if there will be backward passes."""
         H = self.key.H
         self.W[0].copy_(W0_h)
-        ordered = Ws if self.in_order else Ws.index_select(0, self.order)
+        ordered = Ws.index_select(0, self.order)
         for W, (first, count) in zip(self.W[1:], self.readers[1:]):
             W.view(H, count, 2 * H).copy_(ordered[first:first + count].transpose(0, 1))  # (count, H, 2H) -> (H, count, 2H)
         if transposed:
@@ -195,14 +194,11 @@ class Plan:
         if needs[2]:
             d_W0_h = self._weight_gradient(0, T)
         if needs[3]:
-            d_Ws = torch.zeros(N, H, 2 * H, dtype=self.key.dtype, device=self.key.device)
+            ordered = torch.zeros(N, H, 2 * H, dtype=self.key.dtype, device=self.key.device)
             for k, (first, count) in enumerate(self.readers[1:], start=1):
                 if count:
-                    d_W = self._weight_gradient(k, T).view(H, count, 2 * H).transpose(0, 1)  # (count, H, 2H)
-                    if self.in_order:
-                        d_Ws[first:first + count] += d_W
-                    else:
-                        d_Ws.index_add_(0, self.order[first:first + count], d_W)
+                    ordered[first:first + count] += self._weight_gradient(k, T).view(H, count, 2 * H).transpose(0, 1)  # (count, H, 2H)
+            d_Ws = torch.empty_like(ordered).index_copy_(0, self.order, ordered)
         return [d_x, d_h0, d_W0_h, d_Ws, self.d_p[1:].sum(2) if needs[4] else None]
 
     def _weight_gradient(self, k: int, T: int) -> Tensor:
@@ -210,9 +206,8 @@ class Plan:
 
     def step_backward(self, t: int, probabilities: bool = False) -> None:
         for i in range(self.N, -1, -1):
-            by_product = i == self.N  # slot 0's, of the step after
-            if i < self.N and self.readers[i + 1][1]:
-                by_product = True
+            by_product = i == self.N or self.readers[i + 1][1] > 0  # with i = N that of slot 0, from the step after
+            if i < self.N and by_product:
                 torch.mm(self.block[i + 1][t], self.W_t[i + 1], out=self.product)  # (B, count·2H) (count·2H, H)
             node_backward[self.grid](self.pre, self.states, self.d_states, self.product, self.mask, self.d_h, self.d_outputs, self.scale, self.p,
                                      self.d_p, self.edges, self.average, t, self.ends[i], self.ends[i + 1], i + 1, int(i == self.N),
