@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 COMPARE = """
 import torch
 from nni_darts_rnn import cell, fused, supernet
-from nni_darts_rnn.genotype import DARTS_V1, DARTS_V2
+from nni_darts_rnn.genotype import DARTS_V1, DARTS_V2, Genotype
 from nni_darts_rnn.gpu import sequence
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -60,12 +60,14 @@ for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
         def readable(*tensors):
             return supernet.mixed_cell(*tensors, normalise=normalise)
         check(fast, readable, inputs(4, 5, 6, N, dtype, masked), tolerance)
-    for genotype in (DARTS_V1, DARTS_V2):
+    star = Genotype([("tanh", 0), ("relu", 0), ("identity", 2), ("sigmoid", 0)], [1, 3, 4])  # levels of one node, of three, and of one
+    flat = Genotype([("sigmoid", 0), ("relu", 0)], [2])  # the last level has both, and the output one of them
+    for genotype in (star, flat, DARTS_V1, DARTS_V2):
         def fast(x, h, W, Ws, p, mask):
             return fused.discrete_cell(x, h, W, Ws, genotype, mask)
         def readable(x, h, W, Ws, p, mask):
             return cell.discrete_cell(x, h, W, Ws, genotype, mask)
-        check(fast, readable, inputs(3, 5, 6, 8, dtype, True), tolerance)
+        check(fast, readable, inputs(3, 5, 6, genotype.n_nodes, dtype, True), tolerance)
 
 x, h, W, Ws, p, mask = [None if t is None else t.clone().requires_grad_() for t in inputs(3, 4, 5, 2, torch.float64, False)]
 first, second = fused.mixed_cell(x, h, W, Ws, p), fused.mixed_cell(x, h, W, Ws, p)  # two passes alive at once

@@ -1,4 +1,4 @@
-"""Either cell over a whole sequence on a GPU: products by cuBLAS, nodes by `kernels.py`, and every time step a CUDA graph that is made once.
+"""Either cell over a whole sequence on a GPU: products by cuBLAS, levels of nodes by `kernels.py`, and every time step a CUDA graph that is made once.
 
 A step is some twenty small kernels, which take less time to run than Python needs to start them. So a `Plan` owns the memory of one kind of pass and
 records each step's kernels on it; a pass copies its inputs in, replays T graphs, and copies its outputs out. A plan for long sequences serves short
@@ -16,7 +16,8 @@ import triton
 from torch import Tensor
 
 from .. import supernet
-from .kernels import node_backward, node_forward
+from .kernels import level_backward, level_forward
+from .levels import layout
 
 if TYPE_CHECKING:
     from ..fused import Graph
@@ -95,7 +96,7 @@ def _take(key: Key, T: int) -> Plan:
 
 
 class Plan:
-    """Memory, and the recorded steps, of passes of up to T time steps. Slots are those of `kernels.py`; `block[k]` belongs to slot k, for k = 0 … N."""
+    """Memory, and the recorded steps, of passes of up to T time steps. Slots are those of `kernels.py`; `block[k]` belongs to slot k, for k = 0 … N+1."""
 
     def __init__(self, key: Key, T: int):
         graph, B, H, N = key.graph, key.B, key.H, key.graph.n_nodes
@@ -103,29 +104,29 @@ class Plan:
         new = dict(dtype=key.dtype, device=key.device)
         arrays = {name: list(values) for name, values in graph.arrays.items()}
         self.order = torch.tensor(arrays["order"], device=key.device)
-        self.readers = [(0, 1), *zip(arrays["first"], arrays["count"])]  # of each slot: first of its nodes in `order`, and how many; h's is node 0
+        nodes, self.levels, edges, ends, runs = layout(graph)
+        readers = [*zip(arrays["first"], arrays["count"]), (0, 0)]
+        self.readers = [(0, 1), *(readers[node] for node in nodes)]  # of each slot: first of its nodes in `order`, and how many; h's is node 0
         widths = [count * 2 * H for _, count in self.readers]
         self.pre = torch.empty(T * B * sum(widths), **new)
         self.block = [part.view(T, B, width) for part, width in zip(self.pre.split([T * B * width for width in widths]), widths)]  # (T,B,count·2H)
         self.W = [torch.empty(H, width, **new) for width in widths]
         self.W_t = [torch.empty(width, H, **new) for width in widths]  # transposed in memory: cuBLAS is up to 3 times as fast then
         self.states = torch.empty(N + 2, T + 1, B, H, **new)
-        self.masked = torch.empty(N + 1, T + 1, B, H, **new) if key.masked else self.states
+        self.masked = torch.empty(N + 2, T + 1, B, H, **new) if key.masked else self.states
         self.mask = torch.empty(B, H, **new)
         self.scale = torch.empty(T if graph.normalise else 0, N + 2, H, **new)
-        self.average = torch.tensor((0.0, *graph.average), **new)
-        # edges node by node; node 0's single one first
-        self.ends = [0, 1, *(1 + end for end in arrays["incoming"][1:])]  # node i has the edges ends[i] … ends[i+1]
-        offsets = [sum(widths[:k]) * T * B for k in range(N + 1)]
-        sources, slots = [0, *(j + 1 for j in arrays["source"])], [0, *arrays["slot"]]
-        newest = {source: e for e, source in enumerate(sources)}  # the backward pass meets the last edge of a source first
-        self.read = set(newest)
-        self.edges = torch.tensor([[offsets[k] + place * 2 * H, widths[k], k, newest[k] == e] for e, (k, place) in enumerate(zip(sources, slots))],
-                                  dtype=torch.int64, device=key.device)
-        one_hot = [[float(op == k) for k in range(4)] + [1.0] for op in (0, *(0 if key.mixed else op for op in arrays["op"]))]
+        self.average = torch.tensor((0.0, *(graph.average[node] for node in nodes)), **new)
+        offsets = [sum(widths[:k]) * T * B for k in range(N + 2)]
+        integers = dict(dtype=torch.int64, device=key.device)
+        self.edges = torch.tensor([(offsets[edge.source] + edge.place * 2 * H, widths[edge.source], edge.source, edge.met_first, edge.target,
+                                    widths[edge.target] > 0) for edge in edges], **integers)
+        self.ends, self.runs = torch.tensor(ends, **integers), torch.tensor(runs, **integers)
+        one_hot = [[float(not key.mixed and edge.op == k) for k in range(4)] + [1.0] for edge in edges]
+        one_hot[0][0] = 1.0  # node 0 is a tanh
         self.p = torch.tensor(one_hot, **new)  # (E+1, 5); a mixed cell's is written over in each pass
         self.d_states = torch.empty(N + 2, B, H, **new)
-        self.product, self.d_h = torch.empty(B, H, **new), torch.empty(B, H, **new)
+        self.product, self.d_h = torch.empty(N + 2, B, H, **new), torch.empty(B, H, **new)
         self.d_outputs = torch.empty(T, B, H, **new)
         self._tile(B, H, graph.normalise)
         self.d_p = torch.zeros(len(self.edges), 5, self.grid[0] * self.grid[1], dtype=torch.float64, device=key.device)
@@ -170,26 +171,27 @@ class Plan:
         return self.states[0, 1:T + 1].clone()
 
     def step_forward(self, t: int) -> None:
-        for i in range(self.N + 1):
-            if i == 0:
-                self.block[0][t].addmm_(self.masked[0, t], self.W[0])  # (B, H) (H, 2H)
-            elif self.readers[i][1]:
-                torch.mm(self.masked[i, t], self.W[i], out=self.block[i][t])  # (B, H) (H, count·2H)
-            node_forward[self.grid](self.pre, self.states, self.masked, self.mask, self.scale, self.p, self.edges, self.average, t, self.ends[i],
-                                    self.ends[i + 1], i + 1, int(i == self.N), self.key.B, self.key.H, self.states[0].numel(), self.N + 2,
-                                    EPS=supernet.BATCHNORM_EPS, **self.fixed)
+        self.block[0][t].addmm_(self.masked[0, t], self.W[0])  # (B, H) (H, 2H)
+        for first, last, _, _ in self.levels:
+            output = last == self.N + 2
+            level_forward[(*self.grid, 1 if output else last - first)](
+                self.pre, self.states, self.masked, self.mask, self.scale, self.p, self.edges, self.ends, self.average, t, first, last, int(output),
+                self.key.B, self.key.H, self.states[0].numel(), self.N + 2, EPS=supernet.BATCHNORM_EPS, **self.fixed)
+            for k in range(first, last):
+                if self.readers[k][1]:
+                    torch.mm(self.masked[k, t], self.W[k], out=self.block[k][t])  # (B, H) (H, count·2H)
 
     def backward(self, d_outputs: Tensor, needs: tuple[bool, ...]) -> list[Tensor | None]:
         """d_outputs (T, B, H) -> gradients of x_proj, h0, W0_h, Ws where `needs` says so, and of p (E, 5) or None."""
         T, N, H = len(d_outputs), self.N, self.key.H
         self.d_outputs[:T] = d_outputs
         self.d_states[0].zero_()  # nothing comes from beyond the last step
-        self.product.zero_()
+        self.product[0].zero_()
         if needs[4]:
             self.d_p.zero_()
         self._take_steps(self.step_backward_p if needs[4] else self.step_backward, reversed(range(T)))
         d_x = self.block[0][:T].clone() if needs[0] else None
-        d_h0 = self.d_states[0] + (self.product * self.mask if self.key.masked else self.product) if needs[1] else None
+        d_h0 = self.d_states[0] + (self.product[0] * self.mask if self.key.masked else self.product[0]) if needs[1] else None
         d_W0_h, d_Ws = None, None
         if needs[2]:
             d_W0_h = self._weight_gradient(0, T)
@@ -205,15 +207,15 @@ class Plan:
         return self.masked[k, :T].flatten(0, 1).t() @ self.block[k][:T].flatten(0, 1)  # (H, T·B) (T·B, count·2H)
 
     def step_backward(self, t: int, probabilities: bool = False) -> None:
-        for i in range(self.N, -1, -1):
-            by_product = i == self.N or self.readers[i + 1][1] > 0  # with i = N that of slot 0, from the step after
-            if i < self.N and by_product:
-                torch.mm(self.block[i + 1][t], self.W_t[i + 1], out=self.product)  # (B, count·2H) (count·2H, H)
-            node_backward[self.grid](self.pre, self.states, self.d_states, self.product, self.mask, self.d_h, self.d_outputs, self.scale, self.p,
-                                     self.d_p, self.edges, self.average, t, self.ends[i], self.ends[i + 1], i + 1, int(i == self.N),
-                                     int(i + 1 in self.read), int(by_product), self.key.B, self.key.H, self.states[0].numel(), self.N + 2,
-                                     PROBABILITIES=probabilities, **self.fixed)
-        torch.mm(self.block[0][t], self.W_t[0], out=self.product)  # (B, 2H) (2H, H)
+        for first, last, run, runs in reversed(self.levels):
+            for k in range(first, last):
+                if self.readers[k][1]:
+                    torch.mm(self.block[k][t], self.W_t[k], out=self.product[k])  # (B, count·2H) (count·2H, H)
+            level_backward[(*self.grid, runs)](
+                self.pre, self.states, self.d_states, self.product, self.mask, self.d_h, self.d_outputs, self.scale, self.p, self.d_p, self.edges, self.runs,
+                self.average, t, run, int(last == self.N + 2), self.key.B, self.key.H, self.states[0].numel(), self.N + 2,
+                PROBABILITIES=probabilities, **self.fixed)
+        torch.mm(self.block[0][t], self.W_t[0], out=self.product[0])  # (B, 2H) (2H, H)
 
     def step_backward_p(self, t: int) -> None:
         self.step_backward(t, probabilities=True)
