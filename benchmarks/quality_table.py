@@ -80,6 +80,32 @@ def agreement(cells: list[list]) -> float | None:
     return float(np.mean([[a == b for a, b in zip(one, other)] for one, other in pairs])) if pairs else None
 
 
+def depth(recurrent: list) -> float:
+    """How many functions lie between state 0 and a node, mean over the nodes, of [op, predecessor] node by node: 1 for a star, (N+1)/2 for a chain."""
+    deep = [0]
+    for _, read in recurrent:
+        deep.append(deep[read] + 1)
+    return float(np.mean(deep[1:]))
+
+
+def traits(rows: list[dict]) -> dict:
+    """What a cell's perplexity goes with: over all different cells, the rank correlation of the mean validation perplexity with the depth, and with how
+    many nodes have each op; with the p of no correlation."""
+    cells: dict[str, list[dict]] = {}
+    for row in rows:
+        cells.setdefault(row["genotype"], []).append(row)
+    valid = [mean(retrained, "valid") for retrained in cells.values()]
+    recurrent = [json.loads(genotype)["recurrent"] for genotype in cells]
+    what = {"depth": [depth(cell) for cell in recurrent]}
+    what |= {op: [float(sum(name == op for name, _ in cell)) for cell in recurrent] for op in PRIMITIVES if op != "none"}
+    found = {}
+    for name, values in what.items():
+        if len(set(values)) > 1 and len(set(valid)) > 1:  # else there is no such thing as a correlation
+            result = spearmanr(values, valid)
+            found[name] = {"rank_correlation": float(result.statistic), "p": float(result.pvalue)}
+    return {"cells": len(cells), "with": found}
+
+
 def summary(rows: list[dict]) -> dict:
     """By arm: seeds, mean and standard deviation of the cells' perplexities (a cell's is the mean of its retrainings), the best, how far the seeds'
     cells agree, the test against `random` and `original` by seed; over all cells the rank correlation of short and long retraining."""
@@ -97,7 +123,7 @@ def summary(rows: list[dict]) -> dict:
                "test_mean": test.mean(), "test_sd": test.std(ddof=1) if len(test) > 1 else None, "best_valid": seeds[best]["valid"], "best_test": seeds[best]["test"],
                "best_genotype": cells[name][best][0]["genotype"], "search_seconds": float(np.mean([c["search_seconds"] for c in seeds.values()])),
                "supernet_valid": float(np.median(supernets)) if supernets else None, "agreement": agreement(genotypes),
-               "ops": {op: count / sum(ops.values()) for op, count in sorted(ops.items())}}
+               "ops": {op: count / sum(ops.values()) for op, count in sorted(ops.items())}, "depth": float(np.mean([depth(genotype) for genotype in genotypes]))}
         for other in ("random", "shared", "original", "one"):
             both = sorted(seeds.keys() & means.get(other, {}).keys())
             if other != name and len(both) > 1:
@@ -108,6 +134,7 @@ def summary(rows: list[dict]) -> dict:
     n_nodes = len(json.loads(rows[0]["genotype"])["recurrent"])
     found["agreement_by_chance"] = float(np.mean([1 / ((len(PRIMITIVES) - 1) * node) for node in range(1, n_nodes + 1)]))
     found["short_long_rank_correlation"] = spearman(*(np.array([cell[k] for cell in every]) for k in ("short_valid", "valid")))
+    found["traits"] = traits(rows)
     most = max(len(there) for seeds in cells.values() for there in seeds.values())
     again = np.array([[float(r["valid"]) for r in sorted(there, key=lambda r: int(r["retrain_seed"]))]
                       for seeds in cells.values() for there in seeds.values() if len(there) == most])  # (cells, retrainings)

@@ -89,10 +89,17 @@ def retrained(epochs: str, found: dict, short: int) -> list[str]:
     noise = "" if "sd_of_retrainings" not in found else (
         f" Two retrainings of one cell differ with a standard deviation of {found['sd_of_retrainings']:.2f}, of which {found['sd_beside_retraining_seed']:.2f} is left when "
         "what the retraining seed does to all cells is taken out.")
+    ops = sorted({op for arm in arms.values() for op in arm["ops"]})
+    kinds = [(name, f"{arm['depth']:.2f}", *(f"{arm['ops'].get(op, 0):.0%}" for op in ops)) for name, arm in arms.items()]
+    traits = found["traits"]
+    goes = [f"{name} {r['rank_correlation']:+.2f} (p = {r['p']:.2g})" for name, r in traits["with"].items()]
     return [f"### Retrained for {epochs} epochs\n",
             table(("arm", "seeds × retrainings", "validation", "test", "best cell, validation / test", "supernet", "agreement", "search, s", "difference in validation"), rows),
             f"The rank correlation between {short} epoch of retraining and {epochs} is {found['short_long_rank_correlation']:.2f} over all cells.{noise} By chance the agreement "
-            f"would be {found['agreement_by_chance']:.2f}. The best cell:\n\n```json\n{best['best_genotype']}\n```\n"]
+            f"would be {found['agreement_by_chance']:.2f}. The best cell:\n\n```json\n{best['best_genotype']}\n```\n",
+            f"What the perplexity of the {traits['cells']} different cells goes with, as rank correlations, above 0 for worse: {', '.join(goes)}. *Depth*: functions between "
+            "state 0 and a node, mean over nodes; the others count the nodes that have the function. What the arms chose:\n",
+            table(("arm", "depth", *ops), kinds)]
 
 
 def lstm() -> str:

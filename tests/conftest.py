@@ -1,9 +1,14 @@
-"""What several test modules share: an experiment of nnictl, run to its end once, and a browser."""
+"""What several test modules share: an experiment of nnictl, run to its end once, and a browser; and how they are shared out by `pytest -n 2`."""
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: threads that wait for each other by spinning are slow beside other processes
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from nnictl import Experiment
 
 ROOT = Path(__file__).parents[1]
@@ -22,13 +27,26 @@ LONG = ("test_remote.py", "test_tuners.py", "test_nni_faults.py", "test_multi_tr
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--long"):
-        return
     kept, left_out = [], []
     for item in items:
-        (left_out if any(name in item.nodeid for name in LONG) else kept).append(item)
+        (left_out if any(name in item.nodeid for name in LONG) and not config.getoption("--long") else kept).append(item)
     config.hook.pytest_deselected(items=left_out)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        kept.sort(key=lambda item: item.path.name not in FIRST)
     items[:] = kept
+
+
+FIRST = ("test_experiment.py", "test_resume.py", "test_docs.py", "test_rungs.py", "test_fused.py", "test_strategy.py", "test_learner.py")
+"""Files of few and long tests, which several processes had better not be left with at the end."""
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config, log):
+    """Whole files, in order: what a module's tests share is made once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -45,6 +45,17 @@ def test_ranks():
     assert figures.spearman(a, np.exp(a)) == pytest.approx(1)
 
 
+def test_what_a_perplexity_goes_with():
+    assert figures.depth([["tanh", 0]] * 4) == 1 and figures.depth([["tanh", node] for node in range(4)]) == 2.5
+    assert figures.depth([["tanh", 0], ["relu", 1], ["relu", 0]]) == pytest.approx(4 / 3)
+    cells = {"star": [["tanh", 0], ["tanh", 0], ["relu", 0]], "fork": [["tanh", 0], ["relu", 1], ["relu", 1]], "chain": [["relu", 0], ["tanh", 1], ["tanh", 2]]}
+    rows = [{"genotype": json.dumps({"recurrent": cells[name]}), "valid": valid} for name, valid in (("star", 5.0), ("star", 7.0), ("fork", 6.5), ("chain", 9.0))]
+    found = figures.traits(rows)
+    assert found["cells"] == 3 and found["with"].keys() == {"depth", "tanh", "relu"}  # no cell has another function
+    assert found["with"]["depth"]["rank_correlation"] == pytest.approx(1)
+    assert found["with"]["tanh"]["rank_correlation"] == pytest.approx(0)  # 2, 1 and 2 against ranks 1, 2 and 3
+
+
 def test_budget_is_the_arithmetic():
     """Counted product by product: 13 passes of the mixed cell and the decoder against 3 of the discrete ones, a token each."""
     recipe, words = replace(TINY.search, hidden_size=5, n_nodes=3), 11
