@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections import Counter
-from itertools import combinations, pairwise
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def save(rows: list[dict]) -> None:
-    """Rows into the CSV in the place of those of the same name, epochs and seeds."""
+    """Rows into the CSV in the place of those of the same name, way of retraining and seeds."""
     path = RESULTS / "search_quality.csv"
     before = stored() if path.exists() else []
     new = {_which(row) for row in rows}
@@ -26,7 +26,7 @@ def save(rows: list[dict]) -> None:
 
 
 def _which(row: dict) -> tuple:
-    return row["name"], *(int(row[key]) for key in ("epochs", "seed", "retrain_seed"))
+    return row["name"], row["retraining"], int(row["seed"]), int(row["retrain_seed"])
 
 
 def stored() -> list[dict]:
@@ -34,10 +34,10 @@ def stored() -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def by_epochs(rows: list[dict]) -> dict[int, list[dict]]:
-    """Rows by how many epochs their cells were retrained, fewest first."""
-    lengths = sorted({int(row["epochs"]) for row in rows})
-    return {epochs: [row for row in rows if int(row["epochs"]) == epochs] for epochs in lengths}
+def by_retraining(rows: list[dict]) -> dict[str, list[dict]]:
+    """Rows by how their cells were retrained, the latest stored way first."""
+    ways = dict.fromkeys(row["retraining"] for row in reversed(rows))
+    return {way: [row for row in rows if row["retraining"] == way] for way in ways}
 
 
 def by_cell(rows: list[dict]) -> dict[str, dict[int, list[dict]]]:
@@ -48,20 +48,27 @@ def by_cell(rows: list[dict]) -> dict[str, dict[int, list[dict]]]:
     return cells
 
 
+def by_genotype(rows: list[dict]) -> dict[str, list[dict]]:
+    """The rows of each different cell."""
+    cells: dict[str, list[dict]] = {}
+    for row in rows:
+        cells.setdefault(row["genotype"], []).append(row)
+    return cells
+
+
 def mean(retrained: list[dict], what: str) -> float:
     """A cell's figure: the mean of its retrainings'."""
     return float(np.mean([float(row[what]) for row in retrained]))
 
 
-def lengths_agree(rows: list[dict]) -> list[dict]:
-    """For each two lengths of retraining one after the other: how many cells have both, and the rank correlation of a cell's mean perplexity."""
-    valid = {epochs: {(name, seed): mean(retrained, "valid") for name, seeds in by_cell(there).items() for seed, retrained in seeds.items()}
-             for epochs, there in by_epochs(rows).items()}
+def ways_agree(rows: list[dict]) -> list[dict]:
+    """For each two ways of retraining: how many cells have both, and the rank correlation of a cell's mean perplexity."""
+    valid = {way: {cell: mean(retrained, "valid") for cell, retrained in by_genotype(there).items()} for way, there in by_retraining(rows).items()}
     found = []
-    for (short, a), (long, b) in pairwise(valid.items()):
+    for (one, a), (other, b) in combinations(valid.items(), 2):
         both = [cell for cell in a if cell in b]
         if len(both) > 2:
-            found.append({"epochs": [short, long], "cells": len(both), "rank_correlation": spearman(*(np.array([m[cell] for cell in both]) for m in (a, b)))})
+            found.append({"ways": [one, other], "cells": len(both), "rank_correlation": spearman(*(np.array([m[cell] for cell in both]) for m in (a, b)))})
     return found
 
 
@@ -91,9 +98,7 @@ def depth(recurrent: list) -> float:
 def traits(rows: list[dict]) -> dict:
     """What a cell's perplexity goes with: over all different cells, the rank correlation of the mean validation perplexity with the depth, and with how
     many nodes have each op; with the p of no correlation."""
-    cells: dict[str, list[dict]] = {}
-    for row in rows:
-        cells.setdefault(row["genotype"], []).append(row)
+    cells = by_genotype(rows)
     valid = [mean(retrained, "valid") for retrained in cells.values()]
     recurrent = [json.loads(genotype)["recurrent"] for genotype in cells]
     what = {"depth": [depth(cell) for cell in recurrent]}
@@ -147,22 +152,22 @@ def summary(rows: list[dict]) -> dict:
 
 
 def picture(rows: list[dict], path: Path) -> None:
-    """Every cell as a point, by arm, with the arm's mean; a panel for each length of retraining."""
+    """Every cell as a point, by arm, with the arm's mean; a panel for each way of retraining."""
     from nni_darts_rnn.plot import canvas
 
-    names, lengths = list(dict.fromkeys(row["name"] for row in rows)), by_epochs(rows)
+    names, ways = list(dict.fromkeys(row["name"] for row in rows)), by_retraining(rows)
     with canvas.style():
-        figure = canvas.new_figure(4 + 3 * len(lengths), 0.7 + 0.45 * len(names))
+        figure = canvas.new_figure(4 + 3 * len(ways), 0.7 + 0.45 * len(names))
         figure.set_layout_engine("constrained")
-        panels = figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0]
-        for axes, (epochs, there) in zip(panels, lengths.items()):
+        panels = figure.subplots(1, len(ways), sharey=True, squeeze=False)[0]
+        for axes, (way, there) in zip(panels, ways.items()):
             cells = by_cell(there)
             for place, name in enumerate(names):
                 values = [mean(retrained, "valid") for retrained in cells.get(name, {}).values()]
                 axes.plot(values, [place] * len(values), "o", color="tab:blue", alpha=0.5)
                 if values:
                     axes.plot([np.mean(values)] * 2, [place - 0.3, place + 0.3], color="black")
-            axes.set_title(f"retrained for {epochs} epochs")
+            axes.set_title(f"retrained for\n{way}", fontsize="small")
         panels[0].set_yticks(range(len(names)), names)
         panels[0].invert_yaxis()
         figure.supxlabel("validation perplexity of the retrained cells (lower is better; bar: mean)")

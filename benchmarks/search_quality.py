@@ -3,7 +3,7 @@
     python benchmarks/search_quality.py run --corpus FOLDER --arm second-order original first-order shared random   # one NNI experiment an arm
     python benchmarks/search_quality.py run --corpus FOLDER --arm second-order --set search.epochs=5 --set search.warmup_epochs=4 --name "second-order, α warm-up"
     python benchmarks/search_quality.py run --corpus FOLDER --arm second-order --set search.epochs=5 --set search.warmup_epochs=4 --set search.relaxation=node --name "second-order, node, α warm-up"
-    python benchmarks/search_quality.py run --corpus FOLDER --again --arm second-order random --set retrain.epochs=10 --retrain-seeds 1      # the stored cells, longer
+    python benchmarks/search_quality.py run --corpus FOLDER --again --arm second-order random --set retrain.epochs=10 --retrain-seeds 1      # the stored cells, another way
     python benchmarks/search_quality.py table                                                          # figures, tests and picture of what there is
 
 An interrupted `run` goes on where it was when it is given again: finished trials are kept in --work, and an unfinished phase has its checkpoints there.
@@ -32,7 +32,7 @@ from datetime import date
 from pathlib import Path
 
 from hardware import machine
-from quality_table import RESULTS, by_epochs, lengths_agree, picture, save, stored, summary
+from quality_table import RESULTS, by_retraining, picture, save, stored, summary, ways_agree
 from step_size import Size
 
 from nni_darts_rnn.genotype import PRIMITIVES
@@ -44,7 +44,11 @@ DROPOUT = {f"{part}.{name}": value for part in ("search", "retrain")
 # the paper's clip, 0.25, lets a step at learning rate 20 move the supernet's weights by 5, half of their norm at the start at this size: of 8 searches
 # 2 ended worse than a guess. 0.1 is Li and Talwalkar's, with batches of 64.
 SETTINGS = DROPOUT | {"search.hidden_size": 64, "search.batch_size": 64, "search.clip": 0.1, "search.eval_batch_size": 64, "search.epochs": 2,
-                      "retrain.hidden_size": 64, "retrain.eval_batch_size": 64, "retrain.test_batch_size": 64, "retrain.epochs": 3, "retrain.dropout_e": 0.0}
+                      "retrain.hidden_size": 64, "retrain.eval_batch_size": 64, "retrain.test_batch_size": 64, "retrain.epochs": 3, "retrain.dropout_e": 0.0,
+                      # a step at this rate moves the perplexity by several points, so what a constant rate ends with is chance
+                      "retrain.anneal": 0.34,
+                      # ±0.04 at 850 units gives a product the size that ±0.15 gives it at 64; less, and deep cells start late
+                      "search.init_range": 0.15, "retrain.init_range": 0.15}
 
 
 def frequent(corpus, words: int):
@@ -90,7 +94,7 @@ def find_cell(arm: str, corpus, recipe, seed: int, folder: Path):
     epochs = budget(quick, len(corpus.vocab)) * quick.epochs  # of training one cell on half of the text
     if arm in ("second-order", "original", "first-order"):
         if arm == "original":
-            quick = replace(quick, reproduce_original=True)
+            quick = replace(quick, reproduce_original=True, init_range=0.04)
         if arm == "first-order":
             quick = replace(quick, hvp="first_order", epochs=round(quick.epochs * 13 / 5))
         return search_phase(part, quick, seed, folder)["genotype"]
@@ -152,7 +156,7 @@ def trial(options, recipe) -> None:
     take_fast_path(corpus, recipe.search, "cpu")
     took, before = folder / "search.json", {}
     if options.again:
-        before = next(row for row in stored() if row["name"] == options.name and int(row["seed"]) == seed)
+        before = of_name(options.name)[seed]
         cell, chosen = Genotype.from_json(before["genotype"]), {"seconds": float(before["search_seconds"])}
     elif took.exists():  # by a run that was stopped
         chosen = json.loads(took.read_text())
@@ -165,16 +169,27 @@ def trial(options, recipe) -> None:
     rows = []
     for again in range(options.retrain_seeds):
         done = retrain_phase(corpus, cell, recipe.retrain, again, folder / f"retrain{again}", nni.report_intermediate_result)
-        rows.append({"name": options.name, "arm": options.arm[0], "epochs": recipe.retrain.epochs, "seed": seed, "retrain_seed": again, "genotype": cell.to_json(),
+        rows.append({"name": options.name, "arm": options.arm[0], "retraining": retraining(recipe), "seed": seed, "retrain_seed": again, "genotype": cell.to_json(),
                      "short_valid": done["rows"][SHORT - 1]["perplexity"], "valid": done["valid_perplexity"], "test": done["test_perplexity"],
                      "search_seconds": chosen["seconds"], "retrain_seconds": done["retrain_seconds"], "supernet_valid": before.get("supernet_valid", "")})
     write_json(folder / "rows.json", rows)
     nni.report_final_result(sum(row["valid"] for row in rows) / len(rows))
 
 
+def retraining(recipe) -> str:
+    """What the rows of one way of retraining have in common, and are compared by."""
+    r = recipe.retrain
+    return f"{r.epochs} epochs, anneal {r.anneal:g}, init_range {r.init_range:g}"
+
+
 def place(options, recipe, name: str) -> Path:
     """Where an arm's trials are kept."""
-    return options.work / (f"{name}, again for {recipe.retrain.epochs} epochs" if options.again else name)
+    return options.work / (f"{name}, again for {retraining(recipe)}" if options.again else name)
+
+
+def of_name(name: str) -> dict[int, dict]:
+    """The first stored row of each seed."""
+    return {int(row["seed"]): row for row in reversed(stored()) if row["name"] == name}
 
 
 def run(options, recipe) -> None:
@@ -185,7 +200,7 @@ def run(options, recipe) -> None:
         name = options.name or arm
         folder, wanted = place(options, recipe, name), set(range(1, options.seeds + 1))
         if options.again:
-            wanted &= {int(row["seed"]) for row in stored() if row["name"] == name}
+            wanted &= of_name(name).keys()
         missing = [seed for seed in sorted(wanted) if not (folder / str(seed) / "rows.json").exists()]
         if missing:
             command = [sys.executable, str(Path(__file__).resolve()), "trial", "--arm", arm, "--name", name, "--work", str(options.work.resolve()),
@@ -221,18 +236,18 @@ def collect(folder: Path) -> list[dict]:
 
 def table() -> None:
     rows = stored()
-    found = {"retrained": {str(epochs): summary(there) for epochs, there in by_epochs(rows).items()}, "lengths": lengths_agree(rows),
+    found = {"retrained": {way: summary(there) for way, there in by_retraining(rows).items()}, "ways": ways_agree(rows),
              "command": "python benchmarks/search_quality.py table", "date": date.today().isoformat(), "machine": machine(),
              "settings": SETTINGS | {"words": WORDS, "short_epochs": SHORT}}
     (RESULTS / "search_quality.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     picture(rows, RESULTS / "search_quality.svg")
-    for epochs, figures in found["retrained"].items():
-        print(f"retrained for {epochs} epochs")
+    for way, figures in found["retrained"].items():
+        print(f"retrained for {way}")
         for name, arm in figures["arms"].items():
             against = ", ".join(f"{arm[f'minus_{other}']:+.2f} to {other} (p {arm[f'p_{other}']:.3f})" for other in ("random", "original") if f"p_{other}" in arm)
             print(f"{name:>14}: {arm['seeds']} seeds, valid {arm['valid_mean']:.2f} ± {arm['valid_sd'] or 0:.2f}, test {arm['test_mean']:.2f}, "
                   f"best {arm['best_valid']:.2f} (test {arm['best_test']:.2f}), search {arm['search_seconds']:.0f} s; {against}")
-    print(found["lengths"])
+    print(found["ways"])
 
 
 def main() -> None:
@@ -244,7 +259,7 @@ def main() -> None:
     parser.set_defaults(recipe="penn", threads=1)
     parser.add_argument("--arm", nargs="+", choices=ARMS, default=["second-order"])
     parser.add_argument("--name", help="what the rows are called; default: the arm")
-    parser.add_argument("--again", action="store_true", help="no search: the cells that are stored under the name, retrained with these settings")
+    parser.add_argument("--again", action="store_true", help="no search: the cells that were first stored under the name, retrained with these settings")
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--retrain-seeds", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("search_quality"), help="folder of finished and unfinished trials")

@@ -70,15 +70,15 @@ def quality() -> str:
         "mean, ± the standard deviation over search seeds. Differences are paired by seed, and p is the exact two-sided sign-flip test's. Seconds are of two searches at a time on two cores, of one machine or another, that "
         "other work often shared, so they do not compare arms; the budget does. *Supernet*: the median of its validation perplexities at the end. *Agreement*: the share of nodes, function and predecessor, "
         "that the cells of two seeds have in common, mean over pairs.\n"]
-    for epochs, figures in found["retrained"].items():
-        parts += retrained(epochs, figures, settings["short_epochs"])
-    parts += [f"Over the {pair['cells']} cells that were retrained for {pair['epochs'][0]} epochs and for {pair['epochs'][1]}, the rank correlation of the two perplexities is "
+    for way, figures in found["retrained"].items():
+        parts += retrained(way, figures, settings["short_epochs"])
+    parts += [f"Over the {pair['cells']} cells that were retrained both ways ({pair['ways'][0]}; {pair['ways'][1]}), the rank correlation of the two perplexities is "
               f"{pair['rank_correlation']:.2f}.\n" for pair in found["lengths"]]
     return "\n".join([*parts, "![Every retrained cell as a point, by arm, with the arm's mean](../benchmarks/results/search_quality.svg)\n", made(found)])
 
 
-def retrained(epochs: str, found: dict, short: int) -> list[str]:
-    """The arms' cells after so many epochs of retraining."""
+def retrained(way: str, found: dict, short: int) -> list[str]:
+    """The arms' cells after one way of retraining."""
     arms, rows = found["arms"], []
     for name, arm in arms.items():
         against = [f"{arm[f'minus_{other}']:+.2f} to {other}, p = {arm[f'p_{other}']:.3f}" for other in arms if f"p_{other}" in arm]
@@ -93,9 +93,9 @@ def retrained(epochs: str, found: dict, short: int) -> list[str]:
     kinds = [(name, f"{arm['depth']:.2f}", *(f"{arm['ops'].get(op, 0):.0%}" for op in ops)) for name, arm in arms.items()]
     traits = found["traits"]
     goes = [f"{name} {r['rank_correlation']:+.2f} (p = {r['p']:.2g})" for name, r in traits["with"].items()]
-    return [f"### Retrained for {epochs} epochs\n",
+    return [f"### Retrained for {way}\n",
             table(("arm", "seeds × retrainings", "validation", "test", "best cell, validation / test", "supernet", "agreement", "search, s", "difference in validation"), rows),
-            f"The rank correlation between {short} epoch of retraining and {epochs} is {found['short_long_rank_correlation']:.2f} over all cells.{noise} By chance the agreement "
+            f"The rank correlation between {short} epoch of retraining and all of it is {found['short_long_rank_correlation']:.2f} over all cells.{noise} By chance the agreement "
             f"would be {found['agreement_by_chance']:.2f}. The best cell:\n\n```json\n{best['best_genotype']}\n```\n",
             f"What the perplexity of the {traits['cells']} different cells goes with, as rank correlations, above 0 for worse: {', '.join(goes)}. *Depth*: functions between "
             "state 0 and a node, mean over nodes; the others count the nodes that have the function. What the arms chose:\n",

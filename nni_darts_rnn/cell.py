@@ -9,6 +9,7 @@ Cell (DARTS, section 3.2 and appendix A.1.2; quark0/darts `rnn/model.py`), for o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -25,7 +26,7 @@ ACTIVATIONS = {
 """How each primitive other than `none` is computed, element by element."""
 
 INIT_RANGE = 0.04
-"""Weights start uniform in ±0.04 (quark0/darts `rnn/model.py`)."""
+"""Weights start uniform in ±this by default (quark0/darts `rnn/model.py`, for 850 units)."""
 
 
 def register_primitive(name: str, function) -> None:
@@ -94,9 +95,10 @@ def variational_mask(like: Tensor, p: float, training: bool) -> Tensor | None:
 
 
 class RecurrentWeights(nn.Module):
-    """What one recurrent layer of N nodes owns: W0 (I+H, 2H), Ws (N, H, 2H), and its two variational dropout rates."""
+    """What one recurrent layer of N nodes owns: W0 (I+H, 2H), Ws (N, H, 2H), uniform in ±`init_range` at first, and its two variational dropout rates."""
 
-    def __init__(self, input_size: int, hidden_size: int, n_nodes: int, dropout_x: float = 0.0, dropout_h: float = 0.0):
+    def __init__(self, input_size: int, hidden_size: int, n_nodes: int, dropout_x: float = 0.0, dropout_h: float = 0.0,
+                 init_range: float = INIT_RANGE):
         super().__init__()
         for name, value in (("input_size", input_size), ("hidden_size", hidden_size), ("n_nodes", n_nodes)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -104,15 +106,17 @@ class RecurrentWeights(nn.Module):
         for name, rate in (("dropout_x", dropout_x), ("dropout_h", dropout_h)):
             if not 0 <= rate < 1:
                 raise ValueError(f"{name}: {rate!r} must be at least 0 and below 1")
-        self.input_size, self.hidden_size, self.n_nodes = input_size, hidden_size, n_nodes
+        if not 0 < init_range < math.inf:
+            raise ValueError(f"init_range: {init_range!r} must be above 0")
+        self.input_size, self.hidden_size, self.n_nodes, self.init_range = input_size, hidden_size, n_nodes, init_range
         self.dropout_x, self.dropout_h = dropout_x, dropout_h
         self.W0 = nn.Parameter(torch.empty(input_size + hidden_size, 2 * hidden_size))
         self.Ws = nn.Parameter(torch.empty(n_nodes, hidden_size, 2 * hidden_size))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.uniform_(self.W0, -INIT_RANGE, INIT_RANGE)
-        nn.init.uniform_(self.Ws, -INIT_RANGE, INIT_RANGE)
+        nn.init.uniform_(self.W0, -self.init_range, self.init_range)
+        nn.init.uniform_(self.Ws, -self.init_range, self.init_range)
 
     def project(self, x: Tensor, h0: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """What every kind of cell starts from: x (T, B, I) -> x_proj (T, B, 2H), h0 (B, H), mask m_h (B, H) or None."""
@@ -143,9 +147,10 @@ class RecurrentWeights(nn.Module):
 class DiscreteRNN(RecurrentWeights):
     """One layer, one direction of a genotype's cell: x (T, B, I), h0 (B, H) or None -> outputs (T, B, H); the last is h_n."""
 
-    def __init__(self, input_size: int, hidden_size: int, genotype: Genotype, dropout_x: float = 0.0, dropout_h: float = 0.0):
+    def __init__(self, input_size: int, hidden_size: int, genotype: Genotype, dropout_x: float = 0.0, dropout_h: float = 0.0,
+                 init_range: float = INIT_RANGE):
         genotype = load_genotype(genotype)
-        super().__init__(input_size, hidden_size, genotype.n_nodes, dropout_x, dropout_h)
+        super().__init__(input_size, hidden_size, genotype.n_nodes, dropout_x, dropout_h, init_range)
         self.genotype = genotype
 
     def forward(self, x: Tensor, h0: Tensor | None = None) -> Tensor:

@@ -23,7 +23,7 @@ from .pipeline import check_fits, take_fast_path
 from .recipes import Recipe, get_recipe
 from .space import RecurrentSpace
 
-OF_THE_SPACE = ("hidden_size", "dropout", "dropout_h", "dropout_x", "dropout_i", "dropout_e")  # the model is NNI's, with sizes of its own
+OF_THE_SPACE = ("hidden_size", "dropout", "dropout_h", "dropout_x", "dropout_i", "dropout_e", "init_range")  # the model is NNI's, with sizes of its own
 
 
 class _Report(Callback):
@@ -49,8 +49,8 @@ class FastaiEvaluator(Evaluator):
     corpus, corpus_folder, corpus_mirror
         As in `load_corpus`; each process loads it for itself ("pydoc" where none is named). A `Corpus` itself in the sequential engine alone.
     recipe, settings
-        A named recipe ("small" where none is named) whose `retrain` part is used, with fields replaced: `settings={"lr": 5.0, "epochs": 2}`. The model's size and its dropout
-        rates are the space's.
+        A named recipe ("small" where none is named) whose `retrain` part is used, with fields replaced: `settings={"lr": 5.0, "epochs": 2}`. The model's size, its dropout
+        rates and its first weights are the space's.
     epochs
         Passes over the text; None: the recipe's. 0: the weights are judged as they come, for a space that a one-shot strategy has trained.
     seed

@@ -19,6 +19,7 @@ from fastai.optimizer import OptimWrapper
 from .callbacks import (
     NTASGD,
     ActivationRegularizer,
+    AnnealLR,
     ArchParamUpdate,
     BestModel,
     EpochReport,
@@ -86,9 +87,10 @@ def lm_learner(dls, genotype: Genotype | str | LanguageModel, recipe: RetrainRec
         genotype, V = load_genotype(genotype), _vocab_size(dls, vocab_size)
     torch.manual_seed(seed)
     lm = genotype if isinstance(genotype, LanguageModel) else LanguageModel.from_genotype(
-        V, recipe.hidden_size, genotype, dropout_h=recipe.dropout_h, dropout_x=recipe.dropout_x, **_dropouts(recipe))
+        V, recipe.hidden_size, genotype, dropout_h=recipe.dropout_h, dropout_x=recipe.dropout_x, init_range=recipe.init_range, **_dropouts(recipe))
     averaging = NTASGD(recipe.nonmono)
-    learn = _learner(dls, lm, recipe, path, [BestModel(), averaging, *cbs], metrics_file)
+    own = [BestModel(), averaging] + ([AnnealLR(recipe.anneal)] if recipe.anneal else [])
+    learn = _learner(dls, lm, recipe, path, [*own, *cbs], metrics_file)
     if recipe.patience is not None:
         learn.converged = lambda: averaging.since_best() >= recipe.patience
     return learn
@@ -107,8 +109,8 @@ def search_learner(dls, recipe: SearchRecipe | Recipe | str = "penn", *, seed: i
     V = _vocab_size(dls, vocab_size)
     torch.manual_seed(seed)
     rnn = MixedRNN(recipe.hidden_size, recipe.hidden_size, recipe.n_nodes, dropout_x=recipe.dropout_x, dropout_h=recipe.dropout_h,
-                   relaxation=recipe.relaxation)
-    lm = LanguageModel(V, rnn, **_dropouts(recipe))
+                   relaxation=recipe.relaxation, init_range=recipe.init_range)
+    lm = LanguageModel(V, rnn, init_range=recipe.init_range, **_dropouts(recipe))
     return _learner(dls, lm, recipe, path, [ArchParamUpdate.of(recipe, valid_batches), *cbs], metrics_file, splitter=weight_parameters)
 
 

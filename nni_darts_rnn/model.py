@@ -32,10 +32,12 @@ class LanguageModel(nn.Module):
 
     `rnn` is any module with `input_size == hidden_size`, `rnn(x (T, B, H), h0 (B, H)) -> outputs (T, B, H)`, whose last output is the next hidden state:
     `cell.DiscreteRNN` for retraining, `supernet.MixedRNN` for a search. Dropout rates: `dropout` on the outputs,
-    `dropout_i` on the embedded words, `dropout_e` on whole words of the embedding. Weights are tied, so H is the embedding size too.
+    `dropout_i` on the embedded words, `dropout_e` on whole words of the embedding. Weights are tied, so H is the embedding size too; they start
+    uniform in ±`init_range`.
     """
 
-    def __init__(self, vocab_size: int, rnn: nn.Module, dropout: float = 0.0, dropout_i: float = 0.0, dropout_e: float = 0.0):
+    def __init__(self, vocab_size: int, rnn: nn.Module, dropout: float = 0.0, dropout_i: float = 0.0, dropout_e: float = 0.0,
+                 init_range: float = INIT_RANGE):
         super().__init__()
         if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 1:
             raise ValueError(f"vocab_size: {vocab_size!r} must be a whole number of at least 1")
@@ -51,14 +53,15 @@ class LanguageModel(nn.Module):
         self.rnn = rnn
         self.decoder = nn.Linear(rnn.hidden_size, vocab_size)
         self.decoder.weight = self.encoder.weight
-        nn.init.uniform_(self.encoder.weight, -INIT_RANGE, INIT_RANGE)
+        nn.init.uniform_(self.encoder.weight, -init_range, init_range)
         nn.init.zeros_(self.decoder.bias)
 
     @classmethod
     def from_genotype(cls, vocab_size: int, hidden_size: int, genotype: Genotype, dropout: float = 0.0, dropout_h: float = 0.0,
-                      dropout_x: float = 0.0, dropout_i: float = 0.0, dropout_e: float = 0.0) -> LanguageModel:
+                      dropout_x: float = 0.0, dropout_i: float = 0.0, dropout_e: float = 0.0, init_range: float = INIT_RANGE) -> LanguageModel:
         """The language model whose recurrent layer is the genotype's cell."""
-        return cls(vocab_size, DiscreteRNN(hidden_size, hidden_size, genotype, dropout_x, dropout_h), dropout, dropout_i, dropout_e)
+        rnn = DiscreteRNN(hidden_size, hidden_size, genotype, dropout_x, dropout_h, init_range)
+        return cls(vocab_size, rnn, dropout, dropout_i, dropout_e, init_range)
 
     def init_hidden(self, batch_size: int) -> Tensor:
         """The hidden state (B, H) before the first token: zeros, on the weights' device and in their dtype."""

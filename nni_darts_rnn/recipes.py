@@ -39,6 +39,7 @@ class SearchRecipe:
     dropout_x: float = _rate(0.75, "dropout of the cell's input")
     dropout_i: float = _rate(0.2, "dropout of the embedded words")
     dropout_e: float = _rate(0.0, "dropout of whole words")
+    init_range: float = _field(0.04, 1e-12, help="weights start uniform in ± this")
     ar: float = _field(0.0, 0, help="activation regularisation")
     tar: float = _field(1e-3, 0, help="temporal activation regularisation")
     epochs: int = _field(50, 1, help="passes over the training text")
@@ -80,8 +81,10 @@ class RetrainRecipe:
     dropout_x: float = _rate(0.75, "dropout of the cell's input")
     dropout_i: float = _rate(0.2, "dropout of the embedded words")
     dropout_e: float = _rate(0.1, "dropout of whole words")
+    init_range: float = _field(0.04, 1e-12, help="weights start uniform in ± this")
     ar: float = _field(0.0, 0, help="activation regularisation")
     tar: float = _field(1e-3, 0, help="temporal activation regularisation")
+    anneal: float = _field(0.0, 0, 1, help="the share of the epochs, at the end, over which the learning rate falls to 0 along a cosine")
     nonmono: int = _field(5, 1, help="epochs without improvement before averaging (ASGD) begins")
     epochs: int = _field(3600, 1, help="passes over the training text, at most")
     patience: int = _field(None, 1, optional=True, help="epochs without a new best validation perplexity that end the training; none: all epochs are run")
@@ -90,6 +93,9 @@ class RetrainRecipe:
         if self.patience is not None and self.patience <= self.nonmono:
             raise ValueError(f"retrain.patience: {self.patience} must be above retrain.nonmono = {self.nonmono}: averaging, which begins after so many epochs "
                              "without improvement, would never be tried")
+        if self.patience is not None and self.anneal:
+            raise ValueError(f"retrain.anneal: {self.anneal} goes with a number of epochs that is known, not with retrain.patience = {self.patience}, "
+                             "which may end the training before; give 0, or patience none")
         if self.min_bptt > self.bptt + self.max_bptt_above:
             raise ValueError(f"retrain.min_bptt: {self.min_bptt} must be at most bptt + max_bptt_above = {self.bptt + self.max_bptt_above}")
 

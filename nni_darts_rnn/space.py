@@ -11,7 +11,7 @@ from nni.nas.nn.pytorch import LayerChoice, ModelSpace, MutableModule
 from nni.nas.oneshot.pytorch.supermodule.base import BaseSuperNetModule
 from torch import Tensor, nn
 
-from .cell import ACTIVATIONS, RecurrentWeights, checked_primitives
+from .cell import ACTIVATIONS, INIT_RANGE, RecurrentWeights, checked_primitives
 from .genotype import PRIMITIVES, Genotype, edges, load_genotype, one_of
 from .model import LanguageModel, LMOutput
 from .supernet import RELAXATIONS, MixedRNN
@@ -66,8 +66,8 @@ class CellSpace(RecurrentWeights, MutableModule):
     """
 
     def __init__(self, input_size: int, hidden_size: int, n_nodes: int = 8, primitives=PRIMITIVES, dropout_x: float = 0.0, dropout_h: float = 0.0,
-                 relaxation: str = "edge"):
-        super().__init__(input_size, hidden_size, n_nodes, dropout_x, dropout_h)
+                 relaxation: str = "edge", init_range: float = INIT_RANGE):
+        super().__init__(input_size, hidden_size, n_nodes, dropout_x, dropout_h, init_range)
         self.primitives, self.relaxation = checked_primitives(primitives), one_of("relaxation", relaxation, RELAXATIONS)
         ops = [name for name in self.primitives if name != "none"]
         self.inputs, self.ops = nn.ModuleList(), nn.ModuleList()
@@ -111,7 +111,7 @@ class MixedCell(MixedRNN, BaseSuperNetModule):
         if type(module) is not CellSpace:
             return None
         mixed = cls(module.input_size, module.hidden_size, module.n_nodes, module.primitives, module.dropout_x, module.dropout_h,
-                    softmax=mutate_kwargs.get("softmax"), relaxation=module.relaxation)
+                    softmax=mutate_kwargs.get("softmax"), relaxation=module.relaxation, init_range=module.init_range)
         mixed.W0, mixed.Ws = module.W0, module.Ws
         mixed.alpha = memo.setdefault("cell/alpha", mixed.alpha)  # layers whose choices have the same labels are one cell: one α
         for choice in [*module.inputs, *module.ops]:
@@ -151,15 +151,17 @@ class RecurrentSpace(ModelSpace):
 class DartsRnnSpace(RecurrentSpace):
     """AWD-LSTM's language model with an open DARTS cell: every sample is one `Genotype`, every label a plain categorical.
 
-    vocab_size V, hidden_size H (the embedding's size too), n_nodes N; dropout rates as in `LanguageModel` and `RecurrentWeights`, relaxation as in `MixedRNN`.
+    vocab_size V, hidden_size H (the embedding's size too), n_nodes N; dropout rates and init_range as in `LanguageModel` and `RecurrentWeights`,
+    relaxation as in `MixedRNN`.
     tokens (T, B), hidden (B, H) -> `LMOutput`.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int = 300, n_nodes: int = 8, primitives=PRIMITIVES, dropout: float = 0.0,
-                 dropout_h: float = 0.0, dropout_x: float = 0.0, dropout_i: float = 0.0, dropout_e: float = 0.0, relaxation: str = "edge"):
+                 dropout_h: float = 0.0, dropout_x: float = 0.0, dropout_i: float = 0.0, dropout_e: float = 0.0, relaxation: str = "edge",
+                 init_range: float = INIT_RANGE):
         super().__init__()
-        rnn = CellSpace(hidden_size, hidden_size, n_nodes, primitives, dropout_x, dropout_h, relaxation)
-        self.lm = LanguageModel(vocab_size, rnn, dropout, dropout_i, dropout_e)
+        rnn = CellSpace(hidden_size, hidden_size, n_nodes, primitives, dropout_x, dropout_h, relaxation, init_range)
+        self.lm = LanguageModel(vocab_size, rnn, dropout, dropout_i, dropout_e, init_range)
 
     def forward(self, tokens: Tensor, hidden: Tensor) -> LMOutput:
         return self.lm(tokens, hidden)

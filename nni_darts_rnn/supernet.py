@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cell import ACTIVATIONS, RecurrentWeights, checked_primitives
+from .cell import ACTIVATIONS, INIT_RANGE, RecurrentWeights, checked_primitives
 from .genotype import PRIMITIVES, Genotype, derive, one_of
 
 RELAXATIONS = ("edge", "node")
@@ -66,8 +66,9 @@ class MixedRNN(RecurrentWeights):
     """
 
     def __init__(self, input_size: int, hidden_size: int, n_nodes: int = 8, primitives=PRIMITIVES, dropout_x: float = 0.0,
-                 dropout_h: float = 0.0, softmax: nn.Module | None = None, relaxation: str = "edge"):
-        super().__init__(input_size, hidden_size, n_nodes, dropout_x, dropout_h)
+                 dropout_h: float = 0.0, softmax: nn.Module | None = None, relaxation: str = "edge",
+                 init_range: float = INIT_RANGE):
+        super().__init__(input_size, hidden_size, n_nodes, dropout_x, dropout_h, init_range)
         self.primitives = checked_primitives(primitives)
         self.relaxation = one_of("relaxation", relaxation, RELAXATIONS)
         self.softmax = nn.Softmax(-1) if softmax is None else softmax

@@ -75,6 +75,32 @@ class Watch(Callback):
         self.after_epochs.append({k: p.detach().clone() for k, p in self.learn.model.named_parameters()})
 
 
+@pytest.mark.parametrize("share", [0.4, 1.0])
+def test_the_rate_falls_along_a_cosine_at_the_end(tmp_path, share):
+    watch, recipe = Watch(), get_recipe(SMALL, {"retrain.anneal": share, "retrain.bptt_std": 2.0}).retrain
+    learn = run(lm_learner(language_dls(corpus(), recipe, 3, "cpu", tmp_path), CELL, recipe, seed=3, cbs=[watch]), 5)
+    ends = [0, *learn.recorder.iters]  # steps done by the end of each epoch; epochs differ in theirs
+    places = np.array([epoch + k / (end - begin) for epoch, (begin, end) in enumerate(zip(ends, ends[1:])) for k in range(end - begin)]) / 5
+    by_hand = np.where(places < 1 - share, 1, (1 + np.cos(np.pi * (places - 1 + share) / share)) / 2)
+    assert len(places) == len(watch.steps) and by_hand[-1] < 0.05
+    assert learn.recorder.lrs == pytest.approx(recipe.lr * by_hand, abs=1e-9)
+    assert [s["lr"] for s in watch.steps] == pytest.approx([lr * s["T"] / recipe.bptt for lr, s in zip(learn.recorder.lrs, watch.steps)])
+    run(learn, 5)  # a second fit begins with the full rate again
+    assert learn.recorder.lrs[0] == recipe.lr
+
+
+def test_the_rate_is_fastais_flat_cos(tmp_path):
+    recipe = get_recipe(SMALL, {"retrain.anneal": 0.25, "retrain.short_bptt_probability": 0, "retrain.bptt_std": 0}).retrain  # epochs of equal length
+    ours = run(lm_learner(language_dls(corpus(), recipe, 3, "cpu", tmp_path), CELL, recipe, seed=3), 3)
+    plain = get_recipe(SMALL, {"retrain.short_bptt_probability": 0, "retrain.bptt_std": 0}).retrain
+    theirs = lm_learner(language_dls(corpus(), plain, 3, "cpu", tmp_path), CELL, plain, seed=3)
+    with theirs.no_bar(), theirs.no_logging():
+        theirs.fit_flat_cos(3, recipe.lr, div_final=1e12, pct_start=0.75)
+    assert ours.recorder.lrs == pytest.approx(theirs.recorder.lrs, rel=1e-6)  # fastai adds its place up batch by batch
+    for a, b in zip(ours.model.parameters(), theirs.model.parameters()):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
 def scripted(values) -> ValueMetric:
     values = iter(values)
     return ValueMetric(lambda: next(values), "scripted")

@@ -118,11 +118,12 @@ def test_no_masks_in_evaluation_or_at_rate_zero():
     close(rnn.eval()(x, h0), plain(x, h0), 0)
 
 
-def test_weights_start_uniform_within_the_range():
-    rnn = DiscreteRNN(100, 100, DARTS_V1)
+@pytest.mark.parametrize("given, limit", [({}, 0.04), ({"init_range": 0.3}, 0.3)], ids=["default", "given"])
+def test_weights_start_uniform_within_the_range(given, limit):
+    rnn = DiscreteRNN(100, 100, DARTS_V1, **given)
     for p in rnn.parameters():
-        assert p.abs().max() <= 0.04 and p.abs().max() > 0.0399 and abs(p.mean()) < 1e-3
-        assert p.std().item() == pytest.approx(0.08 / math.sqrt(12), rel=0.02)
+        assert p.abs().max() <= limit and p.abs().max() > 0.9975 * limit and abs(p.mean()) < 0.025 * limit
+        assert p.std().item() == pytest.approx(2 * limit / math.sqrt(12), rel=0.02)
     assert rnn.W0.shape == (200, 200) and rnn.Ws.shape == (8, 100, 200)
 
 

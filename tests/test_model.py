@@ -53,9 +53,10 @@ def test_published_sizes(words, hidden, millions):
     assert number_of_parameters(model) == words * (hidden + 1) + 4 * hidden ** 2 + 8 * 2 * hidden ** 2
 
 
-def test_weights_start_in_range_and_the_bias_at_zero():
-    model = LanguageModel.from_genotype(500, 50, DARTS_V1)
-    assert model.encoder.weight.abs().max() <= 0.04 < model.encoder.weight.abs().max() * 1.01
+@pytest.mark.parametrize("given, limit", [({}, 0.04), ({"init_range": 0.3}, 0.3)], ids=["default", "given"])
+def test_weights_start_in_range_and_the_bias_at_zero(given, limit):
+    model = LanguageModel.from_genotype(500, 50, DARTS_V1, **given)
+    assert all(w.abs().max() <= limit < w.abs().max() * 1.01 for w in (model.encoder.weight, model.rnn.W0, model.rnn.Ws))
     assert (model.decoder.bias == 0).all()
 
 
@@ -194,6 +195,7 @@ def test_perplexity_leaves_no_trace():
     (lambda: LanguageModel.from_genotype(V, H, SMALL, dropout_i=-0.1), "dropout_i: -0.1"),
     (lambda: LanguageModel.from_genotype(V, H, SMALL, dropout_e=math.nan), "dropout_e: nan"),
     (lambda: LanguageModel.from_genotype(V, H, SMALL, dropout_x=2), "dropout_x: 2"),
+    (lambda: LanguageModel.from_genotype(V, H, SMALL, init_range=0.0), "init_range: 0.0 must be above 0"),
     (lambda: LanguageModel.from_genotype(V, H, "DARTS_V4"), "did you mean 'DARTS_V"),
     (lambda: LanguageModel(V, DiscreteRNN(H, H + 1, SMALL)), "input_size 6 and hidden_size 7"),
     (lambda: made()(text(T, B), torch.zeros(B + 1, H).double()), "expected (B, H) = (4, 6)"),

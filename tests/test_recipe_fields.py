@@ -12,12 +12,12 @@ from nni_darts_rnn.genotype import NAMED
 from nni_darts_rnn.recipes import RetrainRecipe, SearchRecipe, get_recipe, override
 
 SEARCH = dict(hidden_size=6, n_nodes=2, batch_size=4, eval_batch_size=3, bptt=7, short_bptt_probability=0.4, lr=3.0, weight_decay=1e-3, clip=0.7,
-              dropout=0.11, dropout_h=0.12, dropout_x=0.13, dropout_i=0.14, dropout_e=0.15, ar=0.2, tar=0.3, epochs=9, arch_lr=0.02,
+              dropout=0.11, dropout_h=0.12, dropout_x=0.13, dropout_i=0.14, dropout_e=0.15, init_range=0.5, ar=0.2, tar=0.3, epochs=9, arch_lr=0.02,
               arch_weight_decay=0.03, arch_beta1=0.4, arch_beta2=0.5, relaxation="node", hvp="exact", epsilon=0.06, unrolled_lr=0.07, neumann_terms=2, warmup_epochs=3,
               reproduce_original=True)
 RETRAIN = dict(hidden_size=6, batch_size=4, eval_batch_size=3, test_batch_size=2, bptt=7, short_bptt_probability=0.4, bptt_std=1.5, min_bptt=3,
                max_bptt_above=2, lr=3.0, weight_decay=1e-3, clip=0.7, dropout=0.11, dropout_h=0.12, dropout_x=0.13, dropout_i=0.14, dropout_e=0.15,
-               ar=0.2, tar=0.3, nonmono=4, epochs=1, patience=6)
+               init_range=0.5, ar=0.2, tar=0.3, anneal=0.6, nonmono=4, epochs=1, patience=None)
 
 
 def corpus(n: int = 200) -> Corpus:
@@ -29,13 +29,22 @@ def corpus(n: int = 200) -> Corpus:
 def lm_fields(lm) -> dict:
     """What a language model says of the fields that shape it."""
     return {"hidden_size": lm.hidden_size, "dropout": lm.dropout, "dropout_i": lm.dropout_i, "dropout_e": lm.dropout_e,
-            "dropout_h": lm.rnn.dropout_h, "dropout_x": lm.rnn.dropout_x}
+            "dropout_h": lm.rnn.dropout_h, "dropout_x": lm.rnn.dropout_x, "init_range": first_weights(lm)}
+
+
+def first_weights(lm) -> float:
+    """The range that all the weights of a new model lie in, found from the weights themselves; at 6 units each matrix comes within 10 % of it."""
+    largest = [float(w.detach().abs().max()) for w in (lm.encoder.weight, lm.rnn.W0, lm.rnn.Ws)]
+    rounded = {round(value, 1) for value in largest}
+    assert len(rounded) == 1 and max(largest) <= lm.rnn.init_range, largest
+    return rounded.pop()
 
 
 def test_the_tables_name_every_field():
     assert set(SEARCH) == {f.name for f in dataclasses.fields(SearchRecipe)} and set(RETRAIN) == {f.name for f in dataclasses.fields(RetrainRecipe)}
     paper = get_recipe("penn")
-    assert all(SEARCH[k] != getattr(paper.search, k) for k in SEARCH) and all(RETRAIN[k] != getattr(paper.retrain, k) for k in RETRAIN)
+    assert all(SEARCH[k] != getattr(paper.search, k) for k in SEARCH)
+    assert all(RETRAIN[k] != getattr(paper.retrain, k) for k in RETRAIN if k != "patience")  # which goes without `anneal`: see below
 
 
 def test_search_through_nni():
@@ -66,23 +75,25 @@ def test_search_through_nni():
 def test_retraining_through_fastai(tmp_path):
     from fastai.callback.training import GradientClip
 
-    from nni_darts_rnn.callbacks import NTASGD, ActivationRegularizer, ScaleLRByLength
+    from nni_darts_rnn.callbacks import NTASGD, ActivationRegularizer, AnnealLR, ScaleLRByLength
     from nni_darts_rnn.learner import language_dls, lm_learner, retrain
 
     recipe = override(RetrainRecipe(), RETRAIN)
     learn = lm_learner(language_dls(corpus(), recipe, 0, "cpu", tmp_path), "DARTS_V1", recipe, path=tmp_path)
-    of = {kind: next(cb for cb in learn.cbs if isinstance(cb, kind)) for kind in (GradientClip, NTASGD, ActivationRegularizer, ScaleLRByLength)}
+    of = {kind: next(cb for cb in learn.cbs if isinstance(cb, kind)) for kind in (GradientClip, NTASGD, ActivationRegularizer, AnnealLR, ScaleLRByLength)}
     rule, valid = learn.dls.train.dataset.rule, learn.dls.valid.dataset
     found = lm_fields(learn.model.lm) | {
         "batch_size": learn.dls.train.dataset.stream.shape[1], "eval_batch_size": valid.stream.shape[1], "bptt": rule.bptt,
         "short_bptt_probability": rule.short_probability, "bptt_std": rule.std, "min_bptt": rule.minimum, "max_bptt_above": rule.maximum - rule.bptt,
         "lr": learn.lr, "weight_decay": learn.wd, "clip": of[GradientClip].max_norm, "ar": of[ActivationRegularizer].alpha,
-        "tar": of[ActivationRegularizer].beta, "nonmono": of[NTASGD].nonmono}
+        "tar": of[ActivationRegularizer].beta, "nonmono": of[NTASGD].nonmono, "anneal": of[AnnealLR].share}
     assert found == {k: v for k, v in RETRAIN.items() if k not in ("test_batch_size", "epochs", "patience")}
     assert of[ScaleLRByLength].bptt == 7 and valid.rule.bptt == 7 and valid.rule.std == 0
+    patient = lm_learner(language_dls(corpus(), recipe, 0, "cpu", tmp_path), "DARTS_V1", override(recipe, {"anneal": 0, "patience": 6}), path=tmp_path)
+    assert not hasattr(patient, "anneal_lr")
     for after, said in ((5, False), (6, True)):
-        of[NTASGD].logs = [3.0, 1.0] + [2.0] * after
-        assert learn.converged() == said
+        patient.ntasgd.logs = [3.0, 1.0] + [2.0] * after
+        assert patient.converged() == said
     # the two that only `retrain` sees: the test text in so many streams, for so many epochs
     done = retrain(corpus(), "DARTS_V1", recipe, 0, tmp_path / "a")
     assert done["epochs"] == 1

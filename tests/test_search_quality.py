@@ -106,7 +106,7 @@ def test_agreement():
 
 def test_summary(tmp_path):
     def row(name, seed, again, valid):
-        return {"name": name, "arm": name, "epochs": 3, "seed": seed, "retrain_seed": again, "genotype": json.dumps({"recurrent": [["relu", 0]], "concat": [1]}),
+        return {"name": name, "arm": name, "retraining": "3 epochs", "seed": seed, "retrain_seed": again, "genotype": json.dumps({"recurrent": [["relu", 0]], "concat": [seed]}),
                 "short_valid": valid + 10, "valid": valid, "test": valid + 1, "search_seconds": 5, "retrain_seconds": 1}
 
     rows = [row("second-order", s, r, 50.0 + s + r) for s in (1, 2, 3) for r in (0, 1)] + [row("random", s, r, 52.0 + s + r) for s in (1, 2, 3) for r in (0, 1)]
@@ -120,15 +120,15 @@ def test_summary(tmp_path):
     rows[0]["valid"] += 1.0  # one of 6 cells × 2: what is left is 1/4 in each way but for the means over 6
     left = figures.summary(rows)["sd_beside_retraining_seed"]
     assert left == pytest.approx((((1 - 1 / 6) ** 2 / 4 * 2 + 5 * (1 / 12) ** 2 * 2) / 5) ** 0.5)
-    longer = [row | {"epochs": 10, "valid": 100 - row["valid"]} for row in rows if row["name"] == "random"]
+    longer = [row | {"retraining": "10 epochs", "valid": 100 - row["valid"]} for row in rows if row["name"] == "random"]
     figures.picture(rows + longer, tmp_path / "p.svg")
-    assert all(words in (tmp_path / "p.svg").read_text() for words in ("second-order", "retrained for 3 epochs", "retrained for 10 epochs"))
-    assert figures.lengths_agree(longer + rows) == [{"epochs": [3, 10], "cells": 3, "rank_correlation": pytest.approx(-1)}]
+    assert all(words in (tmp_path / "p.svg").read_text() for words in ("second-order", "3 epochs", "10 epochs"))
+    assert figures.ways_agree(longer + [row for row in rows if row["name"] == "random"]) == [{"ways": ["3 epochs", "10 epochs"], "cells": 3, "rank_correlation": pytest.approx(-1)}]
 
 
 def test_rows_take_the_place_of_their_like(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "RESULTS", tmp_path)
-    row = {"name": "one", "epochs": 3, "seed": 1, "retrain_seed": 0, "valid": 1.0}
+    row = {"name": "one", "retraining": "3 epochs", "seed": 1, "retrain_seed": 0, "valid": 1.0}
     figures.save([row, row | {"retrain_seed": 1}])
-    figures.save([row | {"valid": 2.0}, row | {"epochs": 10, "valid": 3.0}])
-    assert [(r["epochs"], r["retrain_seed"], r["valid"]) for r in figures.stored()] == [("3", "1", "1.0"), ("3", "0", "2.0"), ("10", "0", "3.0")]
+    figures.save([row | {"valid": 2.0}, row | {"retraining": "10 epochs", "valid": 3.0}])
+    assert [(r["retraining"], r["retrain_seed"], r["valid"]) for r in figures.stored()] == [("3 epochs", "1", "1.0"), ("3 epochs", "0", "2.0"), ("10 epochs", "0", "3.0")]

@@ -1,7 +1,7 @@
 """fastai callbacks for training and searching recurrent language models.
 
 Batches are fastai's: tokens and targets (B, T). A model answers `(decoded (B, T, V), raw (B, T, H), dropped (B, T, H))`, as fastai's
-`RNNCallback` expects. Orders: fastai's schedulers set the learning rate at 60; `ScaleLRByLength` (61) scales it; `ArchParamUpdate` (62) unrolls
+`RNNCallback` expects. Orders: fastai's schedulers and `AnnealLR` set the learning rate at 60; `ScaleLRByLength` (61) scales it; `ArchParamUpdate` (62) unrolls
 the step of that very rate. `SaveModelCallback` (61) saves what was validated before `NTASGD` (62) puts the weights of the iteration back.
 """
 
@@ -10,7 +10,7 @@ from .averaging import NTASGD
 from .best_model import BestModel
 from .fit_only import FitOnly
 from .reports import EpochReport, MetricsCSV, NNIReporter, PerplexityInBar, PrintGenotype, report_to_nni
-from .step import ActivationRegularizer, FiniteNumbers, ScaleLRByLength
+from .step import ActivationRegularizer, AnnealLR, FiniteNumbers, ScaleLRByLength
 
-__all__ = ["ActivationRegularizer", "ArchParamUpdate", "BestModel", "EpochReport", "FiniteNumbers", "FitOnly", "MetricsCSV", "NNIReporter", "NTASGD",
+__all__ = ["ActivationRegularizer", "AnnealLR", "ArchParamUpdate", "BestModel", "EpochReport", "FiniteNumbers", "FitOnly", "MetricsCSV", "NNIReporter", "NTASGD",
            "PerplexityInBar", "PrintGenotype", "ScaleLRByLength", "architecture_parameters", "report_to_nni", "weight_parameters"]

@@ -1,10 +1,10 @@
-"""What a training step needs beside fastai's own callbacks: AR/TAR, the rate of a batch's length, and that its numbers are finite."""
+"""What a training step needs beside fastai's own callbacks: AR/TAR, the rate of its place in the fit and of its length, and that its numbers are finite."""
 
 from __future__ import annotations
 
 from fastai.callback.core import Callback
 from fastai.callback.rnn import RNNRegularizer
-from fastai.callback.schedule import ParamScheduler
+from fastai.callback.schedule import ParamScheduler, SchedCos
 from fastai.callback.training import GradientClip
 
 from ..health import check_finite
@@ -19,6 +19,28 @@ class ActivationRegularizer(RNNRegularizer):
         if self.training:
             raw, dropped = self.rnn.raw_out.transpose(0, 1), self.rnn.out.transpose(0, 1)  # (T, B, H)
             self.learn.loss_grad = self.learn.loss_grad + activation_regularisation(raw, dropped, self.alpha, self.beta)
+
+
+class AnnealLR(FitOnly):
+    """Over the last `share` of the fit the learning rate falls to 0 along a cosine, as in `Learner.fit_flat_cos(pct_start=1 - share)`.
+
+    Unlike that, the rate depends on nothing but the epoch and the batch's number in it, so a fit that goes on after any batch goes on with it.
+    """
+
+    order, run_valid = ParamScheduler.order, False
+
+    def __init__(self, share: float):
+        self.share, self.full, self.falling = share, [], SchedCos(1.0, 0.0)
+
+    def start_fit(self):
+        self.full = []
+
+    def before_batch(self):
+        self.full = self.full or [hyper["lr"] for hyper in self.opt.hypers]
+        skipped = getattr(self.dls.train, "first", 0)  # batches of this epoch that an earlier process trained
+        done = (self.epoch + (skipped + self.iter) / (skipped + self.n_iter)) / self.n_epoch
+        factor = self.falling(max(0.0, (done - (1 - self.share)) / self.share))
+        self.opt.set_hyper("lr", [lr * factor for lr in self.full])
 
 
 class ScaleLRByLength(Callback):
