@@ -43,7 +43,8 @@ class SearchRecipe:
     ar: float = _field(0.0, 0, help="activation regularisation")
     tar: float = _field(1e-3, 0, help="temporal activation regularisation")
     epochs: int = _field(50, 1, help="passes over the training text")
-    relaxation: str = _field("edge", choices=("edge", "node"), help="what one softmax of α is over: an edge's primitives, with BatchNorm, or all of a node's, without")
+    relaxation: str = _field("edge", choices=("edge", "node", "gumbel"),
+                             help="what one softmax of α is over: an edge's primitives, with BatchNorm, or all of a node's, without; gumbel: one of these drawn at a time")
     arch_lr: float = _field(3e-3, 0, help="Adam's learning rate for α")
     arch_weight_decay: float = _field(1e-3, 0, help="Adam's weight decay for α")
     arch_beta1: float = _rate(0.9, "Adam's first coefficient for α")

@@ -3,9 +3,11 @@
 With p = softmax(α[edge]) and the edge's c, z = (s_j∘m_h) W_i, primitive k contributes p_k (s_j + σ(c)∘(f_k(z) − s_j)) and
 `none` contributes zero. With P = Σ_k≠none p_k and m = Σ_k p_k f_k(z) the edge's sum is P s_j + σ(c)∘(m − P s_j).
 
-Two relaxations. "edge", the paper's: a softmax for each edge; node i then adds i sums, and every state is batch-normalised to hold it in range. The cell
+Three relaxations. "edge", the paper's: a softmax for each edge; node i then adds i sums, and every state is batch-normalised to hold it in range. The cell
 that is derived has neither the sums nor the BatchNorm. "node": one softmax over all primitives of all edges into a node, and no BatchNorm: the state
-is a convex combination, and with all of α's weight on one primitive of one edge of each node the mixed cell is the discrete cell.
+is a convex combination, and with all of α's weight on one primitive of one edge of each node the mixed cell is the discrete cell. "gumbel": for each
+sequence one primitive of one edge into each node is drawn in proportion to that softmax, `none` left out; what runs is that discrete cell, and α has the
+gradient of the Gumbel softmax in its place (Jang, Gu, Poole 2017, "straight-through"; drawn so by Dong and Yang 2019, GDAS). In evaluation: the derived cell.
 """
 
 from __future__ import annotations
@@ -17,10 +19,20 @@ from torch import Tensor, nn
 from .cell import ACTIVATIONS, INIT_RANGE, RecurrentWeights, checked_primitives
 from .genotype import PRIMITIVES, Genotype, derive, one_of
 
-RELAXATIONS = ("edge", "node")
+RELAXATIONS = ("edge", "node", "gumbel")
 BATCHNORM_EPS = 1e-5
 ALPHA_SCALE = 1e-3
 """α starts at 1e-3·N(0, 1) (quark0/darts `rnn/model_search.py`)."""
+
+
+def drawn(logits: Tensor) -> Tensor:
+    """One-hot in the last axis, drawn in proportion to softmax(logits), with the gradient of the Gumbel softmax at temperature 1."""
+    return F.gumbel_softmax(logits, hard=True)
+
+
+def strongest(logits: Tensor) -> Tensor:
+    """One-hot in the last axis, where `logits` is largest; of equal ones the first."""
+    return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
 
 
 def mixed_cell(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, probabilities: Tensor, mask: Tensor | None = None,
@@ -72,6 +84,8 @@ class MixedRNN(RecurrentWeights):
         self.primitives = checked_primitives(primitives)
         self.relaxation = one_of("relaxation", relaxation, RELAXATIONS)
         self.softmax = nn.Softmax(-1) if softmax is None else softmax
+        if relaxation == "gumbel" and type(self.softmax) is not nn.Softmax:
+            raise ValueError(f"relaxation: 'gumbel' draws by itself, which goes with DARTS and SecondOrderDARTS alone; the strategy gave {self.softmax}")
         # from a generator of its own, so that a seed gives the same α however many other numbers were drawn before, in NNI or in fastai
         noise = torch.randn(n_nodes * (n_nodes + 1) // 2, len(self.primitives), generator=torch.Generator().manual_seed(torch.initial_seed()), device="cpu")
         self.alpha = nn.Parameter(ALPHA_SCALE * noise.to(self.W0.device))
@@ -80,12 +94,20 @@ class MixedRNN(RecurrentWeights):
         """softmax(α), (E, K), without noise."""
         return self.relaxed(nn.Softmax(-1), self.alpha.detach().float())
 
-    def relaxed(self, softmax: nn.Module, alpha: Tensor) -> Tensor:
+    def relaxed(self, softmax, alpha: Tensor) -> Tensor:
         """`softmax` of α (E, K), over an edge's primitives or over all those of a node's edges."""
         if self.relaxation == "edge":
             return softmax(alpha)
+        if self.relaxation == "gumbel":
+            alpha = alpha.masked_fill(torch.tensor([name == "none" for name in self.primitives], device=alpha.device), -torch.inf)
         blocks = alpha.split(list(range(1, len(self.Ws) + 1)))  # (i, K) each
         return torch.cat([softmax(block.reshape(1, -1)).view_as(block) for block in blocks])
+
+    def mixture(self) -> Tensor:
+        """The primitives' shares of each edge (E, K) in one sequence."""
+        if self.relaxation != "gumbel":
+            return self.relaxed(self.softmax, self.alpha)
+        return self.relaxed(drawn if self.training else strongest, self.alpha)
 
     def genotype(self) -> Genotype:
         """The cell that the present α stands for."""
@@ -98,5 +120,4 @@ class MixedRNN(RecurrentWeights):
         from . import fused  # here, since it imports this module
 
         x_proj, h0, mask = self.project(x, h0)
-        return fused.mixed_cell(x_proj, h0, self.W0[self.input_size:], self.Ws, self.relaxed(self.softmax, self.alpha), mask, self.primitives,
-                                normalise)
+        return fused.mixed_cell(x_proj, h0, self.W0[self.input_size:], self.Ws, self.mixture(), mask, self.primitives, normalise)

@@ -137,7 +137,7 @@ SETTINGS = {  # key: value, what the line says; by --set, by the tuner, and by g
     "search.epoch": (3, "'search.epoch' is no field of a recipe", "did you mean 'search.epochs'?"),
     "search.lr": (float("nan"), "search.lr: ", "must be a number of at least 0"),
     "search.arch_lr": (-0.003, "search.arch_lr: ", "must be a number of at least 0"),
-    "search.relaxation": ("nodes", "search.relaxation: 'nodes' is none of edge, node; did you mean 'node'?"),
+    "search.relaxation": ("nodes", "search.relaxation: 'nodes' is none of edge, node, gumbel; did you mean 'node'?"),
     "search.hvp": ("second", "search.hvp: 'second' is none of finite_difference, exact, first_order"),
     "search.reproduce_original": ("maybe", "search.reproduce_original: 'maybe' must be true or false"),
     "search.dropout": (1.0, "search.dropout: ", "at least 0 and below 1"),

@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+from nni.nas.oneshot.pytorch.supermodule.differentiable import GumbelSoftmax
 
 from nni_darts_rnn.cell import DiscreteRNN
 from nni_darts_rnn.genotype import PRIMITIVES, Genotype, edges
@@ -150,6 +151,56 @@ def test_one_softmax_a_node_is_a_convex_combination_and_one_hot_the_discrete_cel
         same(*results)
 
 
+def test_gumbel_runs_a_drawn_cell_and_in_evaluation_the_derived_one():
+    torch.manual_seed(0)
+    rnn = MixedRNN(2, H, 3, relaxation="gumbel").double()
+    with torch.no_grad():
+        rnn.W0.normal_(0, 0.6)
+        rnn.Ws.normal_(0, 0.6)
+        rnn.alpha.normal_()
+        rnn.alpha[:, PRIMITIVES.index("none")] = 9.0  # counts for nothing
+    x, h0 = torch.randn(T, 1, 2, dtype=torch.float64), torch.randn(1, H, dtype=torch.float64)
+
+    def runs(genotype):
+        discrete = DiscreteRNN(2, H, genotype).double()
+        discrete.W0, discrete.Ws = rnn.W0, rnn.Ws
+        return discrete(x, h0)
+
+    count = torch.zeros(len(rnn.alpha), 5, dtype=torch.float64)
+    for seed in range(2000):
+        torch.manual_seed(seed)
+        p = rnn.mixture()
+        count += p.detach()
+        if seed < 20:
+            pairs = tuple((PRIMITIVES[k], j) for (node, j), row in zip(edges(3), p) for k in row.nonzero().flatten().tolist())
+            torch.manual_seed(seed)
+            same(rnn(x, h0), runs(Genotype(pairs)))
+    torch.testing.assert_close(count / 2000, rnn.probabilities().double(), atol=0.05, rtol=0)  # 0.5/√2000 is 0.011
+    assert not count[:, PRIMITIVES.index("none")].any()
+    same(rnn.eval()(x, h0), runs(rnn.genotype()))
+
+
+def test_gumbels_gradient_is_the_soft_samples():
+    """By hand: y = softmax((α + g) without `none`), g from the same noise, and ∂L/∂α = y∘(∂L/∂p − Σ y ∂L/∂p) node by node, with ∂L/∂p at the drawn cell."""
+    torch.manual_seed(0)
+    rnn, x = MixedRNN(2, H, 2, relaxation="gumbel").double(), torch.randn(T, B, 2, dtype=torch.float64)
+    with torch.no_grad():
+        for w in (rnn.W0, rnn.Ws, rnn.alpha):
+            w.normal_(0, 0.6)
+    torch.manual_seed(3)
+    rnn(x).pow(2).sum().backward()
+    torch.manual_seed(3)
+    noise = [-torch.empty(1, 5 * i, dtype=torch.float64).exponential_().log() for i in (1, 2)]
+    keep = torch.tensor([name != "none" for name in PRIMITIVES]).repeat(2)
+    soft = [torch.zeros(5 * i, dtype=torch.float64) for i in (1, 2)]
+    for y, block, g in zip(soft, rnn.alpha.detach().split([1, 2]), noise):
+        y[keep[:len(y)]] = torch.softmax((block.flatten() + g[0])[keep[:len(y)]], 0)
+    p = torch.cat([torch.nn.functional.one_hot(y.argmax(), len(y)).double().view(-1, 5) for y in soft]).requires_grad_()
+    mixed_cell(x @ rnn.W0[:2], torch.zeros(B, H, dtype=torch.float64), rnn.W0[2:], rnn.Ws, p, normalise=False).pow(2).sum().backward()
+    by_hand = [y * (d.flatten() - (y * d.flatten()).sum()) for y, d in zip(soft, p.grad.split([1, 2]))]
+    same(rnn.alpha.grad, torch.cat([d.view(-1, 5) for d in by_hand]))
+
+
 def test_masks_of_the_layer_against_the_loop():
     torch.manual_seed(0)
     rnn = MixedRNN(2, H, 3, dropout_x=0.5, dropout_h=0.5).double()
@@ -208,7 +259,8 @@ def test_states_of_any_text_stay_in_range():
     (lambda: MixedRNN(2, 3, 2)(torch.zeros(4, 2, 3)), "expected (T, B, 2)"),
     (lambda: MixedRNN(2, 3, 2)(torch.zeros(4, 2, 2), torch.zeros(3, 3)), "expected (B, H) = (2, 3)"),
     (lambda: MixedRNN(2, 3, 0), "n_nodes: 0"),
-    (lambda: MixedRNN(2, 3, 2, relaxation="nodes"), "relaxation: 'nodes' is none of edge, node; did you mean 'node'?"),
+    (lambda: MixedRNN(2, 3, 2, relaxation="nodes"), "relaxation: 'nodes' is none of edge, node, gumbel; did you mean 'node'?"),
+    (lambda: MixedRNN(2, 3, 2, softmax=GumbelSoftmax(), relaxation="gumbel"), "'gumbel' draws by itself"),
     (lambda: MixedRNN(2, 3, 2, ("tanh", "swish")), "each must be 'none' or one of tanh"),
     (lambda: MixedRNN(2, 3, 2, ("tanh", "tanh")), "named once"),
     (lambda: MixedRNN(2, 3, 2, ("none",)), "one not 'none'"),
