@@ -176,15 +176,15 @@ def architecture_gradient(loss: Loss, weights: Tensors, alphas: Tensors, train_b
         start.restore()
         return AlphaGradient(direct, direct, None, None, value.detach())
 
-    def train(at: Tensors) -> Tensor:
+    def train(at: Tensors, at_alphas: Tensors = alphas) -> Tensor:
         if same_masks:
             start.restore()
-        return loss(at, alphas, train_batch)
+        return loss(at, at_alphas, train_batch)
 
     # w′, with the graph behind it only where it is differentiated again
     again = mode == "exact"
     leaves = [w.requires_grad_() for w in weights]
-    train_value = train(leaves)
+    train_value = train(leaves, alphas if again else [a.detach() for a in alphas])  # a model may be cheaper where no gradient of α is asked for
     g = torch.autograd.grad(train_value, leaves, create_graph=again, allow_unused=True)
     # the generators now stand where the training pass left them, so the validation pass has masks of its own
     gd = reduce([None if x is None else x.detach() for x in g])

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cell import ACTIVATIONS, INIT_RANGE, RecurrentWeights, checked_primitives
-from .genotype import PRIMITIVES, Genotype, derive, one_of
+from .genotype import PRIMITIVES, Genotype, derive, edges, number_of_nodes, one_of
 
 RELAXATIONS = ("edge", "node", "gumbel")
 BATCHNORM_EPS = 1e-5
@@ -33,6 +33,13 @@ def drawn(logits: Tensor) -> Tensor:
 def strongest(logits: Tensor) -> Tensor:
     """One-hot in the last axis, where `logits` is largest; of equal ones the first."""
     return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
+
+
+def one_hot_genotype(probabilities: Tensor, primitives=PRIMITIVES) -> Genotype:
+    """The cell of probabilities (E, K) that are one-hot in each node's rows."""
+    entries = [divmod(place, len(primitives)) for place in probabilities.flatten().nonzero().flatten().tolist()]  # node by node
+    every = edges(number_of_nodes(len(probabilities)))
+    return Genotype(tuple((primitives[k], every[row][1]) for row, k in entries))
 
 
 def mixed_cell(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, probabilities: Tensor, mask: Tensor | None = None,
@@ -120,4 +127,8 @@ class MixedRNN(RecurrentWeights):
         from . import fused  # here, since it imports this module
 
         x_proj, h0, mask = self.project(x, h0)
-        return fused.mixed_cell(x_proj, h0, self.W0[self.input_size:], self.Ws, self.mixture(), mask, self.primitives, normalise)
+        p, W0_h = self.mixture(), self.W0[self.input_size:]
+        # what α learns nothing from runs the one cell alone; on a GPU each cell would be recorded as steps of its own, more slowly than all edges run
+        if self.relaxation == "gumbel" and not p.requires_grad and not x.is_cuda:
+            return fused.discrete_cell(x_proj, h0, W0_h, self.Ws, one_hot_genotype(p, self.primitives), mask)
+        return fused.mixed_cell(x_proj, h0, W0_h, self.Ws, p, mask, self.primitives, normalise)
