@@ -180,6 +180,20 @@ def test_gumbel_runs_a_drawn_cell_and_in_evaluation_the_derived_one():
     same(rnn.eval()(x, h0), runs(rnn.genotype()))
 
 
+@pytest.mark.parametrize("primitives", [PRIMITIVES, ("sigmoid", "none", "tanh"), ("identity", "relu")])
+def test_gumbel_with_and_without_a_gradient_for_alpha(primitives):
+    torch.manual_seed(0)
+    rnn, x = MixedRNN(2, H, 4, primitives, relaxation="gumbel", dropout_h=0.4).double(), torch.randn(T, B, 2, dtype=torch.float64)
+    results = []
+    for learns in (True, False):
+        rnn.alpha.requires_grad_(learns)
+        torch.manual_seed(1)
+        outputs = rnn(x)
+        results.append([outputs, *torch.autograd.grad(outputs.pow(2).sum(), [rnn.W0, rnn.Ws])])
+    for a, b in zip(*results):
+        same(a, b)
+
+
 def test_gumbels_gradient_is_the_soft_samples():
     """By hand: y = softmax((α + g) without `none`), g from the same noise, and ∂L/∂α = y∘(∂L/∂p − Σ y ∂L/∂p) node by node, with ∂L/∂p at the drawn cell."""
     torch.manual_seed(0)
