@@ -122,7 +122,7 @@ RECIPES = {
                     SearchRecipe(hidden_size=64, batch_size=16, bptt=20, lr=20.0, dropout=0.3, dropout_h=0.1, dropout_x=0.3, dropout_i=0.1,
                                  epochs=2, eval_batch_size=16),
                     RetrainRecipe(hidden_size=96, batch_size=16, bptt=20, bptt_std=2.0, max_bptt_above=10, dropout=0.3, dropout_h=0.1,
-                                  dropout_x=0.3, dropout_i=0.1, dropout_e=0.05, epochs=5, nonmono=2, test_batch_size=4)),
+                                  dropout_x=0.3, dropout_i=0.1, dropout_e=0.05, init_range=0.12, epochs=5, anneal=0.5, nonmono=2, test_batch_size=4)),
     # The smallest run that touches every part; its perplexities mean nothing.
     "tiny": Recipe("tiny",
                    SearchRecipe(hidden_size=8, n_nodes=3, batch_size=32, bptt=8, lr=5.0, dropout=0.1, dropout_h=0.1, dropout_x=0.1, dropout_i=0.1,

@@ -24,7 +24,8 @@ class ActivationRegularizer(RNNRegularizer):
 class AnnealLR(FitOnly):
     """Over the last `share` of the fit the learning rate falls to 0 along a cosine, as in `Learner.fit_flat_cos(pct_start=1 - share)`.
 
-    Unlike that, the rate depends on nothing but the epoch and the batch's number in it, so a fit that goes on after any batch goes on with it.
+    Unlike that, the rate depends on nothing but the epoch and the batch's number in it, so a fit that goes on after any batch goes on with it, and a
+    longer fit that goes on from the end of a shorter one begins at the full rate again.
     """
 
     order, run_valid = ParamScheduler.order, False
