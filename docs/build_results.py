@@ -65,7 +65,8 @@ def quality() -> str:
     parts = [
         "## Does the search beat chance?\n",
         f"Penn Treebank with its {settings['words']:,} most frequent words, {settings['search.hidden_size']} units, batches of "
-        f"{settings['search.batch_size']} streams, the paper's learning rate (20), in the search a clip of {settings['search.clip']} where nothing else is said. Arms have one budget of arithmetic (the head of `benchmarks/search_quality.py` says "
+        f"{settings['search.batch_size']} streams, the paper's learning rate (20), in the search a clip of {settings['search.clip']} where nothing else is said. Weights start in ±{settings['search.init_range']} in the searches whose cells were "
+        f"retrained from ±{settings['retrain.init_range']}, but for `original` (±0.04). Arms have one budget of arithmetic (the head of `benchmarks/search_quality.py` says "
         "which arm does what). Every cell is retrained from scratch from each of the retraining seeds; a cell's figure is their "
         "mean, ± the standard deviation over search seeds. Differences are paired by seed, and p is the exact two-sided sign-flip test's. Seconds are of two searches at a time on two cores, of one machine or another, that "
         "other work often shared, so they do not compare arms; the budget does. *Supernet*: the median of its validation perplexities at the end. *Agreement*: the share of nodes, function and predecessor, "
@@ -73,7 +74,7 @@ def quality() -> str:
     for way, figures in found["retrained"].items():
         parts += retrained(way, figures, settings["short_epochs"])
     parts += [f"Over the {pair['cells']} cells that were retrained both ways ({pair['ways'][0]}; {pair['ways'][1]}), the rank correlation of the two perplexities is "
-              f"{pair['rank_correlation']:.2f}.\n" for pair in found["lengths"]]
+              f"{pair['rank_correlation']:.2f}.\n" for pair in found["ways"]]
     return "\n".join([*parts, "![Every retrained cell as a point, by arm, with the arm's mean](../benchmarks/results/search_quality.svg)\n", made(found)])
 
 
