@@ -62,11 +62,11 @@ def poison(monkeypatch, where: str, steps: list[int]) -> list[int]:
 
     if where == "search loss":
         original = LanguageModelModule.training_step
-        inside = []
 
         def training_step(self, batch, batch_idx):
             out = original(self, batch, batch_idx)
-            if not inside and torch.is_grad_enabled() and not any(a.requires_grad for n, a in self.named_parameters() if n.endswith("alpha")) and hit():
+            weight_step = all(isinstance(a, torch.nn.Parameter) and not a.requires_grad for n, a in self.named_parameters() if n.endswith("alpha"))
+            if torch.is_grad_enabled() and weight_step and hit():  # the passes of the architecture gradient are given tensors in α's place
                 out["loss"] = out["loss"] * NAN
             return out
 
@@ -113,8 +113,9 @@ def test_back_to_the_last_good_checkpoint_with_a_smaller_step(tmp_path, monkeypa
 def test_the_smaller_rate_is_the_one_that_is_used(tmp_path, monkeypatch):
     poison(monkeypatch, "retrain loss", [9, 10])
     outcome = do_retrain(tmp_path)
-    assert [row["lr"] for row in outcome["rows"]] == [20.0, 5.0, 5.0]
     whole = do_retrain(tmp_path / "other")
+    shares = [row["lr"] / of["lr"] for row, of in zip(outcome["rows"], whole["rows"], strict=True)]  # the whole run's own rates fall, as `anneal` says
+    assert whole["rows"][0]["lr"] == 20.0 and shares == pytest.approx([1, 1 / 4, 1 / 4])
     assert outcome["rows"][0]["perplexity"] == whole["rows"][0]["perplexity"]
     state = Checkpoints(tmp_path / "checkpoint", "retrain", {}).load()
     assert state["rollbacks"] == 2
