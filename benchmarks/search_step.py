@@ -36,9 +36,9 @@ RESULTS = Path(__file__).parent / "results" / "search_step.json"
 class Ours:
     """`bilevel.architecture_gradient` and the weight step, with the readable cell or the fast one."""
 
-    def __init__(self, size: Size, fast: bool):
+    def __init__(self, size: Size, fast: bool, relaxation: str = "edge"):
         self.fast = fast
-        cell = MixedRNN(size.H, size.H, size.N, dropout_x=DROPOUT["dropout_x"], dropout_h=DROPOUT["dropout_h"])
+        cell = MixedRNN(size.H, size.H, size.N, dropout_x=DROPOUT["dropout_x"], dropout_h=DROPOUT["dropout_h"], relaxation=relaxation)
         self.model = LanguageModel(size.V, cell, dropout=DROPOUT["dropout"], dropout_i=DROPOUT["dropout_i"])
         named = dict(self.model.named_parameters())
         self.alpha = named.pop("rnn.alpha")
@@ -86,6 +86,7 @@ VERSIONS = {
     "original": Original,
     "readable": lambda size: Ours(size, False),
     "fused": lambda size: Ours(size, True),
+    "drawn": lambda size: Ours(size, True, "gumbel"),  # a discrete cell for each sequence
     "nni-first-order": lambda size: through_nni(size, first_order=True, fast=False),  # as NNI computes it: with autograd
     "nni-second-order": lambda size: through_nni(size, first_order=False, fast=True),  # the whole product
 }

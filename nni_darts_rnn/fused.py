@@ -31,7 +31,7 @@ from .extension import (
 )
 from .genotype import PRIMITIVES, Genotype
 
-__all__ = ["SWITCH", "available", "discrete_cell", "eager_seconds", "enable", "enabled", "mixed_cell", "prepare", "reference", "why_not"]
+__all__ = ["SWITCH", "available", "discrete_cell", "drawn_cell", "eager_seconds", "enable", "enabled", "mixed_cell", "prepare", "reference", "why_not"]
 
 OPS = ("tanh", "relu", "sigmoid", "identity")  # the enum Op of cells.cpp; the mixture of all four comes next
 MIX = len(OPS)
@@ -47,6 +47,11 @@ class Graph(NamedTuple):
     average: tuple[float, ...]  # (N+1)
     n_edges: int
     arrays: dict[str, ctypes.Array]  # order, first, count (N), incoming (N+1), source, slot, op (E)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether its edges are mixtures."""
+        return self.arrays["op"][0] == MIX
 
     @classmethod
     def of(cls, edges: list[tuple[int, int, int]], order: list[int], concat: tuple[int, ...], n_nodes: int, normalise: bool) -> Graph:
@@ -95,16 +100,30 @@ def discrete_cell(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, genotype
 def mixed_cell(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, probabilities: Tensor, mask: Tensor | None = None,
                primitives=PRIMITIVES, normalise: bool = True) -> Tensor:
     """`supernet.mixed_cell`, the fast way where it applies."""
-    names = [name for name in primitives if name != "none"]
-    n = len(Ws)
-    if not (_applies(x_proj, h0, W0_h, Ws, mask, probabilities) and names and all(map(_built_in, names)) and len(set(names)) == len(names)
-            and probabilities.shape == (n * (n + 1) // 2, len(primitives))):
+    if not _applies_mixed(x_proj, h0, W0_h, Ws, mask, probabilities, primitives):
         return supernet.mixed_cell(x_proj, h0, W0_h, Ws, probabilities, mask, primitives, normalise)
-    places = tuple((k, OPS.index(name)) for k, name in enumerate(primitives) if name != "none")
+    graph, places = mixed_graph(len(Ws), normalise), _places(primitives)
     if _needs_graph(x_proj, h0, W0_h, Ws, probabilities):
         readable = functools.partial(_readable_mixed, tuple(primitives), normalise)
-        return _CellFunction.apply(mixed_graph(n, normalise), places, readable, x_proj, h0, W0_h, Ws, probabilities, mask)
-    return _run_forward(mixed_graph(n, normalise), x_proj, h0, W0_h, Ws, _mixture(probabilities, places), mask, keep=False).outputs
+        return _CellFunction.apply(graph, places, readable, x_proj, h0, W0_h, Ws, probabilities, mask)
+    return _run_forward(graph, x_proj, h0, W0_h, Ws, _mixture(probabilities, places), mask, keep=False).outputs
+
+
+def drawn_cell(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, probabilities: Tensor, mask: Tensor | None = None,
+               primitives=PRIMITIVES) -> Tensor:
+    """`supernet.mixed_cell` without BatchNorm where `probabilities` (E, K) are one-hot in each node's rows.
+
+    What runs is the one cell, backward too; a gradient of the probabilities costs the other edges' forward pass beside that.
+    """
+    if on_gpu(x_proj):  # there each cell would be recorded as steps of its own, more slowly than all edges run
+        return mixed_cell(x_proj, h0, W0_h, Ws, probabilities, mask, primitives, normalise=False)
+    genotype = supernet.one_hot_genotype(probabilities.detach(), primitives)
+    if not _needs_graph(probabilities):
+        return discrete_cell(x_proj, h0, W0_h, Ws, genotype, mask)
+    readable = functools.partial(_readable_mixed, tuple(primitives), False)
+    if not _applies_mixed(x_proj, h0, W0_h, Ws, mask, probabilities, primitives):
+        return readable(x_proj, h0, W0_h, Ws, probabilities, mask)
+    return _CellFunction.apply(discrete_graph(genotype), _places(primitives), readable, x_proj, h0, W0_h, Ws, probabilities, mask)
 
 
 def _readable_discrete(genotype, x_proj, h0, W0_h, Ws, probabilities, mask):
@@ -113,6 +132,18 @@ def _readable_discrete(genotype, x_proj, h0, W0_h, Ws, probabilities, mask):
 
 def _readable_mixed(primitives, normalise, x_proj, h0, W0_h, Ws, probabilities, mask):
     return supernet.mixed_cell(x_proj, h0, W0_h, Ws, probabilities, mask, primitives, normalise)
+
+
+def _places(primitives) -> tuple[tuple[int, int], ...]:
+    """(column of the probabilities, op) for each primitive that is a function."""
+    return tuple((k, OPS.index(name)) for k, name in enumerate(primitives) if name != "none")
+
+
+def _applies_mixed(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, mask: Tensor | None, probabilities: Tensor, primitives) -> bool:
+    """`_applies`, and the primitives are the package's own, once each, with a row of probabilities for every edge."""
+    names, n = [name for name in primitives if name != "none"], len(Ws)
+    return (_applies(x_proj, h0, W0_h, Ws, mask, probabilities) and bool(names) and all(map(_built_in, names)) and len(set(names)) == len(names)
+            and probabilities.shape == (n * (n + 1) // 2, len(primitives)))
 
 
 def _built_in(op: str) -> bool:
@@ -196,14 +227,14 @@ def _run_forward(graph: Graph, x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Ten
 
 
 def _run_backward(graph: Graph, saved, d_outputs: Tensor, needs: tuple[bool, ...]) -> list[Tensor | None]:
-    """Gradients of x_proj, h0, W0_h, Ws where `needs` says so and d_p (E, 5) or None. Uses up the buffers: pre-activations become their gradients."""
+    """Gradients of x_proj, h0, W0_h, Ws where `needs` says so and d_p (N(N+1)/2, 5) or None. Uses up the buffers: pre-activations become their gradients."""
     if not isinstance(saved, _Forward):
         from .gpu import sequence
 
         return sequence.run_backward(saved, d_outputs, needs)
     N, (B, H), new = graph.n_nodes, d_outputs.shape[1:], d_outputs.new_empty
     d_h0, d_W0_h, d_Ws = (new(shape) if need else None for need, shape in zip(needs[1:4], ((B, H), (H, 2 * H), (N, H, 2 * H))))
-    d_p = new(graph.n_edges, 5, dtype=torch.float64).zero_() if needs[4] else None
+    d_p = new(N * (N + 1) // 2, 5, dtype=torch.float64).zero_() if needs[4] else None
     scratch = {"d_outputs": d_outputs.contiguous(), "d_states": new(N + 1, B, H), "scratch": new(B, H), "carry": new(B, H).zero_(), "d_h": new(B, H)}
     arguments = _arguments(graph, saved, True, **scratch, d_h0=d_h0, d_W0_h=d_W0_h, d_Ws=d_Ws, d_p=d_p)
     State.loaded.backward[d_outputs.dtype](ctypes.byref(arguments))
@@ -254,7 +285,7 @@ class _CellFunction(torch.autograd.Function):
     @staticmethod
     def run(ctx, tensors):
         *others, probabilities, mask = tensors
-        p = None if probabilities is None else _mixture(probabilities.detach(), ctx.places)
+        p = _mixture(probabilities.detach(), ctx.places) if ctx.graph.mixed else None
         return _run_forward(ctx.graph, *others, p, mask, keep=True)
 
     @staticmethod

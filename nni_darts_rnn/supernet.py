@@ -128,7 +128,6 @@ class MixedRNN(RecurrentWeights):
 
         x_proj, h0, mask = self.project(x, h0)
         p, W0_h = self.mixture(), self.W0[self.input_size:]
-        # what α learns nothing from runs the one cell alone; on a GPU each cell would be recorded as steps of its own, more slowly than all edges run
-        if self.relaxation == "gumbel" and not p.requires_grad and not x.is_cuda:
-            return fused.discrete_cell(x_proj, h0, W0_h, self.Ws, one_hot_genotype(p, self.primitives), mask)
+        if self.relaxation == "gumbel":
+            return fused.drawn_cell(x_proj, h0, W0_h, self.Ws, p, mask, self.primitives)
         return fused.mixed_cell(x_proj, h0, W0_h, self.Ws, p, mask, self.primitives, normalise)

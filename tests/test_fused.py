@@ -57,6 +57,17 @@ def both_mixed(inputs, needs, mask, primitives=PRIMITIVES, normalise=True):
     return [run(lambda *a: f(*a, primitives=primitives, normalise=normalise), inputs, needs, mask) for f in (fused.mixed_cell, supernet.mixed_cell)]
 
 
+def both_drawn(inputs, needs, mask, primitives=PRIMITIVES, seed=0):
+    """`inputs` with probabilities of a cell drawn from theirs."""
+    p, g = inputs[4].clone(), torch.Generator().manual_seed(seed)
+    p[:, [k for k, name in enumerate(primitives) if name == "none"]] = 0
+    blocks = p.split(list(range(1, len(inputs[3]) + 1)))  # (i, K) each
+    draws = [F.one_hot(torch.multinomial(block.flatten(), 1, generator=g)[0], block.numel()).view_as(block) for block in blocks]
+    inputs = [*inputs[:4], torch.cat(draws).to(p.dtype)]
+    return [run(lambda *a: f(*a, primitives=primitives, **more), inputs, needs, mask)
+            for f, more in ((fused.drawn_cell, {}), (supernet.mixed_cell, {"normalise": False}))]
+
+
 def both_discrete(inputs, genotype, needs, mask):
     return [run(lambda *a: f(*a[:4], genotype, a[4]), inputs, needs, mask) for f in (fused.discrete_cell, cell.discrete_cell)]
 
@@ -82,6 +93,31 @@ def test_discrete_cell_equals_the_readable_one(n_nodes, masked):
 
 
 @needs_extension
+@pytest.mark.parametrize("n_nodes", range(1, 13))
+@pytest.mark.parametrize("masked", [False, True])
+def test_drawn_cell_equals_the_mixed_one_at_its_corner(n_nodes, masked):
+    for B in (1, 2, 33):
+        *inputs, mask = tensors(3, B, 19, n_nodes, seed=n_nodes)
+        assert_close(*both_drawn(inputs, [True] * 5, mask if masked else None, seed=B), TOLERANCE[torch.float64])
+
+
+@needs_extension
+def test_a_drawn_cell_is_run_alone(monkeypatch):
+    """With and without a gradient of the probabilities."""
+    *inputs, p, mask = tensors(3, 4, 8, 2)
+    p = torch.tensor([[0.0, 1, 0, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0, 0]], dtype=torch.float64)
+    graphs, real = [], fused._run_forward
+    monkeypatch.setattr(fused, "_run_forward", lambda graph, *args, **kwargs: graphs.append(graph) or real(graph, *args, **kwargs))
+    for needed in (True, False):
+        assert_close([fused.drawn_cell(*inputs, p.clone().requires_grad_(needed), mask).detach()],
+                     [cell.discrete_cell(*inputs, Genotype((("tanh", 0), ("sigmoid", 0))), mask)], 1e-10)
+    assert [graph.n_edges for graph in graphs] == [2, 2]
+    fused.enable(False)
+    monkeypatch.setattr(supernet, "mixed_cell", None)  # nor without the extension
+    assert torch.equal(fused.drawn_cell(*inputs, p, mask), cell.discrete_cell(*inputs, Genotype((("tanh", 0), ("sigmoid", 0))), mask))
+
+
+@needs_extension
 @pytest.mark.parametrize("refused", [False, True])
 @pytest.mark.parametrize("threads", [2, 3, 5])
 def test_threads_share_a_batch(threads, refused):
@@ -97,6 +133,7 @@ def test_threads_share_a_batch(threads, refused):
             gomp.omp_set_max_active_levels(0)  # a region then has one thread, whatever it asks for
         for masked in (None, mask):
             assert_close(*both_mixed(inputs, [True] * 5, masked), TOLERANCE[torch.float64])
+            assert_close(*both_drawn(inputs, [True] * 5, masked), TOLERANCE[torch.float64])
             assert_close(*both_discrete(inputs[:4], genotype, [True] * 4, masked), TOLERANCE[torch.float64])
     finally:
         gomp.omp_set_max_active_levels(levels)
@@ -116,6 +153,7 @@ def test_any_choice_and_order_of_primitives(primitives):
     *inputs, p, mask = tensors(3, 4, 8, 3)
     inputs.append(p[:, :len(primitives)].contiguous())
     assert_close(*both_mixed(inputs, [True] * 5, mask, primitives), TOLERANCE[torch.float64])
+    assert_close(*both_drawn(inputs, [True] * 5, mask, primitives), TOLERANCE[torch.float64])
 
 
 @needs_extension
@@ -125,6 +163,7 @@ def test_every_choice_of_gradients(needs, masked):
     *inputs, mask = tensors(3, 6, 8, 3)
     mask = mask if masked else None
     assert_close(*both_mixed(inputs, [bool(n) for n in needs], mask), 1e-10)
+    assert_close(*both_drawn(inputs, [bool(n) for n in needs], mask), 1e-10)
     if any(needs[:4]):
         assert_close(*both_discrete(inputs[:4], Genotype((("relu", 0), ("tanh", 1), ("sigmoid", 0))), [bool(n) for n in needs[:4]], mask), 1e-10)
 
@@ -134,6 +173,7 @@ def test_float32():
     for N in (1, 8):
         *inputs, mask = tensors(5, 24, 40, N, torch.float32)
         assert_close(*both_mixed(inputs, [True] * 5, mask), TOLERANCE[torch.float32])
+        assert_close(*both_drawn(inputs, [True] * 5, mask), TOLERANCE[torch.float32])
         genotype = Genotype(tuple((OPS[i % 4], i // 2) for i in range(N)))
         assert_close(*both_discrete(inputs[:4], genotype, [True] * 4, mask), TOLERANCE[torch.float32])
 
@@ -177,8 +217,9 @@ def test_without_gradients_the_same_outputs():
 @needs_extension
 def test_repeated_runs_are_bit_identical():
     *inputs, mask = tensors(4, 64, 48, 4, torch.float32)
-    first, second = (run(fused.mixed_cell, inputs, [True] * 5, mask) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    for both in ((run(fused.mixed_cell, inputs, [True] * 5, mask) for _ in range(2)), (both_drawn(inputs, [True] * 5, mask)[0] for _ in range(2))):
+        first, second = both
+        assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
 @needs_extension

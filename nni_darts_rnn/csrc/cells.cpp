@@ -21,6 +21,8 @@
 //   dc   = dr∘(M − P s_j)∘σ(1 − σ)        dz = dr∘σ∘Σ_k p_k f_k'(z)                  written over c, z: dpre = [dc, dz]
 //   dp_k = Σ dr∘( s_j∘(1 − σ) + σ∘f_k(z) )                                          summed over time, batch and units
 //   s_0's r_0 = h + σ(tanh z − h): the same with P = 1, M = tanh z; it gives dx = dpre and dh = dr_0∘(1 − σ) + m∘(dx W0_h^T).
+// A drawn cell is a discrete one of which dp is asked for, over all pairs j < i: where p is zero an edge adds nothing to r_i and sends nothing back,
+// so it costs the product forward, of which dp_k is the same sum.
 //
 // Weight gradients wait until the loop over time is done: those of the nodes that read s_j are (s_j∘m)^T dpre over all T·B rows, one product.
 // Kept from the forward pass: σ(c) in c's place, z, states, 1/√(v + eps). What the mixture needs of z is computed again: one exp serves tanh and sigmoid.
@@ -60,7 +62,7 @@ struct Cell {  // mirrored, field by field, in extension.py
   const void* d_outputs;                          // (T,B,H)
   void *d_states, *scratch, *carry, *d_h;         // (N+1,B,H); (B,H); (B,H); (B,H)
   void *d_h0, *d_W0_h, *d_Ws;                     // as the inputs
-  double* d_p;                                    // (E,5): Σ dr∘s_j∘(1−σ), then Σ dr∘σ∘f_k
+  double* d_p;                                    // (N(N+1)/2,5), a row a pair of node and earlier state: Σ dr∘s_j∘(1−σ), then Σ dr∘σ∘f_k
 };
 int64_t cell_struct_size() { return sizeof(Cell); }
 }
@@ -131,6 +133,23 @@ void edge_backward(int64_t n, T* __restrict c, T* __restrict z, const T* __restr
   if constexpr (PROB) sums[0] += stay, sums[1] += st, sums[2] += sr, sums[3] += ss, sums[4] += si;
 }
 
+// edge_backward's sums for dp alone; `OPEN`: σ(c) is in c's place already
+template <class T, bool OPEN> void edge_sums(int64_t n, const T* __restrict c, const T* __restrict z, const T* __restrict s, const T* __restrict dr, double* sums) {
+  T stay = 0, st = 0, sr = 0, ss = 0, si = 0;
+#pragma omp simd reduction(+ : stay, st, sr, ss, si)
+  for (int64_t u = 0; u < n; u++) {
+    T t, g;
+    tanh_sigmoid(z[u], t, g);
+    const T open = OPEN ? c[u] : gate(c[u]), moved = dr[u] * open;
+    stay += dr[u] * (T(1) - open) * s[u];
+    st += moved * t;
+    sr += moved * (z[u] < T(0) ? T(0) : z[u]);
+    ss += moved * g;
+    si += moved * z[u];
+  }
+  sums[0] += stay, sums[1] += st, sums[2] += sr, sums[3] += ss, sums[4] += si;
+}
+
 // What the next row needs, fetched while this one is computed: rows lie pages apart, and the hardware does not look across pages.
 template <class T> inline void fetch(const T* from, int64_t n) {
   for (int64_t u = 0; u < n; u += int64_t(64 / sizeof(T))) __builtin_prefetch(from + u);
@@ -160,7 +179,8 @@ template <class T> struct Team {
     for (auto& turn : shares) turn.assign(threads, {0, std::vector<double>(d.hidden), std::vector<double>(d.hidden)});
   }
   static int64_t size(const Cell& d) {
-    const int64_t work = d.batch * d.hidden * (1 + d.hidden / 64) * d.edges / d.nodes;
+    const int64_t edges = d.d_p ? d.nodes * (d.nodes + 1) / 2 : d.edges, meetings = d.normalise ? d.steps : 1;
+    const int64_t work = d.batch * d.hidden * (1 + d.hidden / 64) * edges / d.nodes * d.steps / meetings;
     return std::max<int64_t>(1, std::min({d.threads, d.batch / ROWS, work / GRAIN}));
   }
 };
@@ -170,17 +190,19 @@ template <class T> struct Sequence {
   const Cell& d;
   Team<T>& team;
   const int64_t thread;
-  double* const sums;  // (E,5), this thread's share of d_p
+  double* const sums;  // this thread's share of d_p
   const int64_t S, B, H, N, BH, lo, n;
   const T* mask;
   mutable int64_t turn = 0;
   mutable std::vector<T> mean, spread;  // (H) each: of the node at hand, over the whole batch
   mutable std::vector<T> left, panel;   // a weight gradient's operands
+  mutable std::vector<T> undrawn;       // (n,2H): the pre-activations of an edge that the drawn cell has not
 
   Sequence(const Cell& cell, Team<T>& all, int64_t k, double* s)
       : d(cell), team(all), thread(k), sums(s), S(cell.steps), B(cell.batch), H(cell.hidden), N(cell.nodes), BH(B * H), lo(all.bounds[k]),
         n(all.bounds[k + 1] - lo), mask(static_cast<const T*>(cell.mask)), mean(H), spread(H),
-        left(cell.d_Ws || cell.d_W0_h ? H * DEPTH : 0), panel(DEPTH * Tile<T>::columns) {}
+        left(cell.d_Ws || cell.d_W0_h ? H * DEPTH : 0), panel(DEPTH * Tile<T>::columns),
+        undrawn(cell.d_p && cell.edges == N ? n * 2 * H : 0) {}
 
   int64_t kept(int64_t t) const { return d.keep ? t : 0; }
   int64_t kept_steps() const { return d.keep ? S : 1; }
@@ -376,6 +398,7 @@ template <class T> struct Sequence {
         mean[u] = T(across / double(B)), spread[u] = T(along / double(B));
       }
     }
+    if (i && d.d_p && d.op[d.incoming[i - 1]] != MIX) drawn_sums(i, t, edges.front());
     for (int64_t b = lo; b < lo + n; b++) {
       T* __restrict dr = d_states + i * BH + b * H;
       if (d.normalise) {
@@ -395,9 +418,25 @@ template <class T> struct Sequence {
           case SIGMOID: edge_backward<T, SIGMOID, false>(H, c, z, sj, dr, e.p, ds, nullptr); break;
           case IDENTITY: edge_backward<T, IDENTITY, false>(H, c, z, sj, dr, e.p, ds, nullptr); break;
           default:
-            if (d.d_p) edge_backward<T, MIX, true>(H, c, z, sj, dr, e.p, ds, sums + (d.incoming[i - 1] + k) * 5);
+            if (d.d_p) edge_backward<T, MIX, true>(H, c, z, sj, dr, e.p, ds, sums + (i * (i - 1) / 2 + k) * 5);
             else edge_backward<T, MIX, false>(H, c, z, sj, dr, e.p, ds, nullptr);
         }
+      }
+    }
+  }
+
+  // dp of all pairs (j, i), from dr_i, in a cell whose one edge into node i is `drawn`
+  void drawn_sums(int64_t i, int64_t t, const Edge& drawn) const {
+    const T* const dr = static_cast<const T*>(d.d_states) + i * BH;
+    const int64_t place = std::find(d.order, d.order + N, i - 1) - d.order;
+    for (int64_t j = 0; j < i; j++) {
+      double* const to = sums + (i * (i - 1) / 2 + j) * 5;
+      const bool there = j == d.source[d.incoming[i - 1]];
+      if (!there) multiply<T>(n, 2 * H, H, masked(j, t) + lo * H, H, packed(1 + place), false, undrawn.data(), 2 * H);
+      for (int64_t b = lo; b < lo + n; b++) {
+        const T *const c = there ? drawn.c + b * drawn.stride : undrawn.data() + (b - lo) * 2 * H, *const s = state(j, t) + b * H;
+        if (there) edge_sums<T, true>(H, c, c + H, s, dr + b * H, to);
+        else edge_sums<T, false>(H, c, c + H, s, dr + b * H, to);
       }
     }
   }
@@ -486,7 +525,7 @@ template <class T> void run_forward(const Cell& d) {
 
 template <class T> void run_backward(const Cell& d) {
   Team<T> team(d);
-  const int64_t threads = team.threads(), width = (d.edges * 5 + 15) / 8 * 8;  // no two threads in one cache line
+  const int64_t threads = team.threads(), pairs = d.nodes * (d.nodes + 1) / 2, width = (pairs * 5 + 15) / 8 * 8;  // no two threads in one cache line
   std::vector<double> sums(threads * width, 0.0);
   together(threads, [&](int64_t k) {
     const Sequence<T> part(d, team, k, &sums[k * width]);
@@ -496,7 +535,7 @@ template <class T> void run_backward(const Cell& d) {
   });
   if (d.d_p)
     for (int64_t k = 0; k < threads; k++)
-      for (int64_t e = 0; e < d.edges * 5; e++) d.d_p[e] += sums[k * width + e];
+      for (int64_t e = 0; e < pairs * 5; e++) d.d_p[e] += sums[k * width + e];
 }
 
 }  // namespace
