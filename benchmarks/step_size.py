@@ -26,8 +26,19 @@ class Size(NamedTuple):
         A forward pass is 4·T·B·H²·(E + 2) for the cell (E edges, and the two halves of W0) and 2·T·B·H·V for the decoder; a backward pass costs
         the same again for data and once more for weights. A step is then 3 + 3 + 2 + 2 + 3 = 13 forward passes.
         """
-        edges = self.N * (self.N + 1) // 2
-        return 13 * (4 * self.T * self.B * self.H**2 * (edges + 2) + 2 * self.T * self.B * self.H * self.V)
+        return 13 * self.forward(self.N * (self.N + 1) // 2)
+
+    def first_order_flops(self) -> int:
+        """Of a first-order step with autograd: 3 passes for α, whose weight gradients are made too, and 3 for the weights."""
+        return self.flops() // 13 * 6
+
+    def drawn_flops(self) -> int:
+        """Of a second-order step with one drawn cell: the 13 passes are those of N edges, and in the 3 that α learns from the others run forward."""
+        return 13 * self.forward(self.N) + 3 * (self.forward(self.N * (self.N + 1) // 2) - self.forward(self.N))
+
+    def forward(self, edges: int) -> int:
+        """Of a forward pass of a cell with so many edges, and of the decoder."""
+        return 4 * self.T * self.B * self.H**2 * (edges + 2) + 2 * self.T * self.B * self.H * self.V
 
     def batch(self) -> tuple[Tensor, Tensor, Tensor]:
         """tokens (T, B), targets (T, B), hidden (B, H)."""

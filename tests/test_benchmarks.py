@@ -83,8 +83,12 @@ def test_search_step_runs_every_version_and_keeps_what_stood_there(tmp_path, mon
     search_step.main(["--size", "small", "--rounds", "1", "--threads", "1", "--save", str(tmp_path / "found.json")])
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["paper"] == 1 and list(found["small"]["versions"]) == list(search_step.VERSIONS) and found["small"]["flops"] == SIZE.flops()
-    for row in found["small"]["versions"].values():
-        assert row["ms"] > 0 and row["share_of_peak"] == pytest.approx(SIZE.flops() / row["ms"] / 1e6)
+    T, B, H, V, N = SIZE
+    decoder, edge = 2 * T * B * H * V, 4 * T * B * H * H
+    for name, row in found["small"]["versions"].items():
+        edges = N * (N + 1) // 2
+        flops = {"nni-first-order": 6 * (decoder + (edges + 2) * edge), "drawn": 13 * (decoder + (N + 2) * edge) + 3 * (edges - N) * edge}.get(name, SIZE.flops())
+        assert row["ms"] > 0 and row["share_of_peak"] == pytest.approx(flops / row["ms"] / 1e6)
     assert found["small"]["versions"]["original"]["ratio"] == 1
 
 
