@@ -5,7 +5,7 @@
     python benchmarks/search_quality.py run --corpus FOLDER --arm second-order --set search.epochs=5 --set search.warmup_epochs=4 --set search.relaxation=node --name "second-order, node, α warm-up"
     python benchmarks/search_quality.py run --corpus FOLDER --arm second-order --set search.epochs=6 --set search.warmup_epochs=4 --set search.relaxation=gumbel --name "second-order, gumbel, α warm-up"
     python benchmarks/search_quality.py run --corpus FOLDER --arm second-order --set search.hvp=first_order --set search.epochs=9 --set search.warmup_epochs=3 --set search.relaxation=gumbel --name "first-order, gumbel, α warm-up"
-    python benchmarks/search_quality.py run --corpus FOLDER --again --arm second-order random --set retrain.epochs=10 --retrain-seeds 1      # the stored cells, another way
+    python benchmarks/search_quality.py run --corpus FOLDER --again --arm random --set retrain.epochs=10 --retrain-seeds 1      # the stored cells, another way
     python benchmarks/search_quality.py table                                                          # figures, tests and picture of what there is
 
 An interrupted `run` goes on where it was when it is given again: finished trials are kept in --work, and an unfinished phase has its checkpoints there.
@@ -193,8 +193,8 @@ def place(options, recipe, name: str) -> Path:
 
 
 def of_name(name: str) -> dict[int, dict]:
-    """The first stored row of each seed."""
-    return {int(row["seed"]): row for row in reversed(stored()) if row["name"] == name}
+    """The last stored row of each seed."""
+    return {int(row["seed"]): row for row in stored() if row["name"] == name}
 
 
 def run(options, recipe) -> None:
@@ -264,7 +264,7 @@ def main() -> None:
     parser.set_defaults(recipe="penn", threads=1)
     parser.add_argument("--arm", nargs="+", choices=ARMS, default=["second-order"])
     parser.add_argument("--name", help="what the rows are called; default: the arm")
-    parser.add_argument("--again", action="store_true", help="no search: the cells that were first stored under the name, retrained with these settings")
+    parser.add_argument("--again", action="store_true", help="no search: the cells that were last stored under the name, retrained with these settings")
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--retrain-seeds", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("search_quality"), help="folder of finished and unfinished trials")
