@@ -53,12 +53,14 @@ class SearchRecipe:
     epsilon: float = _field(3e-2, 1e-12, help="r: how far the finite difference moves the weights in all")
     unrolled_lr: float = _field(None, 0, optional=True, help="ξ, the unrolled step's learning rate; none: the weights' own; 0: first order")
     neumann_terms: int = _field(0, 0, help="terms of iDARTS's series")
-    warmup_epochs: int = _field(0, 0, help="epochs before α moves")
+    warmup_epochs: int = _field(0, 0, help="epochs before α moves; fewer than `epochs`")
     reproduce_original: bool = _field(False, help="the published code's numerics, for reproduction")
 
     def __post_init__(self):
         if self.reproduce_original and self.clip is None:
             raise ValueError("search.reproduce_original: the published code always clips; give search.clip (the paper's is 0.25)")
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"search.warmup_epochs: {self.warmup_epochs} must be below search.epochs = {self.epochs}: α would never move")
 
 
 @dataclass(frozen=True)

@@ -371,7 +371,7 @@ def test_search_moves_alpha_and_its_optimizer_is_not_the_weights(tmp_path):
 
 
 def test_warmup_epochs(tmp_path):
-    recipe = get_recipe(SMALL, {"search.warmup_epochs": 1}).search
+    recipe = get_recipe(SMALL, {"search.epochs": 2, "search.warmup_epochs": 1}).search
     learn = search_learner(language_dls(corpus(), recipe, 3, "cpu", tmp_path), recipe, seed=3)
     start = learn.model.lm.rnn.alpha.detach().clone()
     run(learn, 1)

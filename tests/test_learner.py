@@ -238,7 +238,7 @@ def test_a_search_is_nnis_search(tmp_path):
     from nni_darts_rnn.evaluator import search_evaluator
     from nni_darts_rnn.search import make_space, make_strategy
 
-    recipe = get_recipe(TINY, {"search.ar": 0.1, "search.short_bptt_probability": 0.3, "search.warmup_epochs": 1}).search
+    recipe = get_recipe(TINY, {"search.ar": 0.1, "search.short_bptt_probability": 0.3, "search.epochs": 2, "search.warmup_epochs": 1}).search
     strategy = make_strategy(recipe)
     supernet = strategy.mutate_model(make_space(10, recipe))
     evaluator = search_evaluator(corpus(), recipe, 3, max_epochs=2, precision="64-true", accelerator="cpu", devices=1,

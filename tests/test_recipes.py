@@ -126,6 +126,7 @@ def test_to_dict_is_json_and_comes_back():
     ("penn", {"search.reproduce_original": 1}, "must be true or false"),
     ("penn", {"retrain.min_bptt": 56}, "retrain.min_bptt: 56 must be at most bptt + max_bptt_above = 55"),
     ("tiny", {"retrain.nonmono": 4, "retrain.patience": 4}, "retrain.patience: 4 must be above retrain.nonmono = 4"),
+    ("penn", {"search.epochs": 3, "search.warmup_epochs": 3}, "search.warmup_epochs: 3 must be below search.epochs = 3: α would never move"),
     ("tiny", {"retrain.anneal": 0.5, "retrain.patience": 4}, "retrain.anneal: 0.5 goes with a number of epochs that is known"),
     ("tiny", {"retrain.anneal": 1.1}, "retrain.anneal: 1.1 must be a number of at least 0 and at most 1"),
     ("tiny", {"retrain.bptt": 1, "retrain.max_bptt_above": 0}, "retrain.min_bptt: 3 must be at most bptt + max_bptt_above = 1"),
