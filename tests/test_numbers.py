@@ -202,7 +202,7 @@ def test_a_collapsing_search_is_named_and_logged_each_epoch(tmp_path, caplog, mo
             self.alpha[:, self.primitives.index("none")] += 3
 
     monkeypatch.setattr(supernet.MixedRNN, "__init__", mostly_none)
-    found = do_search(tmp_path, epochs=1)
+    found = do_search(tmp_path, epochs=1, warmup_epochs=0)
     assert all({"alpha_entropy", "none_share", "identity_share"} <= set(row) for row in found.rows) and found.rows[0]["none_share"] > 0.5
     assert [record.getMessage().split(":")[0] for record in caplog.records if "none has" in record.getMessage()] == ["search, epoch 0", "search, epoch 1"]
     assert "none_share" in (tmp_path / "search.csv").read_text().splitlines()[0]
