@@ -5,7 +5,9 @@
     python benchmarks/search_quality.py run --corpus FOLDER --arm second-order --set search.epochs=5 --set search.warmup_epochs=4 --set search.relaxation=node --name "second-order, node, α warm-up"
     python benchmarks/search_quality.py run --corpus FOLDER --arm second-order --set search.epochs=6 --set search.warmup_epochs=4 --set search.relaxation=gumbel --name "second-order, gumbel, α warm-up"
     python benchmarks/search_quality.py run --corpus FOLDER --arm second-order --set search.hvp=first_order --set search.epochs=9 --set search.warmup_epochs=3 --set search.relaxation=gumbel --name "first-order, gumbel, α warm-up"
+    python benchmarks/search_quality.py run --corpus FOLDER --arm second-order --set search.epochs=6 --set search.warmup_epochs=4 --set search.relaxation=gumbel --set search.unrolled_lr=2 --name "second-order, gumbel, α warm-up, ξ = 2"
     python benchmarks/search_quality.py run --corpus FOLDER --again --arm random --set retrain.epochs=10 --retrain-seeds 1      # the stored cells, another way
+    python benchmarks/search_quality.py run --corpus FOLDER --again --arm second-order --name "second-order, gumbel, α warm-up, ξ = 2" --set retrain.epochs=10 --retrain-seeds 1
     python benchmarks/search_quality.py table                                                          # figures, tests and picture of what there is
 
 An interrupted `run` goes on where it was when it is given again: finished trials are kept in --work, and an unfinished phase has its checkpoints there.
@@ -19,8 +21,9 @@ has the formula), 5 in first order (α: forward and backward to the data; weight
 training. The other arms get as many epochs, or cells, as come nearest; α's warm-up of 4 epochs and one with α cost 25 passes in place of 26. With
 `search.relaxation=gumbel` the passes that α learns nothing from are of the discrete cell, at 1/2.09 of a mixed one at this size: 4 epochs in which α waits and
 2 in which it learns cost 25.5 in second order, 3 and 6 24.9 in first order. (The fast path has since become cheaper than this counts: it runs the edges that
-were not drawn forward only, which makes 21.3 of the 25.5.) All search on the first half of the training text and
-its validation text, and retrain on all of it.
+were not drawn forward only, which makes 21.3 of the 25.5.)
+
+All search on the first half of the training text and its validation text, and retrain on all of it.
 """
 
 from __future__ import annotations
