@@ -74,18 +74,47 @@ def gemm_peak(repeats: int = 5) -> float:
 
 
 def _own_product(threads: int) -> float:
-    """FLOP/s of `product.h` in float32 on so many threads at once; 0 without a compiler."""
+    """FLOP/s of `product.h` in float32 on so many threads at once, the best few milliseconds of half a second; 0 without a compiler."""
     from nni_darts_rnn import extension
 
     if not extension.available():
         return 0.0
+    function = _compiled_product()
+    with ThreadPoolExecutor(threads) as pool:  # a foreign function leaves the interpreter to others
+        return sum(pool.map(function, [0.5] * threads, [0.0] * threads))
+
+
+class Products:
+    """As much arithmetic as a step has, in matrix products alone: the package's own, from cache, or torch.mm without a compiler. What the machine
+    does over so many seconds is less than its best few milliseconds, by as much as others on it take."""
+
+    def __init__(self, flops: float):
+        from nni_darts_rnn import extension
+
+        self.flops, self.threads = flops, torch.get_num_threads()
+        self.own = not on_gpu() and extension.available() and _compiled_product()
+
+    def __call__(self, *_) -> None:
+        if not self.own:
+            a, b, c = (torch.zeros(2048, 2048) for _ in range(3))
+            for _ in range(max(1, round(self.flops / (2 * 2048**3)))):
+                _multiply(a, b, c)
+            return
+        with ThreadPoolExecutor(self.threads) as pool:
+            list(pool.map(self.own, [0.0] * self.threads, [self.flops / self.threads] * self.threads))
+
+
+@functools.lru_cache(maxsize=1)
+def _compiled_product():
+    """benchmarks/product.cpp: (seconds, flops) -> FLOP/s of its best few milliseconds, once both have passed."""
+    from nni_darts_rnn import extension
+
     with tempfile.TemporaryDirectory() as folder:
         target, source = Path(folder, "product.so"), Path(__file__).with_name("product.cpp")
         subprocess.run([*extension._compiler(), *extension._flags(), "-shared", f"-I{extension.SOURCES}", str(source), "-o", str(target)], check=True)
         function = ctypes.CDLL(str(target)).product_flops
-        function.argtypes, function.restype = [ctypes.c_double], ctypes.c_double
-        with ThreadPoolExecutor(threads) as pool:  # a foreign function leaves the interpreter to others
-            return sum(pool.map(function, [0.5] * threads))
+    function.argtypes, function.restype = [ctypes.c_double] * 2, ctypes.c_double
+    return function
 
 
 def _multiply(a, b, c) -> None:

@@ -1,21 +1,23 @@
-// FLOP/s of the package's own product, (64,300) by (300,600) from cache, for `hardware.gemm_peak`.
+// FLOP/s of the package's own product, (64,300) by (300,600) from cache, for `hardware.gemm_peak` and `hardware.Products`:
+// at least so many seconds and so many operations of it.
 
 #include <chrono>
 #include <vector>
 
 #include "product.h"
 
-extern "C" double product_flops(double seconds) {
+extern "C" double product_flops(double seconds, double flops) {
   using Clock = std::chrono::steady_clock;
-  constexpr int64_t m = 64, k = 300, n = 600, repeats = 20;
+  constexpr int64_t m = 64, k = 300, n = 600;
   const std::vector<float> a(m * k, 1.f), w(Tile<float>::packed(k, n), 1.f);
   std::vector<float> c(m * n);
-  double best = 0, passed = 0;
-  while (passed < seconds) {
+  double best = 0, passed = 0, done = 0;
+  while (passed < seconds || done < flops) {
+    const int64_t left = int64_t((flops - done) / (2. * m * k * n)) + 1, repeats = passed < seconds || left > 20 ? 20 : left;
     const auto start = Clock::now();
     for (int64_t r = 0; r < repeats; r++) multiply<float>(m, n, k, a.data(), k, w.data(), false, c.data(), n);
     const double took = std::chrono::duration<double>(Clock::now() - start).count();
-    best = std::max(best, repeats * 2. * m * k * n / took), passed += took;
+    best = std::max(best, repeats * 2. * m * k * n / took), passed += took, done += repeats * 2. * m * k * n;
   }
   return best;
 }

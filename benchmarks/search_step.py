@@ -1,5 +1,5 @@
 """One whole search step, several ways in one process: second order as published code computes it, with the readable cell and with the fast one,
-NNI's stock first-order `DARTS` on the same space, and the package's strategy, these two in Lightning's loop.
+NNI's stock first-order `DARTS` on the same space, and the package's strategy, these two in Lightning's loop; and the arithmetic alone.
 
     python benchmarks/search_step.py --size paper --rounds 5 --save
     python benchmarks/search_step.py --growth
@@ -20,7 +20,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from hardware import add_options, gemm_peak, machine, peak_gb, shortest, use
+from hardware import Products, add_options, gemm_peak, machine, peak_gb, shortest, use
 from published_step import Original
 from step_size import CLIP, DECAY, DROPOUT, EPSILON, RATE, SIZES, TAR, Size
 from torch import Tensor, nn
@@ -89,6 +89,7 @@ VERSIONS = {
     "drawn": lambda size: Ours(size, True, "gumbel"),  # a discrete cell for each sequence
     "nni-first-order": lambda size: through_nni(size, first_order=True, fast=False),  # as NNI computes it: with autograd
     "nni-second-order": lambda size: through_nni(size, first_order=False, fast=True),  # the whole product
+    "products": lambda size: Products(size.flops()),  # no step: what the machine would need for the arithmetic alone
 }
 
 

@@ -24,6 +24,7 @@ from .extension import (
     enable,
     enabled,
     gpu_ready,
+    in_large_pages,
     on_gpu,
     prepare,
     reference,
@@ -262,7 +263,7 @@ def _take(sizes: dict[str, int], dtype: torch.dtype) -> tuple[Tensor, dict[str, 
     spare = State.spare.pop() if State.spare else None
     if spare is None or spare.dtype != dtype or spare.numel() < sum(lengths):
         del spare
-        spare = torch.empty(sum(lengths), dtype=dtype, device="cpu")
+        spare = in_large_pages(torch.empty(sum(lengths), dtype=dtype, device="cpu"))
     return spare, dict(zip(sizes, spare[:sum(lengths)].split(lengths)))
 
 

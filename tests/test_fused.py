@@ -417,3 +417,27 @@ def test_the_switch():
         warnings.simplefilter("error")
         out, _ = ends(process(NNI_DARTS_RNN_FUSED="0"))
     assert out.startswith("False") and "NNI_DARTS_RNN_FUSED=0" in out
+
+
+def test_a_large_workspace_asks_for_large_pages():
+    if not os.path.exists("/sys/kernel/mm/transparent_hugepage/enabled"):
+        pytest.skip("this kernel has no transparent large pages")
+
+    def advised(tensor):  # "hg" among the flags of the mapping that holds the tensor's middle
+        middle, inside = tensor.data_ptr() + tensor.numel() * tensor.element_size() // 2, False
+        with open("/proc/self/smaps") as maps:
+            for line in maps:
+                if line.split()[0].count("-") == 1 and not line.split()[0].endswith(":"):
+                    first, last = (int(address, 16) for address in line.split()[0].split("-"))
+                    inside = first <= middle < last
+                elif inside and line.startswith("VmFlags:"):
+                    return "hg" in line.split()
+        return None
+
+    numbers = extension.LARGE // 4
+    plain, large = torch.empty(numbers), extension.in_large_pages(torch.empty(numbers))
+    small = extension.in_large_pages(torch.empty(numbers // 2))
+    assert (advised(plain), advised(small), advised(large)) == (False, False, True)
+    extension.State.spare.clear()
+    workspace, _ = fused._take({"pre": numbers}, torch.float32)
+    assert advised(workspace)

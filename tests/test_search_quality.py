@@ -132,3 +132,11 @@ def test_rows_take_the_place_of_their_like(tmp_path, monkeypatch):
     figures.save([row, row | {"retrain_seed": 1}])
     figures.save([row | {"valid": 2.0}, row | {"retraining": "10 epochs", "valid": 3.0}])
     assert [(r["retraining"], r["retrain_seed"], r["valid"]) for r in figures.stored()] == [("3 epochs", "1", "1.0"), ("3 epochs", "0", "2.0"), ("10 epochs", "0", "3.0")]
+
+
+def test_a_seed_retrained_again_has_its_last_stored_cell(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    row = {"name": "one", "retraining": "3 epochs", "seed": 1, "retrain_seed": 0, "genotype": "early"}
+    figures.save([row, row | {"seed": 2}, row | {"name": "other", "genotype": "another"}])
+    figures.save([row | {"retraining": "10 epochs", "genotype": "late"}])
+    assert {seed: found["genotype"] for seed, found in quality.of_name("one").items()} == {1: "late", 2: "early"}
