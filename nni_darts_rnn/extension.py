@@ -34,7 +34,7 @@ BUILD_SECONDS = 8.0
 
 SWITCH = "NNI_DARTS_RNN_FUSED"
 LARGE = 2**26
-"""Bytes of a workspace from which `in_large_pages` asks for them: below, a search step was measured to take as long without."""
+"""Bytes of a workspace from which `in_large_pages` asks for them. A search step was measured to gain at 770 MB, and nothing at 20 and 80 MB."""
 
 
 class State:
