@@ -1,4 +1,4 @@
-"""One whole search step, several ways in one process: second order as published code computes it, with the readable cell and with the fast one,
+"""One whole search step, several ways in one process: second order as published code computes it, with the readable cell, the one that needs no compiler and the compiled one,
 NNI's stock first-order `DARTS` on the same space, and the package's strategy, these two in Lightning's loop; and the arithmetic alone.
 
     python benchmarks/search_step.py --size paper --rounds 5 --save
@@ -11,6 +11,7 @@ validation batch at w′, two α gradients at w ± εu, and the weight step. Pea
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -34,12 +35,12 @@ RESULTS = Path(__file__).parent / "results" / "search_step.json"
 
 
 class Ours:
-    """`bilevel.architecture_gradient` and the weight step, with the readable cell or the fast one."""
+    """`bilevel.architecture_gradient` and the weight step, with one of three cells: "readable", "eager" (what runs where nothing is compiled), "fused"."""
 
-    def __init__(self, size: Size, fast: bool, relaxation: str = "edge"):
-        self.fast = fast
-        cell = MixedRNN(size.H, size.H, size.N, dropout_x=DROPOUT["dropout_x"], dropout_h=DROPOUT["dropout_h"], relaxation=relaxation)
-        self.model = LanguageModel(size.V, cell, dropout=DROPOUT["dropout"], dropout_i=DROPOUT["dropout_i"])
+    def __init__(self, size: Size, cell: str, relaxation: str = "edge"):
+        self.cell = cell
+        rnn = MixedRNN(size.H, size.H, size.N, dropout_x=DROPOUT["dropout_x"], dropout_h=DROPOUT["dropout_h"], relaxation=relaxation)
+        self.model = LanguageModel(size.V, rnn, dropout=DROPOUT["dropout"], dropout_i=DROPOUT["dropout_i"])
         named = dict(self.model.named_parameters())
         self.alpha = named.pop("rnn.alpha")
         self.names, self.weights = list(named), list(named.values())
@@ -52,7 +53,11 @@ class Ours:
         return torch.func.functional_call(self.module, parameters, batch)
 
     def __call__(self, train, valid) -> None:
-        fused.enable(self.fast)
+        fused.enable(self.cell == "fused")
+        with fused.reference() if self.cell == "readable" else contextlib.nullcontext():
+            self.step(train, valid)
+
+    def step(self, train, valid) -> None:
         step = WeightStep.of(self.optimizer, self.weights, CLIP)
         found = architecture_gradient(self.loss, self.weights, [self.alpha], train, valid, step, epsilon=EPSILON)
         self.alpha.grad = found.grads[0]
@@ -84,9 +89,10 @@ def through_nni(size: Size, **options):
 
 VERSIONS = {
     "original": Original,
-    "readable": lambda size: Ours(size, False),
-    "fused": lambda size: Ours(size, True),
-    "drawn": lambda size: Ours(size, True, "gumbel"),  # a discrete cell for each sequence
+    "readable": lambda size: Ours(size, "readable"),
+    "eager": lambda size: Ours(size, "eager"),
+    "fused": lambda size: Ours(size, "fused"),
+    "drawn": lambda size: Ours(size, "fused", "gumbel"),  # a discrete cell for each sequence
     "nni-first-order": lambda size: through_nni(size, first_order=True, fast=False),  # as NNI computes it: with autograd
     "nni-second-order": lambda size: through_nni(size, first_order=False, fast=True),  # the whole product
     "products": lambda size: Products(size.flops()),  # no step: what the machine would need for the arithmetic alone
@@ -157,7 +163,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(peak_gb())
         return
     if not fused.available():
-        print(f"the fast version is the readable one here: {fused.why_not()}")
+        print(f"the compiled versions are those that need no compiler here: {fused.why_not()}")
     made = {"command": "python benchmarks/search_step.py " + " ".join(sys.argv[1:] if arguments is None else arguments),
             "date": date.today().isoformat(), "machine": machine(), "threads": options.threads}
     if options.growth:

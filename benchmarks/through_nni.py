@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 import warnings
@@ -42,7 +43,7 @@ class ThroughNNI:
         fused.enable(self.fast)
         strategy = nni_strategy.DARTS(gradient_clip_val=self.recipe.clip) if self.first_order else make_strategy(self.recipe)
         accelerator = "gpu" if on_gpu() else "cpu"
-        with torch.device("cpu"):  # Lightning moves model and batches
+        with torch.device("cpu"), contextlib.nullcontext() if self.fast else fused.reference():  # Lightning moves model and batches
             supernet, clock = strategy.mutate_model(make_space(self.size.V, self.recipe)), Clock(accelerator)
             evaluator = search_evaluator(self.corpus, self.recipe, callbacks=[clock], accelerator=accelerator, enable_progress_bar=False)
             strategy.mutate_evaluator(evaluator).evaluate(supernet)

@@ -12,7 +12,6 @@ import ctypes
 import functools
 import hashlib
 import importlib.util
-import mmap
 import os
 import platform
 import re
@@ -33,8 +32,6 @@ BUILD_SECONDS = 8.0
 """What a build costs at most on two cores, and so what the fast path must save before `prepare` turns it on."""
 
 SWITCH = "NNI_DARTS_RNN_FUSED"
-LARGE = 2**26
-"""Bytes of a workspace from which `in_large_pages` asks for them. A search step was measured to gain at 770 MB, and nothing at 20 and 80 MB."""
 
 
 class State:
@@ -44,7 +41,6 @@ class State:
     forced_off = 0  # depth of `reference()`
     loaded: _Library | None = None
     problem: str | None = None  # why there is no library although one was asked for
-    spare: list[Tensor] = []  # one workspace of a finished pass, for the next one: fresh pages cost as much as the arithmetic on them
 
 
 def enable(on: bool = True) -> bool:
@@ -58,13 +54,13 @@ def prepare(eager_seconds: float, device: torch.device | str = "cpu") -> bool:
 
     A run on a GPU has no use for it.
     """
-    if torch.device(device).type == "cpu" and eager_seconds * 0.5 > BUILD_SECONDS:  # at least twice as fast at every size
+    if torch.device(device).type == "cpu" and eager_seconds * 0.3 > BUILD_SECONDS:  # it takes a third less time at the paper's size, and half as much or less elsewhere
         enable()
     return enabled()
 
 
 def eager_seconds(T: int, B: int, H: int, V: int, N: int, passes: float, edges: int | None = None) -> float:
-    """Seconds that `passes` forward passes' worth of work take with the readable cells on two cores, from sizes alone; for `prepare`.
+    """Seconds that `passes` forward passes' worth of work take without the extension on two cores, from sizes alone; for `prepare`.
 
     A search step is 13 of them, a training step 3. `edges` defaults to the mixed cell's N(N+1)/2; a discrete cell has N.
     """
@@ -99,21 +95,8 @@ def available(build: bool = True) -> bool:
         except _Unavailable as problem:
             State.problem = str(problem)
             if problem.unexpected:
-                warnings.warn(f"{State.problem}; the slower readable cells are used", stacklevel=3)
+                warnings.warn(f"{State.problem}; the slower cells that need no compiler are used", stacklevel=3)
     return State.loaded is not None
-
-
-def in_large_pages(fresh: Tensor) -> Tensor:
-    """The same tensor, for whose memory the kernel was asked for pages of 2 MiB where it is large and the kernel offers them: a cell's rows lie whole
-    small pages apart, so that each would need a translation of its own (at the paper's size 5 to 8 % of a search step). Advice: a refusal changes nothing."""
-    advice = getattr(mmap, "MADV_HUGEPAGE", None)
-    size = fresh.numel() * fresh.element_size()
-    if advice is not None and size >= LARGE:
-        start = -(-fresh.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        madvise = ctypes.CDLL(None).madvise
-        madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-        madvise(start, fresh.data_ptr() + size - start, advice)
-    return fresh
 
 
 def on_gpu(tensor: Tensor) -> bool:
@@ -270,15 +253,16 @@ def _last_line(text: str) -> str:
 
 def _checked(library: _Library) -> _Library:
     """The library, once a tiny cell comes out of it right: a compiler that gets it wrong must not go unnoticed."""
-    from . import cell, fused  # here, since fused imports this module
+    from . import cell, compiled  # here, since compiled imports this module
     from .genotype import Genotype
+    from .graph import discrete_graph
 
     generator = torch.Generator().manual_seed(0)
     x, h, W0, Ws = (torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") for shape in ((2, 3, 8), (3, 4), (4, 8), (2, 4, 8)))
     genotype = Genotype((("tanh", 0), ("sigmoid", 0)))
     State.loaded, before = library, State.loaded
     try:
-        got = fused._run_forward(fused.discrete_graph(genotype), x, h, W0, Ws, None, None, keep=False).outputs
+        got = compiled.run_forward(discrete_graph(genotype), x, h, W0, Ws, None, None, keep=False).outputs
     finally:
         State.loaded = before
     if not torch.allclose(got, cell.discrete_cell(x, h, W0, Ws, genotype), rtol=0, atol=1e-10):

@@ -1,5 +1,6 @@
-"""The fast cells and the blockwise loss equal their readable forms, with and without the C++ extension."""
+"""The fast cells, in C++ and in torch operations, and the blockwise loss equal their readable forms."""
 
+import contextlib
 import ctypes
 import os
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nni_darts_rnn import cell, cross_entropy, extension, fused, supernet
+from nni_darts_rnn import cell, compiled, cross_entropy, eager, extension, fused, supernet, workspace
 from nni_darts_rnn.genotype import DARTS_V1, DARTS_V2, ENAS, PRIMITIVES, Genotype
 from nni_darts_rnn.model import LanguageModel
 from nni_darts_rnn.supernet import MixedRNN
@@ -27,6 +28,16 @@ def switch(monkeypatch):
     """Each test starts with the extension turned on, and leaves nothing behind."""
     monkeypatch.delenv(fused.SWITCH, raising=False)
     monkeypatch.setattr(extension.State, "on", True)
+
+
+@pytest.fixture(params=[pytest.param("compiled", marks=needs_extension), "eager"])
+def engine(request, monkeypatch):
+    """Both fast forms of the CPU; of a discrete cell there is one, and without it the readable form runs."""
+    monkeypatch.setattr(extension.State, "on", request.param == "compiled")
+    return {"compiled": compiled, "eager": eager}[request.param]
+
+
+each_engine = pytest.mark.usefixtures("engine")
 
 
 def tensors(T, B, H, N, dtype=torch.float64, seed=0):
@@ -72,7 +83,7 @@ def both_discrete(inputs, genotype, needs, mask):
     return [run(lambda *a: f(*a[:4], genotype, a[4]), inputs, needs, mask) for f in (fused.discrete_cell, cell.discrete_cell)]
 
 
-@needs_extension
+@each_engine
 @pytest.mark.parametrize("n_nodes", range(1, 13))
 @pytest.mark.parametrize("masked", [False, True])
 def test_mixed_cell_equals_the_readable_one(n_nodes, masked):
@@ -82,7 +93,7 @@ def test_mixed_cell_equals_the_readable_one(n_nodes, masked):
             assert_close(*both_mixed(inputs, [True] * 5, mask if masked else None, normalise=normalise), TOLERANCE[torch.float64])
 
 
-@needs_extension
+@each_engine
 @pytest.mark.parametrize("n_nodes", range(1, 13))
 @pytest.mark.parametrize("masked", [False, True])
 def test_discrete_cell_equals_the_readable_one(n_nodes, masked):
@@ -92,7 +103,7 @@ def test_discrete_cell_equals_the_readable_one(n_nodes, masked):
         assert_close(*both_discrete(inputs, genotype, [True] * 4, mask if masked else None), TOLERANCE[torch.float64])
 
 
-@needs_extension
+@each_engine
 @pytest.mark.parametrize("n_nodes", range(1, 13))
 @pytest.mark.parametrize("masked", [False, True])
 def test_drawn_cell_equals_the_mixed_one_at_its_corner(n_nodes, masked):
@@ -106,15 +117,29 @@ def test_a_drawn_cell_is_run_alone(monkeypatch):
     """With and without a gradient of the probabilities."""
     *inputs, p, mask = tensors(3, 4, 8, 2)
     p = torch.tensor([[0.0, 1, 0, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0, 0]], dtype=torch.float64)
-    graphs, real = [], fused._run_forward
-    monkeypatch.setattr(fused, "_run_forward", lambda graph, *args, **kwargs: graphs.append(graph) or real(graph, *args, **kwargs))
+    graphs, real = [], compiled.run_forward
+    monkeypatch.setattr(compiled, "run_forward", lambda graph, *args, **kwargs: graphs.append(graph) or real(graph, *args, **kwargs))
     for needed in (True, False):
         assert_close([fused.drawn_cell(*inputs, p.clone().requires_grad_(needed), mask).detach()],
                      [cell.discrete_cell(*inputs, Genotype((("tanh", 0), ("sigmoid", 0))), mask)], 1e-10)
     assert [graph.n_edges for graph in graphs] == [2, 2]
-    fused.enable(False)
-    monkeypatch.setattr(supernet, "mixed_cell", None)  # nor without the extension
-    assert torch.equal(fused.drawn_cell(*inputs, p, mask), cell.discrete_cell(*inputs, Genotype((("tanh", 0), ("sigmoid", 0))), mask))
+
+
+def test_the_readable_forms_are_not_what_runs(engine, monkeypatch):
+    *inputs, mask = tensors(3, 4, 8, 2)
+    one_hot = torch.tensor([[0.0, 1, 0, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0, 0]], dtype=torch.float64)
+    monkeypatch.setattr(supernet, "mixed_cell", None)
+    passes = []
+    for name in ("run_forward", "run_backward"):
+        monkeypatch.setattr(engine, name, lambda *a, real=getattr(engine, name), name=name, **k: passes.append(name) or real(*a, **k))
+    run(fused.mixed_cell, inputs, [True] * 5, mask)
+    run(fused.drawn_cell, [*inputs[:4], one_hot], [True] * 5, mask)
+    assert passes == ["run_forward", "run_backward"] * 2
+    if engine is compiled:
+        monkeypatch.setattr(cell, "discrete_cell", None)
+        run(lambda *a: fused.discrete_cell(*a[:4], Genotype((("tanh", 0), ("sigmoid", 0))), a[4]), inputs[:4], [True] * 4, mask)
+        fused.drawn_cell(*inputs[:4], one_hot, mask)
+        assert passes == ["run_forward", "run_backward"] * 3 + ["run_forward"]
 
 
 @needs_extension
@@ -140,14 +165,14 @@ def test_threads_share_a_batch(threads, refused):
         torch.set_num_threads(before)
 
 
-@needs_extension
+@each_engine
 @pytest.mark.parametrize("genotype", [DARTS_V1, DARTS_V2, ENAS], ids=["DARTS_V1", "DARTS_V2", "ENAS"])
 def test_published_cells(genotype):
     *inputs, _, mask = tensors(4, 5, 16, genotype.n_nodes)
     assert_close(*both_discrete(inputs, genotype, [True] * 4, mask), TOLERANCE[torch.float64])
 
 
-@needs_extension
+@each_engine
 @pytest.mark.parametrize("primitives", [("tanh",), ("none", "identity"), ("relu", "none", "sigmoid"), ("identity", "tanh", "relu", "sigmoid")])
 def test_any_choice_and_order_of_primitives(primitives):
     *inputs, p, mask = tensors(3, 4, 8, 3)
@@ -156,7 +181,7 @@ def test_any_choice_and_order_of_primitives(primitives):
     assert_close(*both_drawn(inputs, [True] * 5, mask, primitives), TOLERANCE[torch.float64])
 
 
-@needs_extension
+@each_engine
 @pytest.mark.parametrize("needs", [(0, 0, 1, 1, 0), (0, 0, 0, 0, 1), (1, 0, 0, 0, 0), (0, 1, 0, 0, 0), (0, 0, 0, 1, 1), (1, 1, 1, 1, 1)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_every_choice_of_gradients(needs, masked):
@@ -168,7 +193,7 @@ def test_every_choice_of_gradients(needs, masked):
         assert_close(*both_discrete(inputs[:4], Genotype((("relu", 0), ("tanh", 1), ("sigmoid", 0))), [bool(n) for n in needs[:4]], mask), 1e-10)
 
 
-@needs_extension
+@each_engine
 def test_float32():
     for N in (1, 8):
         *inputs, mask = tensors(5, 24, 40, N, torch.float32)
@@ -178,7 +203,7 @@ def test_float32():
         assert_close(*both_discrete(inputs[:4], genotype, [True] * 4, mask), TOLERANCE[torch.float32])
 
 
-@needs_extension
+@each_engine
 @pytest.mark.parametrize("size", [1.0, 1e-2, 1e-4])
 def test_float32_keeps_its_digits_however_small_the_numbers(size):
     """An untrained cell's pre-activations are near 0, where tanh(z) taken from exp(z) has lost most of them; normalisation then shows what is left."""
@@ -194,7 +219,7 @@ def test_float32_keeps_its_digits_however_small_the_numbers(size):
         assert far[0] < 4 * far[1] + 2e-6, far
 
 
-@needs_extension
+@each_engine
 def test_extreme_and_undefined_numbers():
     x, h, W0, Ws, p, _ = tensors(2, 4, 8, 2, torch.float32)
     for value in (30.0, 100.0, 1e4):
@@ -205,7 +230,7 @@ def test_extreme_and_undefined_numbers():
     assert fused.discrete_cell(x, h, W0, Ws, Genotype((("relu", 0), ("relu", 1)))).isnan().any()
 
 
-@needs_extension
+@each_engine
 def test_without_gradients_the_same_outputs():
     *inputs, p, mask = tensors(4, 5, 8, 3)
     genotype = Genotype((("relu", 0), ("tanh", 0), ("identity", 2)))
@@ -214,7 +239,7 @@ def test_without_gradients_the_same_outputs():
         assert_close([fused.discrete_cell(*inputs, genotype, mask)], [cell.discrete_cell(*inputs, genotype, mask)], 1e-10)
 
 
-@needs_extension
+@each_engine
 def test_repeated_runs_are_bit_identical():
     *inputs, mask = tensors(4, 64, 48, 4, torch.float32)
     for both in ((run(fused.mixed_cell, inputs, [True] * 5, mask) for _ in range(2)), (both_drawn(inputs, [True] * 5, mask)[0] for _ in range(2))):
@@ -222,7 +247,7 @@ def test_repeated_runs_are_bit_identical():
         assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
-@needs_extension
+@each_engine
 def test_inputs_are_only_read_and_strides_do_not_matter():
     *inputs, p, mask = tensors(3, 4, 8, 2)
     before = [t.clone() for t in inputs]
@@ -231,7 +256,7 @@ def test_inputs_are_only_read_and_strides_do_not_matter():
     assert all(torch.equal(a, b) for a, b in zip(inputs, before))
 
 
-@needs_extension
+@each_engine
 def test_the_same_graph_twice():
     x, h, W0, Ws, p, mask = tensors(3, 4, 8, 2)
     p.requires_grad_()
@@ -240,7 +265,7 @@ def test_the_same_graph_twice():
     assert torch.equal(first, second)
 
 
-@needs_extension
+@each_engine
 def test_two_sequences_alive_at_once():
     """The second sequence's buffers are not the first one's."""
     *inputs, p, mask = tensors(3, 4, 8, 2)
@@ -254,7 +279,7 @@ def test_two_sequences_alive_at_once():
     assert_close(two(fused.mixed_cell), two(supernet.mixed_cell), 1e-10)
 
 
-@needs_extension
+@each_engine
 def test_second_derivatives_go_through_the_readable_form():
     *inputs, p, mask = tensors(2, 4, 6, 2)
 
@@ -341,18 +366,17 @@ def test_linear_cross_entropy_under_autocast():
 # --- the whole model ---------------------------------------------------------------------------------------------------------------------------
 
 
-@needs_extension
-def test_a_language_model_learns_the_same(monkeypatch):
+def test_a_language_model_learns_the_same(engine):
     """Changes of the weights after a step, compared as changes, so that a missed update cannot hide in a tolerance."""
     steps = []
-    for on in (False, True):
-        monkeypatch.setattr(extension.State, "on", on)
+    for readable in (True, False):
         torch.manual_seed(0)
         model = LanguageModel(50, MixedRNN(12, 12, 3, dropout_x=0.5, dropout_h=0.25), dropout=0.5, dropout_i=0.2).double()
         before = [p.detach().clone() for p in model.parameters()]
         x, y = torch.randint(50, (2, 6, 4))
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        nll, raw, _, _ = model.loss(x, y, model.init_hidden(4))
+        with fused.reference() if readable else contextlib.nullcontext():
+            nll, raw, _, _ = model.loss(x, y, model.init_hidden(4))
         (nll + 1e-2 * (raw[1:] - raw[:-1]).pow(2).mean()).backward()
         optimizer.step()
         steps.append([p.detach() - q for p, q in zip(model.parameters(), before)])
@@ -434,10 +458,10 @@ def test_a_large_workspace_asks_for_large_pages():
                     return "hg" in line.split()
         return None
 
-    numbers = extension.LARGE // 4
-    plain, large = torch.empty(numbers), extension.in_large_pages(torch.empty(numbers))
-    small = extension.in_large_pages(torch.empty(numbers // 2))
+    numbers = workspace.LARGE // 4
+    plain, large = torch.empty(numbers), workspace.in_large_pages(torch.empty(numbers))
+    small = workspace.in_large_pages(torch.empty(numbers // 2))
     assert (advised(plain), advised(small), advised(large)) == (False, False, True)
-    extension.State.spare.clear()
-    workspace, _ = fused._take({"pre": numbers}, torch.float32)
-    assert advised(workspace)
+    workspace.Spare.workspaces.clear()
+    taken, _ = workspace.take({"pre": numbers}, torch.float32)
+    assert advised(taken)

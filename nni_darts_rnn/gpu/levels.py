@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from ..fused import Graph
+    from ..graph import Graph
 
 
 class Level(NamedTuple):
@@ -23,7 +23,7 @@ class Edge(NamedTuple):
     target: int
     source: int
     place: int
-    op: int  # of `fused.OPS`
+    op: int  # of `graph.OPS`
     met_first: bool  # by the backward pass, of the edges that read its source: the levels from the last to the first, within a level in this order
 
 

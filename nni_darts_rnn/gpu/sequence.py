@@ -20,7 +20,7 @@ from .kernels import level_backward, level_forward
 from .levels import layout
 
 if TYPE_CHECKING:
-    from ..fused import Graph
+    from ..graph import Graph
 
 CHUNK = 64  # time steps at a time where nothing is kept for a backward pass
 SPARE = 4  # plans kept for the next pass; a search or a retraining has one for training, and others for validation
@@ -54,7 +54,7 @@ class Spare:
 
 
 def run_forward(graph: Graph, x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, p: Tensor | None, mask: Tensor | None, keep: bool) -> Run:
-    """As `fused._run_forward`. Without `keep` the plan is free again at once."""
+    """As `compiled.run_forward`. Without `keep` the plan is free again at once."""
     with _on(x_proj):
         stream = torch.cuda.current_stream().cuda_stream if x_proj.is_cuda else 0
         key = Key(graph, h0.shape[0], h0.shape[1], mask is not None, p is not None, x_proj.dtype, x_proj.device, torch.get_float32_matmul_precision(), stream)
@@ -73,7 +73,7 @@ def run_forward(graph: Graph, x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tens
 
 
 def run_backward(run: Run, d_outputs: Tensor, needs: tuple[bool, ...]) -> list[Tensor | None]:
-    """As `fused._run_backward`; the plan is free afterwards."""
+    """As `compiled.run_backward`; the plan is free afterwards."""
     with _on(d_outputs):
         grads = run.plan.backward(d_outputs, needs)
     Spare.plans.append(run.plan)

@@ -1,0 +1,75 @@
+"""Either cell over a whole sequence in C++ (`csrc/cells.cpp`): the buffers that it works on, and the two calls."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import supernet
+from .extension import CellStruct, State
+from .graph import Graph
+from .workspace import give, take
+
+
+class Run(NamedTuple):
+    """What a forward pass leaves: its results, and the buffers the backward pass reads."""
+
+    graph: Graph
+    outputs: Tensor  # (T, B, H)
+    workspace: Tensor  # the memory of the larger buffers
+    buffers: dict[str, Tensor | None]  # by the names that cells.cpp has for them
+
+
+def run_forward(graph: Graph, x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, p: Tensor | None, mask: Tensor | None,
+                keep: bool) -> Run:
+    """Run the cell on tensors without a graph; with `keep` the buffers hold every time step, for `run_backward`.
+
+    x_proj, h0, W0_h, Ws and mask as in `supernet.mixed_cell`; p (E, 4), in the order of `graph.OPS`, for a mixed cell, None for a discrete one.
+    """
+    T, B, H, N, E = len(x_proj), *h0.shape, graph.n_nodes, graph.n_edges
+    steps, new = (T if keep else 1), x_proj.new_empty
+    inputs = {name: t.contiguous() for name, t in (("x_proj", x_proj), ("h0", h0), ("W0_h", W0_h), ("Ws", Ws))}
+    workspace, large = take({"pre": steps * B * E * 2 * H, "states": (N + 1) * steps * B * H, "scale": steps * (N + 1) * H, "packed": (N + 1) * H * padded(2 * H)}
+                             | ({"packed_back": (N + 1) * 2 * H * padded(H)} if keep else {})
+                             | ({} if mask is None else {"masked": N * steps * B * H, "previous": steps * B * H}), x_proj.dtype)
+    buffers = {
+        **inputs, "mask": None if mask is None else mask.contiguous(),
+        "p": new(E, 4).zero_() if p is None else p.contiguous(),
+        "present": new(E).fill_(1) if p is None else p.sum(1), "average": x_proj.new_tensor(graph.average),
+        "pre0": new(steps, B, 2 * H), **large,
+    }
+    result = Run(graph, new(T, B, H), workspace, buffers)
+    arguments = _arguments(result, keep)
+    State.loaded.forward[x_proj.dtype](ctypes.byref(arguments))
+    if not keep:
+        give(workspace)
+    return result
+
+
+def run_backward(run: Run, d_outputs: Tensor, needs: tuple[bool, ...]) -> list[Tensor | None]:
+    """Gradients of x_proj, h0, W0_h, Ws where `needs` says so and d_p (N(N+1)/2, 5) or None. Uses up the buffers: pre-activations become their gradients."""
+    N, (B, H), new = run.graph.n_nodes, d_outputs.shape[1:], d_outputs.new_empty
+    d_h0, d_W0_h, d_Ws = (new(shape) if need else None for need, shape in zip(needs[1:4], ((B, H), (H, 2 * H), (N, H, 2 * H))))
+    d_p = new(N * (N + 1) // 2, 5, dtype=torch.float64).zero_() if needs[4] else None
+    scratch = {"d_outputs": d_outputs.contiguous(), "d_states": new(N + 1, B, H), "scratch": new(B, H), "carry": new(B, H).zero_(), "d_h": new(B, H)}
+    arguments = _arguments(run, True, **scratch, d_h0=d_h0, d_W0_h=d_W0_h, d_Ws=d_Ws, d_p=d_p)
+    State.loaded.backward[d_outputs.dtype](ctypes.byref(arguments))
+    give(run.workspace)
+    return [run.buffers["pre0"] if needs[0] else None, d_h0, d_W0_h, d_Ws, d_p]
+
+
+def _arguments(run: Run, keep: bool, **more: Tensor | None) -> CellStruct:
+    """The struct that cells.cpp reads. Addresses only: the caller's tensors must outlive the call."""
+    tensors = {**run.buffers, "outputs": run.outputs, **more}
+    graph, (T, B, H) = run.graph, run.outputs.shape
+    return CellStruct(T, B, H, graph.n_nodes, graph.n_edges, torch.get_num_threads(), graph.normalise, keep, supernet.BATCHNORM_EPS,
+                      **{name: ctypes.addressof(array) for name, array in graph.arrays.items()},
+                      **{name: t.data_ptr() for name, t in tensors.items() if t is not None})
+
+
+def padded(columns: int) -> int:
+    """Columns of a matrix in panels: at most 32 to a panel, whatever the machine's registers (product.h)."""
+    return -(-columns // 32) * 32

@@ -1,0 +1,245 @@
+"""The mixed cell over a whole sequence in torch operations, with a backward pass written by hand: the fast path of a CPU where nothing was compiled.
+
+The description of a cell, the formulas, their derivatives and the names are those at the head of `csrc/cells.cpp`, as is what is kept for the backward
+pass: σ(c) and z where the products were, of node 0 σ(c) and tanh z, and the states. Everything has the batch as its last axis, so (H, B) for a state: products
+that way round are up to a third faster in MKL, and c and z of an edge are each one piece of memory. Against the readable forms, which autograd
+differentiates: one product for all edges that leave a state, no graph, no gradient that nobody asked for. (The discrete cell would gain nothing.)
+
+torch's tanh takes five times as long as its σ on an AMD EPYC with AVX2. So where z comes from normalised states, tanh z is 2 σ(2z) − 1: off by 1e-7 at
+most in float32, which for small z would be too much, as those of a cell without normalisation can all be.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import supernet
+from .graph import Graph
+from .workspace import give, take
+
+GRAIN = 1 << 18  # numbers of one operand of an element-wise operation: some ten of those must find room in a cache
+aten = torch.ops.aten
+
+
+class Shares(NamedTuple):
+    """Of n mixtures, (n, 1, 1) each: the primitives' shares, p."""
+
+    tanh: Tensor
+    relu: Tensor
+    sigmoid: Tensor
+    identity: Tensor
+    present: Tensor  # P
+    row: Tensor  # P, (1, n)
+
+    @classmethod
+    def of(cls, p: Tensor) -> Shares:  # (n, 4)
+        present = p.sum(1)
+        return cls(*(column[:, None, None].contiguous() for column in p.unbind(1)), present[:, None, None], present[None])
+
+
+class Group(NamedTuple):
+    """n edges that leave one state, to neighbouring nodes, and are computed at once."""
+
+    edges: list[int]  # rows of p
+    nodes: slice  # that they lead to
+    shares: Shares
+    first: bool  # nothing has come to these nodes before
+    by_sigmoid: bool  # tanh z is taken from σ(2z)
+    c: tuple[Tensor, ...]  # of each step (n, H, B)
+    z: tuple[Tensor, ...]
+
+
+class Source(NamedTuple):
+    """What leaves one of the states 0 … N−1."""
+
+    groups: list[Group]
+    rows: slice  # of its edges' weights, count·2H of the N·2H of all nodes
+    block: Tensor  # (T, count·2H, B): pre-activations, or their gradients
+
+
+class Run(NamedTuple):
+    """What a forward pass leaves for the backward pass."""
+
+    graph: Graph
+    outputs: Tensor | None  # (T, B, H)
+    inputs: tuple  # W0_h, Ws, p (E, 4), mask (H, B) or None
+    workspace: Tensor
+    hidden: Tensor  # (T+1, H, B): h0 and the outputs
+    pre0: Tensor  # (T, 2H, B)
+    sources: list[Source]
+    states: Tensor  # (N+1, T, H, B)
+    scale: Tensor  # (T, N+1, H): 1/√(v + eps)
+
+
+def _sources(graph: Graph, blocks: list[Tensor], p: Tensor, at_once: int) -> list[Source]:
+    """From the blocks (T, count·2H, B) of the states 0 … N−1, where state j has the edges to nodes j+1 … N."""
+    N, (T, width, B) = graph.n_nodes, blocks[-1].shape
+    sources = []
+    for state, block in enumerate(blocks):
+        halves = block.view(T, -1, 2, width // 2, B).permute(2, 0, 1, 3, 4)  # (T, count, 2, H, B) -> (2, T, count, H, B)
+        groups = []
+        for node in range(state + 1, N + 1, at_once):
+            nodes = range(node, min(node + at_once, N + 1))
+            edges = [i * (i - 1) // 2 + state for i in nodes]
+            c, z = halves[:, :, node - state - 1:nodes.stop - state - 1].unbind(0)  # (T, n, H, B) each
+            groups.append(Group(edges, slice(node, nodes.stop), Shares.of(p[edges]), state == 0, graph.normalise, c.unbind(0), z.unbind(0)))
+        sources.append(Source(groups, slice(state * width, N * width), block))
+    return sources
+
+
+def run_forward(graph: Graph, x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, p: Tensor, mask: Tensor | None, keep: bool) -> Run:
+    """As `compiled.run_forward`, of a mixed cell."""
+    T, B, H, N, new = len(x_proj), *h0.shape, graph.n_nodes, x_proj.new_empty
+    steps, at_once = T if keep else 1, max(1, min(N, GRAIN // (B * H)))
+    workspace, large = take({"states": (N + 1) * steps * H * B, **{str(j): steps * (N - j) * 2 * H * B for j in range(N)}}, x_proj.dtype)
+    blocks = [large[str(j)].view(steps, (N - j) * 2 * H, B) for j in range(N)]
+    mask = None if mask is None else mask.t().contiguous()
+    run = Run(graph, new(T, B, H), (W0_h, Ws, p, mask), workspace, new(steps + 1, H, B), new(steps, 2 * H, B), _sources(graph, blocks, p, at_once),
+              large["states"].view(N + 1, steps, H, B), new(steps, N + 1, H))
+    W = Ws.transpose(1, 2).flatten(0, 1)  # (N, H, 2H) -> (N·2H, H)
+    average, mean, masked = x_proj.new_tensor(graph.average)[None], new(H), new(H, B)  # (1, N+1)
+    m, spare, sums = new(at_once, H, B), new(at_once, H, B), new(N + 1, H, B)
+
+    def times_mask(s: Tensor) -> Tensor:
+        return s if mask is None else torch.mul(s, mask, out=masked)  # (H, B)
+
+    h = run.hidden[0].copy_(h0.t())
+    for t, (x, output) in enumerate(zip(x_proj.unbind(0), run.outputs.unbind(0))):
+        k = t if keep else 0
+        r = sums if graph.normalise else run.states[:, k]
+        states, sums_of, scale = run.states[:, k].unbind(0), r.unbind(0), run.scale[k].unbind(0)
+
+        def finish(i: int) -> None:
+            if graph.normalise:
+                aten.native_batch_norm.out(sums_of[i][None], None, None, None, None, True, 0.0, supernet.BATCHNORM_EPS, out=states[i][None], save_mean=mean,
+                                           save_invstd=scale[i])
+
+        c, z = torch.addmm(x.t(), W0_h.t(), times_mask(h), out=run.pre0[k]).chunk(2)  # (H, B) each
+        torch.lerp(h, z.tanh_(), c.sigmoid_(), out=sums_of[0])
+        finish(0)
+        for j, (groups, rows, block) in enumerate(run.sources):
+            torch.mm(W[rows], times_mask(states[j]), out=block[k])  # (count·2H, H) (H, B)
+            for group in groups:
+                n = len(group.edges)
+                _edges_forward(group, group.c[k].sigmoid_(), group.z[k], states[j], r[group.nodes], m[:n], spare[:n])
+            finish(j + 1)
+        h = run.hidden[k + 1]
+        torch.mm(average, run.states[:, k].flatten(1), out=h.view(1, -1))  # (1, N+1) (N+1, H·B)
+        output.copy_(h.t())
+    if not keep:
+        give(workspace)
+    return run
+
+
+def run_backward(run: Run, d_outputs: Tensor, needs: tuple[bool, ...]) -> list[Tensor | None]:
+    """As `compiled.run_backward`."""
+    graph, (W0_h, Ws, p, mask) = run.graph, run.inputs
+    T, B, H, N, new = *d_outputs.shape, graph.n_nodes, d_outputs.new_empty
+    W = Ws.transpose(0, 1).flatten(1)  # (N, H, 2H) -> (H, N·2H)
+    average = d_outputs.new_tensor(graph.average)[:, None, None]
+    d_W0_h = new(H, 2 * H).zero_() if needs[2] else None
+    d_W = new(N * 2 * H, H).zero_() if needs[3] else None
+    d_p = new(graph.n_edges, 5, dtype=torch.float64).zero_() if needs[4] else None
+    scratch, masked, zeros, ones, dh = new(6, len(run.sources[0].groups[0].edges), H, B), new(H, B), new(H).zero_(), new(H).fill_(1), new(H, B).zero_()
+    all_ds = new(N + 1, H, B)
+    all_dr = torch.empty_like(all_ds) if graph.normalise else all_ds
+    ds, dr = all_ds.unbind(0), all_dr.unbind(0)
+
+    def through(W: Tensor, d_pre: Tensor, to: Tensor) -> None:
+        """to += m∘(W dpre)"""
+        if mask is None:
+            to.addmm_(W, d_pre)  # (H, count·2H) (count·2H, B)
+        else:
+            to.addcmul_(torch.mm(W, d_pre, out=masked), mask)
+
+    def times_mask(s: Tensor) -> Tensor:
+        return s if mask is None else torch.mul(s, mask, out=masked)  # (H, B)
+
+    for t in reversed(range(T)):
+        states, scale = run.states[:, t].unbind(0), run.scale[t].unbind(0)
+
+        def finish(i: int) -> None:
+            if graph.normalise:  # torch's own, of the normalised: their mean is 0, their deviation 1, and the true one is a weight
+                dr[i].copy_(aten.native_batch_norm_backward(ds[i][None], states[i][None], scale[i], None, None, zeros, ones, True, 0.0, [True, False, False])[0][0])
+
+        dh += d_outputs[t].t()
+        torch.mul(average, dh, out=all_ds)  # (N+1, 1, 1) (H, B)
+        finish(N)
+        for j in reversed(range(N)):
+            groups, rows, block = run.sources[j]
+            for group in groups:
+                sums = _edges_backward(group, group.c[t], group.z[t], states[j], all_dr[group.nodes], ds[j], scratch[:, :len(group.edges)].unbind(0), needs[4])
+                if sums is not None:
+                    d_p[group.edges] += sums
+            through(W[:, rows], block[t], ds[j])
+            if d_W is not None:
+                d_W[rows].addmm_(block[t], times_mask(states[j]).t())  # (count·2H, B) (B, H)
+            finish(j)
+        h, d_pre0 = run.hidden[t], run.pre0[t]
+        c, tanh = d_pre0.chunk(2)  # (H, B) each
+        moved = torch.mul(dr[0], c, out=masked)
+        torch.sub(dr[0], moved, out=dh)
+        torch.mul(torch.sub(tanh, h).mul_(dh), c, out=c)
+        aten.tanh_backward.grad_input(moved, tanh, grad_input=tanh)
+        through(W0_h, d_pre0, dh)
+        if d_W0_h is not None:
+            d_W0_h.addmm_(times_mask(h), d_pre0.t())  # (H, B) (B, 2H)
+
+    give(run.workspace)
+    d_Ws = None if d_W is None else d_W.view(N, 2 * H, H).transpose(1, 2).contiguous()
+    return [run.pre0.transpose(1, 2).contiguous() if needs[0] else None, dh.t().contiguous() if needs[1] else None, d_W0_h, d_Ws, d_p]
+
+
+def _tanh(group: Group, z: Tensor, out: Tensor) -> Tensor:
+    """σ(2z) or tanh z."""
+    return torch.add(z, z, out=out).sigmoid_() if group.by_sigmoid else torch.tanh(z, out=out)
+
+
+def _tanh_share(group: Group, f: Tensor, out: Tensor) -> Tensor:
+    """p tanh z from what `_tanh` gave."""
+    if group.by_sigmoid:
+        return torch.mul(f, 2 * group.shares.tanh, out=out).sub_(group.shares.tanh)
+    return torch.mul(f, group.shares.tanh, out=out)
+
+
+def _edges_forward(group: Group, c: Tensor, z: Tensor, s: Tensor, r: Tensor, m: Tensor, spare: Tensor) -> None:
+    """r += P s + σ(c)∘(M − P s), or r = that where the group is its nodes' first. σ(c), z, r (n, H, B), s (H, B)."""
+    share = group.shares
+    _tanh_share(group, _tanh(group, z, spare), m)
+    m.addcmul_(torch.sigmoid(z, out=spare), share.sigmoid).addcmul_(torch.clamp_min(z, 0, out=spare), share.relu).addcmul_(z, share.identity)
+    carried = torch.mul(share.present, s, out=spare)
+    if group.first:
+        torch.lerp(carried, m, c, out=r)
+    else:
+        r += torch.lerp(carried, m, c, out=m)
+
+
+def _edges_backward(group: Group, c: Tensor, z: Tensor, s: Tensor, dr: Tensor, ds: Tensor, scratch: tuple[Tensor, ...], probabilities: bool) -> Tensor | None:
+    """σ(c), z (n, H, B) -> dc, dz in their places; ds (H, B) += P dr∘(1 − σ) of all n edges; with `probabilities` the sums (n, 5) for dp."""
+    (moved, left, m, f, g, spare), share = scratch, group.shares
+    torch.sub(dr, torch.mul(dr, c, out=moved), out=left)  # dr∘σ, dr∘(1 − σ)
+    ds.view(1, -1).addmm_(share.row, left.flatten(1))  # (1, n) (n, H·B)
+    _tanh_share(group, _tanh(group, z, f), m)
+    m.addcmul_(torch.sigmoid(z, out=g), share.sigmoid).addcmul_(z, share.identity).addcmul_(torch.clamp_min(z, 0, out=spare), share.relu)
+    sums = None
+    if probabilities:
+        relu = _sum(moved, spare, spare)
+        tanh = _sum(moved, f, spare)
+        tanh = 2 * tanh - moved.sum((1, 2)) if group.by_sigmoid else tanh
+        sums = torch.stack([_sum(left, s, spare), tanh, relu, _sum(moved, g, spare), _sum(moved, z, spare)], 1)  # the order of cells.cpp
+    torch.mul(m.addcmul_(share.present, s, value=-1).mul_(left), c, out=c)
+    if group.by_sigmoid:
+        f.addcmul_(f, f, value=-1).mul_(4 * share.tanh)  # tanh' = 4 σ(2z)(1 − σ(2z))
+    else:
+        f.mul_(f).mul_(-share.tanh).add_(share.tanh)
+    f.addcmul_(g.addcmul_(g, g, value=-1), share.sigmoid).addcmul_(torch.gt(z, 0, out=spare), share.relu).add_(share.identity)
+    torch.mul(moved, f, out=z)
+    return sums
+
+
+def _sum(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """Σ a∘b of each edge: (n, H, B) -> (n)."""
+    return torch.mul(a, b, out=out).sum((1, 2))
