@@ -6,7 +6,7 @@
     python benchmarks/search_quality.py run --corpus FOLDER --arm second-order --set search.epochs=6 --set search.warmup_epochs=4 --set search.relaxation=gumbel --name "second-order, gumbel, α warm-up"
     python benchmarks/search_quality.py run --corpus FOLDER --arm second-order --set search.hvp=first_order --set search.epochs=9 --set search.warmup_epochs=3 --set search.relaxation=gumbel --name "first-order, gumbel, α warm-up"
     python benchmarks/search_quality.py run --corpus FOLDER --arm second-order --set search.epochs=6 --set search.warmup_epochs=4 --set search.relaxation=gumbel --set search.unrolled_lr=2 --name "second-order, gumbel, α warm-up, ξ = 2"
-    python benchmarks/search_quality.py run --corpus FOLDER --again --arm random --set retrain.epochs=10 --retrain-seeds 1      # the stored cells, another way
+    python benchmarks/search_quality.py run --corpus FOLDER --again --arm random original one --set retrain.epochs=10 --retrain-seeds 1      # the stored cells, another way
     python benchmarks/search_quality.py run --corpus FOLDER --again --arm second-order --name "second-order, gumbel, α warm-up, ξ = 2" --set retrain.epochs=10 --retrain-seeds 1
     python benchmarks/search_quality.py table                                                          # figures, tests and picture of what there is
 
