@@ -29,7 +29,7 @@ def run_forward(graph: Graph, x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tens
 
     x_proj, h0, W0_h, Ws and mask as in `supernet.mixed_cell`; p (E, 4), in the order of `graph.OPS`, for a mixed cell, None for a discrete one.
     """
-    T, B, H, N, E = len(x_proj), *h0.shape, graph.n_nodes, graph.n_edges
+    (T, B, _), H, N, E = x_proj.shape, h0.shape[1], graph.n_nodes, graph.n_edges
     steps, new = (T if keep else 1), x_proj.new_empty
     inputs = {name: t.contiguous() for name, t in (("x_proj", x_proj), ("h0", h0), ("W0_h", W0_h), ("Ws", Ws))}
     workspace, large = take({"pre": steps * B * E * 2 * H, "states": (N + 1) * steps * B * H, "scale": steps * (N + 1) * H, "packed": (N + 1) * H * padded(2 * H)}

@@ -11,6 +11,7 @@ most in float32, which for small z would be too much, as those of a cell without
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -24,7 +25,8 @@ GRAIN = 1 << 18  # numbers of one operand of an element-wise operation: some ten
 aten = torch.ops.aten
 
 
-class Shares(NamedTuple):
+@dataclass(frozen=True)
+class Shares:
     """Of n mixtures, (n, 1, 1) each: the primitives' shares, p."""
 
     tanh: Tensor
@@ -36,11 +38,12 @@ class Shares(NamedTuple):
 
     @classmethod
     def of(cls, p: Tensor) -> Shares:  # (n, 4)
-        present = p.sum(1)
-        return cls(*(column[:, None, None].contiguous() for column in p.unbind(1)), present[:, None, None], present[None])
+        (tanh, relu, sigmoid, identity), present = (column[:, None, None].contiguous() for column in p.unbind(1)), p.sum(1)
+        return cls(tanh, relu, sigmoid, identity, present[:, None, None], present[None])
 
 
-class Group(NamedTuple):
+@dataclass(frozen=True)
+class Group:
     """n edges that leave one state, to neighbouring nodes, and are computed at once."""
 
     edges: list[int]  # rows of p
@@ -52,7 +55,8 @@ class Group(NamedTuple):
     z: tuple[Tensor, ...]
 
 
-class Source(NamedTuple):
+@dataclass(frozen=True)
+class Source:
     """What leaves one of the states 0 … N−1."""
 
     groups: list[Group]
@@ -65,11 +69,11 @@ class Run(NamedTuple):
 
     graph: Graph
     outputs: Tensor | None  # (T, B, H)
-    inputs: tuple  # W0_h, Ws, p (E, 4), mask (H, B) or None
+    inputs: tuple  # W0_h, Ws, mask (H, B) or None
     workspace: Tensor
     hidden: Tensor  # (T+1, H, B): h0 and the outputs
     pre0: Tensor  # (T, 2H, B)
-    sources: list[Source]
+    sources: list  # of `Source`
     states: Tensor  # (N+1, T, H, B)
     scale: Tensor  # (T, N+1, H): 1/√(v + eps)
 
@@ -92,12 +96,12 @@ def _sources(graph: Graph, blocks: list[Tensor], p: Tensor, at_once: int) -> lis
 
 def run_forward(graph: Graph, x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, p: Tensor, mask: Tensor | None, keep: bool) -> Run:
     """As `compiled.run_forward`, of a mixed cell."""
-    T, B, H, N, new = len(x_proj), *h0.shape, graph.n_nodes, x_proj.new_empty
+    (T, B, _), H, N, new = x_proj.shape, h0.shape[1], graph.n_nodes, x_proj.new_empty
     steps, at_once = T if keep else 1, max(1, min(N, GRAIN // (B * H)))
     workspace, large = take({"states": (N + 1) * steps * H * B, **{str(j): steps * (N - j) * 2 * H * B for j in range(N)}}, x_proj.dtype)
     blocks = [large[str(j)].view(steps, (N - j) * 2 * H, B) for j in range(N)]
     mask = None if mask is None else mask.t().contiguous()
-    run = Run(graph, new(T, B, H), (W0_h, Ws, p, mask), workspace, new(steps + 1, H, B), new(steps, 2 * H, B), _sources(graph, blocks, p, at_once),
+    run = Run(graph, new(T, B, H), (W0_h, Ws, mask), workspace, new(steps + 1, H, B), new(steps, 2 * H, B), _sources(graph, blocks, p, at_once),
               large["states"].view(N + 1, steps, H, B), new(steps, N + 1, H))
     W = Ws.transpose(1, 2).flatten(0, 1)  # (N, H, 2H) -> (N·2H, H)
     average, mean, masked = x_proj.new_tensor(graph.average)[None], new(H), new(H, B)  # (1, N+1)
@@ -106,26 +110,25 @@ def run_forward(graph: Graph, x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tens
     def times_mask(s: Tensor) -> Tensor:
         return s if mask is None else torch.mul(s, mask, out=masked)  # (H, B)
 
+    def finish(r: Tensor, state: Tensor, scale: Tensor) -> None:
+        if graph.normalise:
+            aten.native_batch_norm.out(r[None], None, None, None, None, True, 0.0, supernet.BATCHNORM_EPS, out=state[None], save_mean=mean, save_invstd=scale)
+
     h = run.hidden[0].copy_(h0.t())
     for t, (x, output) in enumerate(zip(x_proj.unbind(0), run.outputs.unbind(0))):
         k = t if keep else 0
         r = sums if graph.normalise else run.states[:, k]
         states, sums_of, scale = run.states[:, k].unbind(0), r.unbind(0), run.scale[k].unbind(0)
 
-        def finish(i: int) -> None:
-            if graph.normalise:
-                aten.native_batch_norm.out(sums_of[i][None], None, None, None, None, True, 0.0, supernet.BATCHNORM_EPS, out=states[i][None], save_mean=mean,
-                                           save_invstd=scale[i])
-
         c, z = torch.addmm(x.t(), W0_h.t(), times_mask(h), out=run.pre0[k]).chunk(2)  # (H, B) each
         torch.lerp(h, z.tanh_(), c.sigmoid_(), out=sums_of[0])
-        finish(0)
-        for j, (groups, rows, block) in enumerate(run.sources):
-            torch.mm(W[rows], times_mask(states[j]), out=block[k])  # (count·2H, H) (H, B)
-            for group in groups:
+        finish(sums_of[0], states[0], scale[0])
+        for j, source in enumerate(run.sources):
+            torch.mm(W[source.rows], times_mask(states[j]), out=source.block[k])  # (count·2H, H) (H, B)
+            for group in source.groups:
                 n = len(group.edges)
                 _edges_forward(group, group.c[k].sigmoid_(), group.z[k], states[j], r[group.nodes], m[:n], spare[:n])
-            finish(j + 1)
+            finish(sums_of[j + 1], states[j + 1], scale[j + 1])
         h = run.hidden[k + 1]
         torch.mm(average, run.states[:, k].flatten(1), out=h.view(1, -1))  # (1, N+1) (N+1, H·B)
         output.copy_(h.t())
@@ -136,8 +139,8 @@ def run_forward(graph: Graph, x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tens
 
 def run_backward(run: Run, d_outputs: Tensor, needs: tuple[bool, ...]) -> list[Tensor | None]:
     """As `compiled.run_backward`."""
-    graph, (W0_h, Ws, p, mask) = run.graph, run.inputs
-    T, B, H, N, new = *d_outputs.shape, graph.n_nodes, d_outputs.new_empty
+    graph, (W0_h, Ws, mask) = run.graph, run.inputs
+    (T, B, H), N, new = d_outputs.shape, graph.n_nodes, d_outputs.new_empty
     W = Ws.transpose(0, 1).flatten(1)  # (N, H, 2H) -> (H, N·2H)
     average = d_outputs.new_tensor(graph.average)[:, None, None]
     d_W0_h = new(H, 2 * H).zero_() if needs[2] else None
@@ -158,26 +161,26 @@ def run_backward(run: Run, d_outputs: Tensor, needs: tuple[bool, ...]) -> list[T
     def times_mask(s: Tensor) -> Tensor:
         return s if mask is None else torch.mul(s, mask, out=masked)  # (H, B)
 
+    def finish(ds: Tensor, dr: Tensor, state: Tensor, scale: Tensor) -> None:
+        if graph.normalise:  # torch's own, of the normalised: their mean is 0, their deviation 1, and the true one is a weight
+            dr.copy_(aten.native_batch_norm_backward(ds[None], state[None], scale, None, None, zeros, ones, True, 0.0, [True, False, False])[0][0])
+
     for t in reversed(range(T)):
         states, scale = run.states[:, t].unbind(0), run.scale[t].unbind(0)
 
-        def finish(i: int) -> None:
-            if graph.normalise:  # torch's own, of the normalised: their mean is 0, their deviation 1, and the true one is a weight
-                dr[i].copy_(aten.native_batch_norm_backward(ds[i][None], states[i][None], scale[i], None, None, zeros, ones, True, 0.0, [True, False, False])[0][0])
-
         dh += d_outputs[t].t()
         torch.mul(average, dh, out=all_ds)  # (N+1, 1, 1) (H, B)
-        finish(N)
+        finish(ds[N], dr[N], states[N], scale[N])
         for j in reversed(range(N)):
-            groups, rows, block = run.sources[j]
-            for group in groups:
+            source = run.sources[j]
+            for group in source.groups:
                 sums = _edges_backward(group, group.c[t], group.z[t], states[j], all_dr[group.nodes], ds[j], scratch[:, :len(group.edges)].unbind(0), needs[4])
-                if sums is not None:
+                if d_p is not None and sums is not None:
                     d_p[group.edges] += sums
-            through(W[:, rows], block[t], ds[j])
+            through(W[:, source.rows], source.block[t], ds[j])
             if d_W is not None:
-                d_W[rows].addmm_(block[t], times_mask(states[j]).t())  # (count·2H, B) (B, H)
-            finish(j)
+                d_W[source.rows].addmm_(source.block[t], times_mask(states[j]).t())  # (count·2H, B) (B, H)
+            finish(ds[j], dr[j], states[j], scale[j])
         h, d_pre0 = run.hidden[t], run.pre0[t]
         c, tanh = d_pre0.chunk(2)  # (H, B) each
         moved = torch.mul(dr[0], c, out=masked)

@@ -207,16 +207,17 @@ def test_float32():
 @pytest.mark.parametrize("size", [1.0, 1e-2, 1e-4])
 def test_float32_keeps_its_digits_however_small_the_numbers(size):
     """An untrained cell's pre-activations are near 0, where tanh(z) taken from exp(z) has lost most of them; normalisation then shows what is left."""
-    *exact, _ = tensors(5, 24, 40, 4)
-    exact[0], exact[1] = exact[0] * size, exact[1] * size
-    rounded = [t.float() for t in exact]
-    exact = [t.double() for t in rounded]
     genotype = Genotype((("tanh", 0), ("sigmoid", 0), ("identity", 1), ("tanh", 2)))
     for both, inputs in ((lambda i: both_mixed(i, [True] * 5, None), slice(5)), (lambda i: both_discrete(i, genotype, [True] * 4, None), slice(4))):
-        fast, readable = both(rounded[inputs])
-        truth = both(exact[inputs])[1]
-        far = [max(float((a - t).abs().max() / t.abs().max()) for a, t in zip(found, truth)) for found in (fast, readable)]
-        assert far[0] < 4 * far[1] + 2e-6, far
+        far = []  # of each seed; a single one's largest error differs by a factor of 5 with the number of threads
+        for seed in range(6):
+            *exact, _ = tensors(5, 24, 40, 4, seed=seed)
+            exact[0], exact[1] = exact[0] * size, exact[1] * size
+            rounded = [t.float() for t in exact]
+            truth = both([t.double() for t in rounded][inputs])[1]
+            far.append([max(float((a - t).abs().max() / t.abs().max()) for a, t in zip(found, truth)) for found in both(rounded[inputs])])
+        fast, readable = (sum(errors) / len(far) for errors in zip(*far))
+        assert fast < 4 * readable + 2e-6, far
 
 
 @each_engine
