@@ -93,7 +93,7 @@ def test_mixed_cell_equals_the_readable_one(n_nodes, masked):
             assert_close(*both_mixed(inputs, [True] * 5, mask if masked else None, normalise=normalise), TOLERANCE[torch.float64])
 
 
-@each_engine
+@needs_extension
 @pytest.mark.parametrize("n_nodes", range(1, 13))
 @pytest.mark.parametrize("masked", [False, True])
 def test_discrete_cell_equals_the_readable_one(n_nodes, masked):
@@ -123,6 +123,9 @@ def test_a_drawn_cell_is_run_alone(monkeypatch):
         assert_close([fused.drawn_cell(*inputs, p.clone().requires_grad_(needed), mask).detach()],
                      [cell.discrete_cell(*inputs, Genotype((("tanh", 0), ("sigmoid", 0))), mask)], 1e-10)
     assert [graph.n_edges for graph in graphs] == [2, 2]
+    fused.enable(False)
+    monkeypatch.setattr(supernet, "mixed_cell", None)  # nor without the extension
+    assert torch.equal(fused.drawn_cell(*inputs, p, mask), cell.discrete_cell(*inputs, Genotype((("tanh", 0), ("sigmoid", 0))), mask))
 
 
 def test_the_readable_forms_are_not_what_runs(engine, monkeypatch):
@@ -165,7 +168,7 @@ def test_threads_share_a_batch(threads, refused):
         torch.set_num_threads(before)
 
 
-@each_engine
+@needs_extension
 @pytest.mark.parametrize("genotype", [DARTS_V1, DARTS_V2, ENAS], ids=["DARTS_V1", "DARTS_V2", "ENAS"])
 def test_published_cells(genotype):
     *inputs, _, mask = tensors(4, 5, 16, genotype.n_nodes)
