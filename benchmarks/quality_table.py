@@ -17,10 +17,10 @@ from nni_darts_rnn.genotype import PRIMITIVES
 RESULTS = Path(__file__).parent / "results"
 
 
-def save(rows: list[dict]) -> None:
-    """Rows into the CSV in the place of those of the same name, way of retraining and seeds."""
-    path = RESULTS / "search_quality.csv"
-    before = stored() if path.exists() else []
+def save(rows: list[dict], stem: str) -> None:
+    """Rows into a study's CSV in the place of those of the same name, way of retraining and seeds."""
+    path = RESULTS / f"{stem}.csv"
+    before = stored(stem) if path.exists() else []
     new = {_which(row) for row in rows}
     write_csv(path, [row for row in before if _which(row) not in new] + rows)
 
@@ -29,8 +29,8 @@ def _which(row: dict) -> tuple:
     return row["name"], row["retraining"], int(row["seed"]), int(row["retrain_seed"])
 
 
-def stored() -> list[dict]:
-    with open(RESULTS / "search_quality.csv", encoding="utf-8") as file:
+def stored(stem: str) -> list[dict]:
+    with open(RESULTS / f"{stem}.csv", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 

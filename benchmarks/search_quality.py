@@ -8,13 +8,15 @@
     python benchmarks/search_quality.py run --corpus FOLDER --arm second-order --set search.epochs=6 --set search.warmup_epochs=4 --set search.relaxation=gumbel --set search.unrolled_lr=2 --name "second-order, gumbel, α warm-up, ξ = 2"
     python benchmarks/search_quality.py run --corpus FOLDER --again --arm random original one --set retrain.epochs=10 --retrain-seeds 1      # the stored cells, another way
     python benchmarks/search_quality.py run --corpus FOLDER --again --arm second-order --name "second-order, gumbel, α warm-up, ξ = 2" --set retrain.epochs=10 --retrain-seeds 1
+    python benchmarks/search_quality.py run --corpus FOLDER --arm DARTS_V1 DARTS_V2 --set retrain.epochs=10 --seeds 1 --retrain-seeds 4      # named cells
+    python benchmarks/search_quality.py run --study example --arm second-order random one              # on the example's own text, with its own recipe
     python benchmarks/search_quality.py table                                                          # figures, tests and picture of what there is
 
 An interrupted `run` goes on where it was when it is given again: finished trials are kept in --work, and an unfinished phase has its checkpoints there.
 
 Arms: `second-order`, the package's own; `original`, with quark0/darts' numerics; `first-order`; `shared`, random search with weight sharing (Li and
 Talwalkar 2019: weights of all cells trained on a random one each step, then the best of random cells on validation text); `random`, random search
-(each cell trained for the short retraining, the best on validation text is kept); `one`, a random cell as it comes.
+(each cell trained for the short retraining, the best on validation text is kept); `one`, a random cell as it comes; a named cell, such as `DARTS_V2`.
 
 The budget is arithmetic: that of the recipe's second-order search. A step is 13 forward passes of the mixed cell in second order (`step_size.py`
 has the formula), 5 in first order (α: forward and backward to the data; weights: 3), 3 while α waits, and 3 of the discrete cell in
@@ -23,7 +25,7 @@ training. The other arms get as many epochs, or cells, as come nearest; α's war
 2 in which it learns cost 25.5 in second order, 3 and 6 24.9 in first order. (The fast path has since become cheaper than this counts: it runs the edges that
 were not drawn forward only, which makes 21.3 of the 25.5.)
 
-All search on the first half of the training text and its validation text, and retrain on all of it.
+The study `penn` searches on the first half of the training text and its validation text, and retrains on all of it; `example` does both on all of it.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ import random
 import shlex
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 
@@ -43,10 +45,10 @@ from hardware import machine
 from quality_table import RESULTS, by_retraining, picture, save, stored, summary, ways_agree
 from step_size import Size
 
-from nni_darts_rnn.genotype import PRIMITIVES
+from nni_darts_rnn.genotype import NAMED, PRIMITIVES
 
 ARMS = ("second-order", "original", "first-order", "shared", "random", "one")
-WORDS, SHORT = 2000, 1  # the most frequent words that are kept; epochs of the short retraining
+SHORT = 1  # epochs of the short retraining
 DROPOUT = {f"{part}.{name}": value for part in ("search", "retrain")
            for name, value in (("dropout", 0.4), ("dropout_x", 0.4), ("dropout_h", 0.2), ("dropout_i", 0.2))}
 # the paper's clip, 0.25, lets a step at learning rate 20 move the supernet's weights by 5, half of their norm at the start at this size: of 8 searches
@@ -57,6 +59,20 @@ SETTINGS = DROPOUT | {"search.hidden_size": 64, "search.batch_size": 64, "search
                       "retrain.anneal": 0.34,
                       # ±0.04 at 850 units gives a product the size that ±0.15 gives it at 64; less, and deep cells start late
                       "search.init_range": 0.15, "retrain.init_range": 0.15}
+
+
+@dataclass(frozen=True)
+class Study:
+    """What arms are compared on, and the name of its files in `results/`."""
+
+    stem: str
+    recipe: str
+    words: int | None = None  # the most frequent words that are kept
+    share: float = 1.0  # of the training text that is searched on
+    settings: dict = field(default_factory=dict)
+
+
+STUDIES = {"penn": Study("search_quality", "penn", 2000, 0.5, SETTINGS), "example": Study("search_quality_example", "small")}
 
 
 def frequent(corpus, words: int):
@@ -72,8 +88,9 @@ def frequent(corpus, words: int):
     return replace(corpus, vocab=vocab, train=new[corpus.train], valid=new[corpus.valid], test=new[corpus.test])
 
 
-def half(corpus):
-    return replace(corpus, train=corpus.train[:len(corpus.train) // 2], alpha=None)
+def beginning(corpus, share: float):
+    """The corpus with that share of its training text."""
+    return replace(corpus, train=corpus.train[:int(len(corpus.train) * share)], alpha=None)
 
 
 def random_cell(generator: random.Random, n_nodes: int):
@@ -83,23 +100,27 @@ def random_cell(generator: random.Random, n_nodes: int):
     return Genotype(tuple((generator.choice(ops), generator.randrange(node)) for node in range(1, n_nodes + 1)))
 
 
-def budget(recipe, words: int) -> float:
-    """How much more arithmetic a step of the recipe's search is than a training step of one cell on as many tokens."""
+def budget(recipe, words: int, hidden_size: int) -> float:
+    """How many times the arithmetic of a training step of one cell with `hidden_size` units a search step on as many tokens is."""
     N = recipe.n_nodes
     mixed = Size(1, 1, recipe.hidden_size, words, N).flops()  # 13 passes
-    decoder = 2 * recipe.hidden_size * words
-    discrete = 3 * (4 * recipe.hidden_size**2 * (N + 2) + decoder)  # one edge a node, and both halves of W0
+    decoder = 2 * hidden_size * words
+    discrete = 3 * (4 * hidden_size**2 * (N + 2) + decoder)  # one edge a node, and both halves of W0
     return mixed / discrete
 
 
-def find_cell(arm: str, corpus, recipe, seed: int, folder: Path):
-    """The cell that an arm chooses."""
+def find_cell(arm: str, corpus, share: float, recipe, seed: int, folder: Path):
+    """The cell that an arm chooses, of searches on that share of the training text."""
     from nni_darts_rnn.health import ROLLBACKS, SHRINK, NotFinite
     from nni_darts_rnn.learner import retrain
     from nni_darts_rnn.pipeline import search_phase
 
-    quick, generator, part = recipe.search, random.Random(seed), half(corpus)
-    epochs = budget(quick, len(corpus.vocab)) * quick.epochs  # of training one cell on half of the text
+    quick, generator, part = recipe.search, random.Random(seed), beginning(corpus, share)
+
+    def epochs(hidden_size: int) -> float:
+        """As many of training one cell on that share of the text."""
+        return budget(quick, len(corpus.vocab), hidden_size) * quick.epochs
+
     if arm in ("second-order", "original", "first-order"):
         if arm == "original":
             quick = replace(quick, reproduce_original=True, init_range=0.04)
@@ -108,14 +129,16 @@ def find_cell(arm: str, corpus, recipe, seed: int, folder: Path):
         return search_phase(part, quick, seed, folder)["genotype"]
     if arm == "one":
         return random_cell(generator, quick.n_nodes)
+    if arm in NAMED:
+        return NAMED[arm]
     if arm == "random":
         found = []
-        for k in range(round(epochs / (2 * SHORT))):
+        for k in range(round(epochs(recipe.retrain.hidden_size) * share / SHORT)):
             cell = random_cell(generator, quick.n_nodes)
             ended = retrain(corpus, cell, replace(recipe.retrain, epochs=SHORT), 1000 * seed + k, folder / f"cell{k}")
             found.append((ended["valid_perplexity"], k, cell))
         return min(found)[2]
-    quick = replace(quick, epochs=round(epochs) - 1)
+    quick = replace(quick, epochs=round(epochs(quick.hidden_size)) - 1)
     for again in range(ROLLBACKS + 1):
         try:
             return shared(part, replace(quick, lr=quick.lr * SHRINK**again), random.Random(seed), seed)
@@ -159,19 +182,21 @@ def trial(options, recipe) -> None:
 
     seed = int(nni.get_next_parameter()["seed"])
     prepare_torch(options)
-    corpus, folder = frequent(open_corpus(options), WORDS), place(options, recipe, options.name) / str(seed)
+    study, corpus, folder = STUDIES[options.study], open_corpus(options), place(options, recipe, options.name) / str(seed)
+    if study.words is not None:
+        corpus = frequent(corpus, study.words)
     folder.mkdir(parents=True, exist_ok=True)
     take_fast_path(corpus, recipe.search, "cpu")
     took, before = folder / "search.json", {}
     if options.again:
-        before = of_name(options.name)[seed]
+        before = of_name(options.name, study.stem)[seed]
         cell, chosen = Genotype.from_json(before["genotype"]), {"seconds": float(before["search_seconds"])}
     elif took.exists():  # by a run that was stopped
         chosen = json.loads(took.read_text())
         cell = Genotype.from_json(chosen["genotype"])
     else:
         began = time.perf_counter()
-        cell = find_cell(options.arm[0], corpus, recipe, seed, folder)
+        cell = find_cell(options.arm[0], corpus, study.share, recipe, seed, folder)
         chosen = {"genotype": cell.to_json(), "seconds": time.perf_counter() - began}
         write_json(took, chosen)
     rows = []
@@ -195,9 +220,9 @@ def place(options, recipe, name: str) -> Path:
     return options.work / (f"{name}, again for {retraining(recipe)}" if options.again else name)
 
 
-def of_name(name: str) -> dict[int, dict]:
+def of_name(name: str, stem: str) -> dict[int, dict]:
     """The last stored row of each seed."""
-    return {int(row["seed"]): row for row in stored() if row["name"] == name}
+    return {int(row["seed"]): row for row in stored(stem) if row["name"] == name}
 
 
 def run(options, recipe) -> None:
@@ -208,12 +233,12 @@ def run(options, recipe) -> None:
         name = options.name or arm
         folder, wanted = place(options, recipe, name), set(range(1, options.seeds + 1))
         if options.again:
-            wanted &= of_name(name).keys()
+            wanted &= of_name(name, STUDIES[options.study].stem).keys()
         missing = [seed for seed in sorted(wanted) if not (folder / str(seed) / "rows.json").exists()]
         if missing:
-            command = [sys.executable, str(Path(__file__).resolve()), "trial", "--arm", arm, "--name", name, "--work", str(options.work.resolve()),
+            command = [sys.executable, str(Path(__file__).resolve()), "trial", "--study", options.study, "--arm", arm, "--name", name, "--work", str(options.work.resolve()),
                        "--corpus", str(Path(options.corpus).resolve()) if Path(options.corpus).exists() else options.corpus,
-                       "--threads", str(options.threads), "--retrain-seeds", str(options.retrain_seeds), *["--again"] * options.again]
+                       "--recipe", options.recipe, "--threads", str(options.threads), "--retrain-seeds", str(options.retrain_seeds), *["--again"] * options.again]
             for setting in options.set:
                 command += ["--set", setting]
             experiment = Experiment("local")
@@ -226,7 +251,7 @@ def run(options, recipe) -> None:
             experiment.stop()
         done = collect(folder)
         print(f"{name}: {len(done) // options.retrain_seeds} of {len(wanted)} seeds done", flush=True)
-        save(done)
+        save(done, STUDIES[options.study].stem)
 
 
 def collect(folder: Path) -> list[dict]:
@@ -243,19 +268,20 @@ def collect(folder: Path) -> list[dict]:
 
 
 def table() -> None:
-    rows = stored()
-    found = {"retrained": {way: summary(there) for way, there in by_retraining(rows).items()}, "ways": ways_agree(rows),
-             "command": "python benchmarks/search_quality.py table", "date": date.today().isoformat(), "machine": machine(),
-             "settings": SETTINGS | {"words": WORDS, "short_epochs": SHORT}}
-    (RESULTS / "search_quality.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    picture(rows, RESULTS / "search_quality.svg")
-    for way, figures in found["retrained"].items():
-        print(f"retrained for {way}")
-        for name, arm in figures["arms"].items():
-            against = ", ".join(f"{arm[f'minus_{other}']:+.2f} to {other} (p {arm[f'p_{other}']:.3f})" for other in ("random", "original") if f"p_{other}" in arm)
-            print(f"{name:>14}: {arm['seeds']} seeds, valid {arm['valid_mean']:.2f} ± {arm['valid_sd'] or 0:.2f}, test {arm['test_mean']:.2f}, "
-                  f"best {arm['best_valid']:.2f} (test {arm['best_test']:.2f}), search {arm['search_seconds']:.0f} s; {against}")
-    print(found["ways"])
+    for study in STUDIES.values():
+        rows = stored(study.stem)
+        found = {"retrained": {way: summary(there) for way, there in by_retraining(rows).items()}, "ways": ways_agree(rows),
+                 "command": "python benchmarks/search_quality.py table", "date": date.today().isoformat(), "machine": machine(),
+                 "settings": {"recipe": study.recipe} | study.settings | {"words": study.words, "short_epochs": SHORT}}
+        (RESULTS / f"{study.stem}.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        picture(rows, RESULTS / f"{study.stem}.svg")
+        for way, figures in found["retrained"].items():
+            print(f"{study.stem}, retrained for {way}")
+            for name, arm in figures["arms"].items():
+                against = ", ".join(f"{arm[f'minus_{other}']:+.2f} to {other} (p {arm[f'p_{other}']:.3f})" for other in ("random", "original") if f"p_{other}" in arm)
+                print(f"{name:>14}: {arm['seeds']} seeds, valid {arm['valid_mean']:.2f} ± {arm['valid_sd'] or 0:.2f}, test {arm['test_mean']:.2f}, "
+                      f"best {arm['best_valid']:.2f} (test {arm['best_test']:.2f}), search {arm['search_seconds']:.0f} s; {against}")
+        print(found["ways"])
 
 
 def main() -> None:
@@ -264,8 +290,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("run", "table", "trial"), help="trial: what NNI runs")
     add_run_options(parser)
-    parser.set_defaults(recipe="penn", threads=1)
-    parser.add_argument("--arm", nargs="+", choices=ARMS, default=["second-order"])
+    parser.set_defaults(recipe=None, threads=1)
+    parser.add_argument("--study", choices=tuple(STUDIES), default="penn", help="penn: a small size of the Penn Treebank, all settings in this file; example: the recipe that --corpus pydoc has")
+    parser.add_argument("--arm", nargs="+", choices=(*ARMS, *NAMED), default=["second-order"])
     parser.add_argument("--name", help="what the rows are called; default: the arm")
     parser.add_argument("--again", action="store_true", help="no search: the cells that were last stored under the name, retrained with these settings")
     parser.add_argument("--seeds", type=int, default=8)
@@ -276,7 +303,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.what == "table":
         return table()
-    given, options.set = options.set, [f"{key}={value}" for key, value in SETTINGS.items()] + options.set
+    study = STUDIES[options.study]
+    options.recipe = options.recipe or study.recipe
+    given, options.set = options.set, [f"{key}={value}" for key, value in study.settings.items()] + options.set
     recipe = checked_recipe(options, {})
     options.set = given
     if options.what == "trial":

@@ -18,7 +18,7 @@ import quality_table as figures
 import search_quality as quality
 
 from nni_darts_rnn.corpus import EOS, UNK, Corpus, Vocabulary
-from nni_darts_rnn.genotype import Genotype
+from nni_darts_rnn.genotype import DARTS_V2, Genotype
 from nni_darts_rnn.recipes import get_recipe
 
 TINY = get_recipe("tiny", {"search.hidden_size": 6, "search.n_nodes": 2, "search.batch_size": 4, "search.eval_batch_size": 2, "search.lr": 1.0,
@@ -62,7 +62,8 @@ def test_budget_is_the_arithmetic():
     H, decoder = 5, 2 * 5 * 11
     mixed = 2 * (2 * H * 2 * H) + sum(2 * H * 2 * H for node in range(1, 4) for _ in range(node))
     discrete = 2 * (2 * H * 2 * H) + sum(2 * H * 2 * H for _ in range(3))
-    assert quality.budget(recipe, words) == pytest.approx(13 * (mixed + decoder) / (3 * (discrete + decoder)))
+    assert quality.budget(recipe, words, H) == pytest.approx(13 * (mixed + decoder) / (3 * (discrete + decoder)))
+    assert quality.budget(recipe, words, 2 * H) == pytest.approx(13 * (mixed + decoder) / (3 * (4 * discrete + 2 * decoder)))
 
 
 def test_frequent_words():
@@ -82,10 +83,19 @@ def test_random_cells_are_drawn_evenly():
     assert all(abs(third.count(j) / len(third) - 1 / 3) < 0.04 for j in range(3))
 
 
+def test_named_cells_are_an_arm(tmp_path):
+    assert quality.find_cell("DARTS_V2", corpus(), 0.5, TINY, 3, tmp_path) == DARTS_V2
+
+
+def test_beginning():
+    whole = corpus()
+    assert quality.beginning(whole, 0.5).train.tolist() == whole.train[:200].tolist() and len(quality.beginning(whole, 1.0).train) == len(whole.train)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("arm", quality.ARMS)
 def test_each_arm_finds_a_cell_and_the_same_one_again(arm, tmp_path):
-    found = [quality.find_cell(arm, corpus(), TINY, 3, tmp_path / str(k)) for k in range(2)]
+    found = [quality.find_cell(arm, corpus(), 0.5, TINY, 3, tmp_path / str(k)) for k in range(2)]
     assert found[0] == found[1] and isinstance(found[0], Genotype) and found[0].n_nodes == 2
 
 
@@ -129,14 +139,14 @@ def test_summary(tmp_path):
 def test_rows_take_the_place_of_their_like(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "RESULTS", tmp_path)
     row = {"name": "one", "retraining": "3 epochs", "seed": 1, "retrain_seed": 0, "valid": 1.0}
-    figures.save([row, row | {"retrain_seed": 1}])
-    figures.save([row | {"valid": 2.0}, row | {"retraining": "10 epochs", "valid": 3.0}])
-    assert [(r["retraining"], r["retrain_seed"], r["valid"]) for r in figures.stored()] == [("3 epochs", "1", "1.0"), ("3 epochs", "0", "2.0"), ("10 epochs", "0", "3.0")]
+    figures.save([row, row | {"retrain_seed": 1}], "s")
+    figures.save([row | {"valid": 2.0}, row | {"retraining": "10 epochs", "valid": 3.0}], "s")
+    assert [(r["retraining"], r["retrain_seed"], r["valid"]) for r in figures.stored("s")] == [("3 epochs", "1", "1.0"), ("3 epochs", "0", "2.0"), ("10 epochs", "0", "3.0")]
 
 
 def test_a_seed_retrained_again_has_its_last_stored_cell(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "RESULTS", tmp_path)
     row = {"name": "one", "retraining": "3 epochs", "seed": 1, "retrain_seed": 0, "genotype": "early"}
-    figures.save([row, row | {"seed": 2}, row | {"name": "other", "genotype": "another"}])
-    figures.save([row | {"retraining": "10 epochs", "genotype": "late"}])
-    assert {seed: found["genotype"] for seed, found in quality.of_name("one").items()} == {1: "late", 2: "early"}
+    figures.save([row, row | {"seed": 2}, row | {"name": "other", "genotype": "another"}], "s")
+    figures.save([row | {"retraining": "10 epochs", "genotype": "late"}], "s")
+    assert {seed: found["genotype"] for seed, found in quality.of_name("one", "s").items()} == {1: "late", 2: "early"}
