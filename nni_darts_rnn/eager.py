@@ -107,9 +107,6 @@ def run_forward(graph: Graph, x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tens
     average, mean, masked = x_proj.new_tensor(graph.average)[None], new(H), new(H, B)  # (1, N+1)
     m, spare, sums = new(at_once, H, B), new(at_once, H, B), new(N + 1, H, B)
 
-    def times_mask(s: Tensor) -> Tensor:
-        return s if mask is None else torch.mul(s, mask, out=masked)  # (H, B)
-
     def finish(r: Tensor, state: Tensor, scale: Tensor) -> None:
         if graph.normalise:
             aten.native_batch_norm.out(r[None], None, None, None, None, True, 0.0, supernet.BATCHNORM_EPS, out=state[None], save_mean=mean, save_invstd=scale)
@@ -120,11 +117,11 @@ def run_forward(graph: Graph, x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tens
         r = sums if graph.normalise else run.states[:, k]
         states, sums_of, scale = run.states[:, k].unbind(0), r.unbind(0), run.scale[k].unbind(0)
 
-        c, z = torch.addmm(x.t(), W0_h.t(), times_mask(h), out=run.pre0[k]).chunk(2)  # (H, B) each
+        c, z = torch.addmm(x.t(), W0_h.t(), _masked(h, mask, masked), out=run.pre0[k]).chunk(2)  # (H, B) each
         torch.lerp(h, z.tanh_(), c.sigmoid_(), out=sums_of[0])
         finish(sums_of[0], states[0], scale[0])
         for j, source in enumerate(run.sources):
-            torch.mm(W[source.rows], times_mask(states[j]), out=source.block[k])  # (count·2H, H) (H, B)
+            torch.mm(W[source.rows], _masked(states[j], mask, masked), out=source.block[k])  # (count·2H, H) (H, B)
             for group in source.groups:
                 n = len(group.edges)
                 _edges_forward(group, group.c[k].sigmoid_(), group.z[k], states[j], r[group.nodes], m[:n], spare[:n])
@@ -158,9 +155,6 @@ def run_backward(run: Run, d_outputs: Tensor, needs: tuple[bool, ...]) -> list[T
         else:
             to.addcmul_(torch.mm(W, d_pre, out=masked), mask)
 
-    def times_mask(s: Tensor) -> Tensor:
-        return s if mask is None else torch.mul(s, mask, out=masked)  # (H, B)
-
     def finish(ds: Tensor, dr: Tensor, state: Tensor, scale: Tensor) -> None:
         if graph.normalise:  # torch's own, of the normalised: their mean is 0, their deviation 1, and the true one is a weight
             dr.copy_(aten.native_batch_norm_backward(ds[None], state[None], scale, None, None, zeros, ones, True, 0.0, [True, False, False])[0][0])
@@ -179,7 +173,7 @@ def run_backward(run: Run, d_outputs: Tensor, needs: tuple[bool, ...]) -> list[T
                     d_p[group.edges] += sums
             through(W[:, source.rows], source.block[t], ds[j])
             if d_W is not None:
-                d_W[source.rows].addmm_(source.block[t], times_mask(states[j]).t())  # (count·2H, B) (B, H)
+                d_W[source.rows].addmm_(source.block[t], _masked(states[j], mask, masked).t())  # (count·2H, B) (B, H)
             finish(ds[j], dr[j], states[j], scale[j])
         h, d_pre0 = run.hidden[t], run.pre0[t]
         c, tanh = d_pre0.chunk(2)  # (H, B) each
@@ -189,11 +183,16 @@ def run_backward(run: Run, d_outputs: Tensor, needs: tuple[bool, ...]) -> list[T
         aten.tanh_backward.grad_input(moved, tanh, grad_input=tanh)
         through(W0_h, d_pre0, dh)
         if d_W0_h is not None:
-            d_W0_h.addmm_(times_mask(h), d_pre0.t())  # (H, B) (B, 2H)
+            d_W0_h.addmm_(_masked(h, mask, masked), d_pre0.t())  # (H, B) (B, 2H)
 
     give(run.workspace)
     d_Ws = None if d_W is None else d_W.view(N, 2 * H, H).transpose(1, 2).contiguous()
     return [run.pre0.transpose(1, 2).contiguous() if needs[0] else None, dh.t().contiguous() if needs[1] else None, d_W0_h, d_Ws, d_p]
+
+
+def _masked(s: Tensor, mask: Tensor | None, out: Tensor) -> Tensor:
+    """s∘m, (H, B), or s itself without a mask."""
+    return s if mask is None else torch.mul(s, mask, out=out)
 
 
 def _tanh(group: Group, z: Tensor, out: Tensor) -> Tensor:

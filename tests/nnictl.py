@@ -32,10 +32,23 @@ class Experiment:
             done = subprocess.run([self.nnictl, "create", "--config", config, "--port", str(self.port)], cwd=cwd, env=self.env, capture_output=True,
                                   text=True, timeout=120)
             found = re.search(r"Experiment ID: \S*?([a-z0-9]{8})\b", re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr))
-            if done.returncode == 0 and found:
+            if done.returncode == 0 and found and self.running():
                 break
-        assert done.returncode == 0, done.stdout + done.stderr
+        else:
+            raise AssertionError(done.stdout + done.stderr)
         self.id = found.group(1)
+
+    def running(self, seconds: float = 30) -> bool:
+        """Whether the tuner has come: on a busy machine it may need the 10 seconds after which the manager of NNI 3.0 ends an experiment."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            try:
+                if self.get("check-status")["status"] != "INITIALIZED":
+                    return True
+            except (urllib.error.URLError, ConnectionError):
+                pass
+            time.sleep(0.2)
+        return False
 
     def get(self, what: str):
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/api/v1/nni/{what}", timeout=20) as answer:
