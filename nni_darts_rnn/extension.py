@@ -115,10 +115,12 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def why_not() -> str | None:
-    """One line that says what would make this process faster, or None where nothing would."""
+def why_not(device: torch.device | str = "cpu") -> str | None:
+    """One line that says what would make this process faster on `device`, or None where nothing would."""
     if os.environ.get(SWITCH) == "0":
         return f"the fast path is turned off by {SWITCH}=0"
+    if torch.device(device).type == "cuda":
+        return None if _has_triton() else "Triton is not installed; install it for searches 8 to 19 times as fast on a GPU"
     return State.problem
 
 

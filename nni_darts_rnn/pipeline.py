@@ -61,8 +61,9 @@ def take_fast_path(corpus: Corpus, recipe: SearchRecipe | RetrainRecipe, device:
     # a search step is worth 13 forward passes (four gradients and one of the weights), a training step 3
     work = fused.eager_seconds(recipe.bptt, recipe.batch_size, recipe.hidden_size, len(corpus.vocab), n_nodes,
                                passes=steps * (13 if search else 3), edges=None if search else n_nodes)
-    fused.prepare(work, choose_device("cpu" if str(device) == "cpu" else "auto"))
-    return fused.why_not()
+    where = choose_device("cpu" if str(device) == "cpu" else "auto")
+    fused.prepare(work, where)
+    return fused.why_not(where)
 
 
 def search_phase(corpus: Corpus, recipe: SearchRecipe, seed: int, folder: Path, report=None, progress: bool = False, device: str = "auto",

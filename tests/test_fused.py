@@ -320,6 +320,15 @@ def test_nothing_is_fast_before_it_was_asked_for(monkeypatch):
     assert not fused.enabled() and "0" in fused.why_not()
 
 
+def test_a_gpu_without_triton_is_told_of_it(monkeypatch):
+    monkeypatch.delenv(fused.SWITCH, raising=False)
+    monkeypatch.setattr(extension, "_has_triton", lambda: True)
+    assert fused.why_not("cuda") is None
+    monkeypatch.setattr(extension, "_has_triton", lambda: False)
+    assert "install" in fused.why_not(torch.device("cuda")) and "Triton" in fused.why_not("cuda")
+    assert "Triton" not in (fused.why_not("cpu") or "")
+
+
 # --- the loss ----------------------------------------------------------------------------------------------------------------------------------
 
 
