@@ -20,7 +20,7 @@ class Run(NamedTuple):
     graph: Graph
     outputs: Tensor  # (T, B, H)
     workspace: Tensor  # the memory of the larger buffers
-    buffers: dict[str, Tensor | None]  # by the names that cells.cpp has for them
+    buffers: dict[str, Tensor | None]  # by the names that csrc/cell.h has for them
 
 
 def run_forward(graph: Graph, x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, p: Tensor | None, mask: Tensor | None,
@@ -62,7 +62,7 @@ def run_backward(run: Run, d_outputs: Tensor, needs: tuple[bool, ...]) -> list[T
 
 
 def _arguments(run: Run, keep: bool, **more: Tensor | None) -> CellStruct:
-    """The struct that cells.cpp reads. Addresses only: the caller's tensors must outlive the call."""
+    """The struct of csrc/cell.h. Addresses only: the caller's tensors must outlive the call."""
     tensors = {**run.buffers, "outputs": run.outputs, **more}
     graph, (T, B, H) = run.graph, run.outputs.shape
     return CellStruct(T, B, H, graph.n_nodes, graph.n_edges, torch.get_num_threads(), graph.normalise, keep, supernet.BATCHNORM_EPS,

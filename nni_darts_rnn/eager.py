@@ -231,7 +231,7 @@ def _edges_backward(group: Group, c: Tensor, z: Tensor, s: Tensor, dr: Tensor, d
         relu = _sum(moved, spare, spare)
         tanh = _sum(moved, f, spare)
         tanh = 2 * tanh - moved.sum((1, 2)) if group.by_sigmoid else tanh
-        sums = torch.stack([_sum(left, s, spare), tanh, relu, _sum(moved, g, spare), _sum(moved, z, spare)], 1)  # the order of cells.cpp
+        sums = torch.stack([_sum(left, s, spare), tanh, relu, _sum(moved, g, spare), _sum(moved, z, spare)], 1)  # the order of csrc/edges.h
     torch.mul(m.addcmul_(share.present, s, value=-1).mul_(left), c, out=c)
     if group.by_sigmoid:
         f.addcmul_(f, f, value=-1).mul_(4 * share.tanh)  # tanh' = 4 σ(2z)(1 − σ(2z))

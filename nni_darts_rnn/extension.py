@@ -131,7 +131,7 @@ class _Unavailable(Exception):
 
 
 class CellStruct(ctypes.Structure):
-    """struct Cell of cells.cpp; shapes are given there."""
+    """struct Cell of cell.h; shapes are given there."""
 
     _fields_ = ([(name, ctypes.c_int64) for name in ("steps", "batch", "hidden", "nodes", "edges", "threads", "normalise", "keep")]
                 + [("eps", ctypes.c_double)]

@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 from .genotype import Genotype
 
-OPS = ("tanh", "relu", "sigmoid", "identity")  # the enum Op of cells.cpp; the mixture of all four comes next
+OPS = ("tanh", "relu", "sigmoid", "identity")  # the enum Op of csrc/edges.h; the mixture of all four comes next
 MIX = len(OPS)
 
 
 class Graph(NamedTuple):
-    """The edges of a cell as cells.cpp reads them."""
+    """The edges of a cell as csrc/cell.h has them."""
 
     n_nodes: int
     normalise: bool

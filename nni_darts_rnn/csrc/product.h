@@ -41,6 +41,12 @@ template <class T> void pack(int64_t k, int64_t n, const T* w, int64_t row, int6
       for (int64_t v = 0; v < C; v++) panel[v] = v < n ? w[v * column] : T(0);
 }
 
+// The sums of a tile, of n < columns columns, to or onto C
+template <class T> void narrow(int64_t rows, int64_t n, const T* sums, bool add, T* c, int64_t ldc) {
+  for (int64_t r = 0; r < rows; r++, c += ldc, sums += Tile<T>::columns)
+    for (int64_t v = 0; v < n; v++) c[v] = add ? c[v] + sums[v] : sums[v];
+}
+
 // R rows of C, the n <= columns of one panel; A's element (r, u) is a[r * row + u * step]
 template <class T, int R>
 void tile(int64_t n, int64_t k, const T* __restrict a, int64_t row, int64_t step, const T* __restrict panel, bool add, T* __restrict c, int64_t ldc) {
@@ -60,19 +66,20 @@ void tile(int64_t n, int64_t k, const T* __restrict a, int64_t row, int64_t step
       right[r] += a[r * row] * w1;
     }
   }
+  if (n < C) {
+    T sums[R * C];
 #pragma GCC unroll 16
-  for (int r = 0; r < R; r++) {
-    T* const to = c + r * ldc;
-    if (n == C) {
-      if (add) left[r] += load(to), right[r] += load(to + L);
-      __builtin_memcpy(to, &left[r], sizeof(V));
-      __builtin_memcpy(to + L, &right[r], sizeof(V));
-    } else {
-      T sums[C];
-      __builtin_memcpy(sums, &left[r], sizeof(V));
-      __builtin_memcpy(sums + L, &right[r], sizeof(V));
-      for (int64_t v = 0; v < n; v++) to[v] = add ? to[v] + sums[v] : sums[v];
+    for (int r = 0; r < R; r++) {
+      __builtin_memcpy(sums + r * C, &left[r], sizeof(V));
+      __builtin_memcpy(sums + r * C + L, &right[r], sizeof(V));
     }
+    return narrow<T>(R, n, sums, add, c, ldc);
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++, c += ldc) {
+    if (add) left[r] += load(c), right[r] += load(c + L);
+    __builtin_memcpy(c, &left[r], sizeof(V));
+    __builtin_memcpy(c + L, &right[r], sizeof(V));
   }
 }
 
