@@ -30,7 +30,7 @@ of epochs, for which these machines are too slow.
 
 
 def page() -> str:
-    parts = [HEAD, *(section() for section in (quality, lstm, gradient, step, layer)), published()]
+    parts = [HEAD, *(section() for section in (quality, example, lstm, gradient, step, layer)), published()]
     return "\n".join(part for part in parts if part)
 
 
@@ -62,20 +62,33 @@ def quality() -> str:
     if found is None:
         return ""
     settings = found["settings"]
-    parts = [
-        "## Does the search beat chance?\n",
+    return arms("Does the search beat chance?", "search_quality", found, (
         f"Penn Treebank with its {settings['words']:,} most frequent words, {settings['search.hidden_size']} units, batches of "
         f"{settings['search.batch_size']} streams, the paper's learning rate (20), in the search a clip of {settings['search.clip']} where nothing else is said. Weights start in ±{settings['search.init_range']} in the searches whose cells were "
         f"retrained from ±{settings['retrain.init_range']}, but for `original` (±0.04). Arms have one budget of arithmetic (the head of `benchmarks/search_quality.py` says "
         "which arm does what). Every cell is retrained from scratch from each of the retraining seeds; a cell's figure is their "
         "mean, ± the standard deviation over search seeds. Differences are paired by seed, and p is the exact two-sided sign-flip test's. Seconds are of two searches at a time on two cores, of one machine or another, that "
         "other work often shared, so they do not compare arms; the budget does. *Supernet*: the median of its validation perplexities at the end. *Agreement*: the share of nodes, function and predecessor, "
-        "that the cells of two seeds have in common, mean over pairs.\n"]
+        "that the cells of two seeds have in common, mean over pairs.\n"))
+
+
+def example() -> str:
+    found = stored("search_quality_example.json")
+    if found is None:
+        return ""
+    return arms("The same on the example's text", "search_quality_example", found, (
+        f"Python's documentation (80 thousand words) and the recipe `{found['settings']['recipe']}`, as `examples/darts_rnn.yml` has them: searches on all of the training text, and in them weights start "
+        "in ±0.04 where nothing else is said. The rest is as above.\n"))
+
+
+def arms(title: str, stem: str, found: dict, about: str) -> str:
+    """What a study of `search_quality.py` has found."""
+    parts = [f"## {title}\n", about]
     for way, figures in found["retrained"].items():
-        parts += retrained(way, figures, settings["short_epochs"])
+        parts += retrained(way, figures, found["settings"]["short_epochs"])
     parts += [f"Over the {pair['cells']} cells that were retrained both ways ({pair['ways'][0]}; {pair['ways'][1]}), the rank correlation of the two perplexities is "
               f"{pair['rank_correlation']:.2f}.\n" for pair in found["ways"]]
-    return "\n".join([*parts, "![Every retrained cell as a point, by arm, with the arm's mean](../benchmarks/results/search_quality.svg)\n", made(found)])
+    return "\n".join([*parts, f"![Every retrained cell as a point, by arm, with the arm's mean](../benchmarks/results/{stem}.svg)\n", made(found)])
 
 
 def retrained(way: str, found: dict, short: int) -> list[str]:

@@ -7,7 +7,7 @@ import importlib
 __version__ = "0.1.0"
 
 _WHERE = {
-    "genotype": ("Genotype", "PRIMITIVES", "DARTS_V1", "DARTS_V2", "ENAS", "derive"),
+    "genotype": ("Genotype", "PRIMITIVES", "DARTS_V1", "DARTS_V2", "ENAS", "DRAWN_V1", "derive"),
     "cell": ("register_primitive",),
     "layer": ("DartsRNN",),
     "model": ("LanguageModel",),

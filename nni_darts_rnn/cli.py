@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
                   "experiment's best trial, trained until validation no longer improves; corpus and recipe are then that trial's where no other is given.",
                   "Examples: nni-darts-rnn retrain --genotype DARTS_V2; nni-darts-rnn retrain --from k3v8x2ab --set retrain.epochs=40")
     cell = retrain.add_mutually_exclusive_group()
-    cell.add_argument("--genotype", help="DARTS_V1, DARTS_V2, ENAS, a genotype.json, or a folder with one")
+    cell.add_argument("--genotype", help="DARTS_V1, DARTS_V2, ENAS, DRAWN_V1, a genotype.json, or a folder with one")
     cell.add_argument("--from", dest="experiment", metavar="EXPERIMENT", help=EXPERIMENT + "; the cell of its best trial is trained")
     evaluate = add("evaluate", compute.evaluate, "perplexity of a trained cell", "Prints validation and test perplexity of a trained model.",
                    "Example: nni-darts-rnn evaluate trained --corpus pydoc")

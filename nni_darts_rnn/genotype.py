@@ -165,7 +165,11 @@ ENAS = Genotype((("tanh", 0), ("tanh", 1), ("relu", 1), ("tanh", 3), ("tanh", 3)
                  ("relu", 8), ("relu", 8)), (2, 5, 6, 9, 10, 11))
 """ENAS, Penn Treebank (Pham et al. 2018, listed in quark0/darts `rnn/genotypes.py`); published test perplexity 58.6 as trained by the DARTS authors, 55.8 in its own paper."""
 
-NAMED = {"DARTS_V1": DARTS_V1, "DARTS_V2": DARTS_V2, "ENAS": ENAS}
+DRAWN_V1 = Genotype((("relu", 0), ("relu", 0), ("tanh", 0), ("relu", 0), ("relu", 0), ("identity", 0), ("tanh", 0), ("identity", 0)))
+"""The best of eight cells that this package's search with drawn cells and ξ = 2 found at a small size of the Penn Treebank (2,000 words, 64 units): how, and
+what it reached beside other cells at that size, is in docs/results.md. At the paper's size it has not been trained."""
+
+NAMED = {"DARTS_V1": DARTS_V1, "DARTS_V2": DARTS_V2, "ENAS": ENAS, "DRAWN_V1": DRAWN_V1}
 
 
 def load_genotype(source: Genotype | str | Path) -> Genotype:

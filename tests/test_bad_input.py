@@ -184,7 +184,7 @@ def one_line(refusal, *words: str) -> None:
 
 
 CELLS = {
-    "a name misspelt": ("DARTS_V3", "genotype 'DARTS_V3' is neither a file nor one of DARTS_V1, DARTS_V2, ENAS", "did you mean 'DARTS_V"),
+    "a name misspelt": ("DARTS_V3", "genotype 'DARTS_V3' is neither a file nor one of DARTS_V1, DARTS_V2, ENAS, DRAWN_V1", "did you mean 'DARTS_V"),
     "no JSON": ("{", "genotype: not JSON"),
     "a list": ('{"recurrent": 5}', "expected recurrent = ((op, predecessor), …)"),
     "an empty cell": ('{"recurrent": []}', "recurrent is empty; at least one node is needed"),

@@ -1,12 +1,14 @@
 """Genotypes: round trips, refusals in one line, and the derivation against a slow one written from the paper's sentence."""
 
+import csv
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from nni_darts_rnn.genotype import DARTS_V1, DARTS_V2, ENAS, NAMED, PRIMITIVES, Genotype, derive, edges, load_genotype, number_of_nodes
+from nni_darts_rnn.genotype import DARTS_V1, DARTS_V2, DRAWN_V1, ENAS, NAMED, PRIMITIVES, Genotype, derive, edges, load_genotype, number_of_nodes
 
 OPS = ("tanh", "relu", "sigmoid", "identity")
 
@@ -64,7 +66,14 @@ def test_published_cells():
     # Liu et al. 2019, figure 5: nodes 2, 3 and 4 of the second-order cell read node 1, nodes 6 and 8 node 5
     assert [i for i, (_, j) in enumerate(DARTS_V2.recurrent, 1) if j == 1] == [2, 3, 4]
     assert [i for i, (_, j) in enumerate(DARTS_V2.recurrent, 1) if j == 5] == [6, 8]
-    assert NAMED == {"DARTS_V1": DARTS_V1, "DARTS_V2": DARTS_V2, "ENAS": ENAS}
+    assert NAMED == {"DARTS_V1": DARTS_V1, "DARTS_V2": DARTS_V2, "ENAS": ENAS, "DRAWN_V1": DRAWN_V1}
+
+
+def test_the_cell_found_here_is_the_best_stored_one_of_its_search():
+    """By validation, of the drawn searches whose cells were retrained for ten epochs."""
+    with open(Path(__file__).parents[1] / "benchmarks" / "results" / "search_quality.csv", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["name"] == "second-order, gumbel, α warm-up, ξ = 2" and row["retraining"].startswith("10 epochs")]
+    assert len(rows) == 8 and Genotype.from_json(min(rows, key=lambda row: float(row["valid"]))["genotype"]) == DRAWN_V1
 
 
 @pytest.mark.parametrize("make, words", [
@@ -106,7 +115,7 @@ def test_published_cells():
     (lambda: derive(np.full((3, 5), np.nan)), "NaN"),
     (lambda: derive(np.array([[0, 0, 0, 0, np.inf]])), "NaN or infinite"),
     (lambda: load_genotype("DART_V2"), "did you mean 'DARTS_V2'?"),
-    (lambda: load_genotype("no such file.json"), "neither a file nor one of DARTS_V1, DARTS_V2, ENAS"),
+    (lambda: load_genotype("no such file.json"), "neither a file nor one of DARTS_V1, DARTS_V2, ENAS, DRAWN_V1"),
     (lambda: load_genotype("[('tanh', 0), ('relu', 1)] " * 20), "neither a file nor"),
     (lambda: load_genotype('{"recurrent": [["tanh", 1]]}'), "node 1 reads state 1"),
 ])
