@@ -63,7 +63,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--corpus-mirror", help="https URL that a named corpus is fetched from")
     parser.add_argument("--alpha-fraction", type=float, default=0.0, metavar="F",
                         help="part of the training text kept apart for α; 0 (default): α learns from the validation text, as in the paper")
-    parser.add_argument("--recipe", default="small", help="named hyper-parameters: small (default), tiny, penn, wikitext-2; see `nni-darts-rnn recipes`")
+    parser.add_argument("--recipe", default="small", help="named hyper-parameters: small (default), drawn, tiny, penn, wikitext-2; see `nni-darts-rnn recipes`")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="replace a field, e.g. --set search.epochs=5; may be repeated")
     parser.add_argument("--threads", type=int, help="CPU threads for torch; default: torch's own choice")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "gpu"), help="where to compute")

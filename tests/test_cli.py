@@ -57,8 +57,8 @@ def test_table_of_recipes(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["search.*", *RECIPES]
     rows = {line.split()[0]: line.split()[1:] for line in lines if line.startswith(("search.", "retrain."))}
-    assert rows["search.hidden_size"][:4] == ["300", "300", "64", "8"]
-    assert rows["retrain.weight_decay"][:4] == ["8e-07", "5e-07", "8e-07", "8e-07"]
+    assert rows["search.hidden_size"][:5] == ["300", "300", "64", "64", "8"]
+    assert rows["retrain.weight_decay"][:5] == ["8e-07", "5e-07", "8e-07", "8e-07", "8e-07"]
     for part in ("search", "retrain"):
         for field in vars(getattr(RECIPES["penn"], part)):
             shown = rows[f"{part}.{field}"][:len(RECIPES)]
@@ -84,7 +84,7 @@ def test_as_a_program():
 
 
 RUN_OPTIONS = {  # options that `search`, `retrain`, `evaluate` and the trial share
-    "unknown recipe": (["--recipe", "pen"], "recipe 'pen' is none of penn, wikitext-2, small, tiny; did you mean 'penn'?"),
+    "unknown recipe": (["--recipe", "pen"], "recipe 'pen' is none of penn, wikitext-2, drawn, small, tiny; did you mean 'penn'?"),
     "unknown key": (["--set", "search.epoch=3"], "did you mean 'search.epochs'?"),
     "key without part": (["--set", "epochs=3"], "use search.<field> or retrain.<field>"),
     "no value": (["--set", "search.epochs"], "must be KEY=VALUE"),

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +28,16 @@ def test_published_figures(name, search, retrain):
     recipe = get_recipe(name)
     assert dataclasses.asdict(recipe.search) == search and dataclasses.asdict(recipe.retrain) == retrain
     assert recipe.name == name and recipe == RECIPES[name]
+
+
+def test_the_drawn_recipe_searches_as_the_study_did():
+    """The settings of the searches that were ahead of random search (benchmarks/search_quality.py), with their six epochs of half a text as three of a whole one."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+    import search_quality as study
+
+    part = study.STUDIES["penn"]
+    studied = get_recipe(part.recipe, part.settings | {"search.relaxation": "gumbel", "search.unrolled_lr": 2, "search.epochs": 6, "search.warmup_epochs": 4}).search
+    assert get_recipe("drawn").search == dataclasses.replace(studied, epochs=6 * part.share, warmup_epochs=4 * part.share)
 
 
 def test_every_default_is_itself_allowed_and_explained():
@@ -80,7 +92,7 @@ def test_to_dict_is_json_and_comes_back():
 
 
 @pytest.mark.parametrize("name, overrides, words", [
-    ("pen", {}, "recipe 'pen' is none of penn, wikitext-2, small, tiny; did you mean 'penn'?"),
+    ("pen", {}, "recipe 'pen' is none of penn, wikitext-2, drawn, small, tiny; did you mean 'penn'?"),
     ("wikitext2", {}, "did you mean 'wikitext-2'?"),
     ("", {}, "recipe '' is none of"),
     (None, {}, "recipe None is none of"),
