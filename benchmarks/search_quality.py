@@ -8,8 +8,10 @@
     python benchmarks/search_quality.py run --corpus FOLDER --arm second-order --set search.epochs=6 --set search.warmup_epochs=4 --set search.relaxation=gumbel --set search.unrolled_lr=2 --name "second-order, gumbel, α warm-up, ξ = 2"
     python benchmarks/search_quality.py run --corpus FOLDER --again --arm random original one --set retrain.epochs=10 --retrain-seeds 1      # the stored cells, another way
     python benchmarks/search_quality.py run --corpus FOLDER --again --arm second-order --name "second-order, gumbel, α warm-up, ξ = 2" --set retrain.epochs=10 --retrain-seeds 1
-    python benchmarks/search_quality.py run --corpus FOLDER --arm DARTS_V1 DARTS_V2 --set retrain.epochs=10 --seeds 1 --retrain-seeds 4      # named cells
-    python benchmarks/search_quality.py run --study example --arm second-order random one              # on the example's own text, with its own recipe
+    python benchmarks/search_quality.py run --corpus FOLDER --arm DRAWN_V1 DARTS_V2 --set retrain.epochs=10 --seeds 1 --retrain-seeds 3      # named cells
+    python benchmarks/search_quality.py run --study example --arm second-order one random              # on the example's own text, with its own recipe
+    python benchmarks/search_quality.py run --study example --arm second-order --set search.epochs=6 --set search.warmup_epochs=4 --set search.relaxation=gumbel --set search.unrolled_lr=2 --name "second-order, gumbel, α warm-up, ξ = 2"
+    python benchmarks/search_quality.py run --study example --arm second-order --set search.epochs=6 --set search.warmup_epochs=4 --set search.relaxation=gumbel --set search.unrolled_lr=2 --set search.init_range=0.12 --name "second-order, gumbel, α warm-up, ξ = 2, init_range 0.12"
     python benchmarks/search_quality.py table                                                          # figures, tests and picture of what there is
 
 An interrupted `run` goes on where it was when it is given again: finished trials are kept in --work, and an unfinished phase has its checkpoints there.

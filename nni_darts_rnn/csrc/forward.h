@@ -16,7 +16,7 @@ template <class T> struct Forward : Sequence<T> {
   using Base::kept, Base::state, Base::masked, Base::pre0, Base::pre, Base::output, Base::masked_before, Base::a, Base::edges_into, Base::packed,
       Base::packed_back, Base::exchange, Base::mine;
 
-  Forward(const Cell& cell, Team<T>& all, int64_t k) : Base(cell, all, k) {}
+  using Base::Base;
 
   void run() const {
     pack_weights();
