@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import nni
@@ -15,7 +16,7 @@ from .epoch_counts import EpochCounts
 from .files import write_csv, write_json, write_text
 from .genotype import Genotype
 from .health import check_epoch, watched_spread
-from .model import activation_regularisation, perplexity
+from .model import activation_regularisation, perplexity, without_dropout
 from .recipes import SearchRecipe
 
 TRAIN, VALID = 0, 1  # which stream a batch comes from; its own hidden state goes with it
@@ -66,21 +67,23 @@ class LanguageModelModule(LightningModule):
 
     A batch is (tokens (T, B), targets (T, B), stream): `TRAIN` or `VALID`. The hidden states of both streams are buffers, so they are in
     Lightning's checkpoints. `training_step` returns "loss" (nats per token, plus AR/TAR for the training stream) and "data_loss" (without).
+    `alpha_dropout`: whether the loss of the VALID stream, which α learns from, has the training's dropout.
     """
 
     validation_buffers = ("hidden_valid",)
 
     def __init__(self, batch_size: int, hidden_size: int, bptt: int = 35, lr: float = 20.0, weight_decay: float = 5e-7, ar: float = 0.0,
-                 tar: float = 1e-3):
+                 tar: float = 1e-3, alpha_dropout: bool = True):
         super().__init__()
-        self.bptt, self.lr, self.weight_decay, self.ar, self.tar = bptt, lr, weight_decay, ar, tar
+        self.bptt, self.lr, self.weight_decay, self.ar, self.tar, self.alpha_dropout = bptt, lr, weight_decay, ar, tar, alpha_dropout
         self.register_buffer("hidden_train", torch.zeros(batch_size, hidden_size))
         self.register_buffer("hidden_valid", torch.zeros(batch_size, hidden_size))
 
     def training_step(self, batch, batch_idx: int) -> dict:
         tokens, targets, stream = batch
         hidden = self.hidden_train if stream == TRAIN else self.hidden_valid
-        nll, raw, dropped, after = self.model.loss(tokens, targets, hidden.clone())
+        with contextlib.nullcontext() if stream == TRAIN or self.alpha_dropout else without_dropout(self.model):
+            nll, raw, dropped, after = self.model.loss(tokens, targets, hidden.clone())
         hidden.copy_(after.detach())
         if stream == VALID:
             return {"loss": nll, "data_loss": nll}
@@ -181,7 +184,8 @@ def search_evaluator(corpus: Corpus, recipe: SearchRecipe, seed: int = 0, report
     α learns from `corpus.alpha`, or from the validation text where the corpus keeps no text apart for it. `report` gets a dictionary after
     every epoch and `folder` the files (see `SupernetReport`); `trainer_options` go to Lightning's `Trainer`.
     """
-    module = LanguageModelModule(recipe.batch_size, recipe.hidden_size, recipe.bptt, recipe.lr, recipe.weight_decay, recipe.ar, recipe.tar)
+    module = LanguageModelModule(recipe.batch_size, recipe.hidden_size, recipe.bptt, recipe.lr, recipe.weight_decay, recipe.ar, recipe.tar,
+                                 recipe.alpha_dropout)
     # the number of batches differs from epoch to epoch, so Lightning has to count them again before each
     options = dict(max_epochs=recipe.epochs, logger=False, enable_checkpointing=False, enable_model_summary=False, num_sanity_val_steps=0,
                    limit_val_batches=0, reload_dataloaders_every_n_epochs=1) | trainer_options

@@ -6,13 +6,14 @@ tied embedding and decoder, word-level embedding dropout, variational dropout on
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cell import INIT_RANGE, DiscreteRNN, variational_mask
+from .cell import INIT_RANGE, DiscreteRNN, RecurrentWeights, variational_mask
 from .corpus import BpttBatches, fixed_length, streams
 from .cross_entropy import linear_cross_entropy
 from .genotype import Genotype
@@ -93,6 +94,22 @@ class LanguageModel(nn.Module):
         raw, dropped = self.encode(tokens, hidden)
         nll = linear_cross_entropy(dropped.flatten(0, 1), self.decoder.weight, self.decoder.bias, targets.flatten())  # (T·B, H), (T·B)
         return nll, raw, dropped, raw[-1]
+
+
+@contextlib.contextmanager
+def without_dropout(model: nn.Module):
+    """No dropout in the model's passes meanwhile, and all else as it is: in training a supernet still draws its cell, where `eval()` would settle it.
+
+    That of this package's modules, and of every module whose class is named …Dropout, as torch's and fastai's are.
+    """
+    dropping = [m for m in model.modules() if m.training and (isinstance(m, (LanguageModel, RecurrentWeights)) or type(m).__name__.rstrip("123d").endswith("Dropout"))]
+    for module in dropping:
+        module.training = False  # its own alone; `eval()` would change its parts too
+    try:
+        yield
+    finally:
+        for module in dropping:
+            module.training = True
 
 
 def activation_regularisation(raw: Tensor, dropped: Tensor, ar: float, tar: float) -> Tensor | float:

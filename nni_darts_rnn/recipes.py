@@ -54,6 +54,7 @@ class SearchRecipe:
     unrolled_lr: float = _field(None, 0, optional=True, help="ξ, the unrolled step's learning rate; none: the weights' own; 0: first order")
     neumann_terms: int = _field(0, 0, help="terms of iDARTS's series")
     warmup_epochs: int = _field(0, 0, help="epochs before α moves; fewer than `epochs`")
+    alpha_dropout: bool = _field(True, help="whether the loss that α learns from has the training's dropout, as in the published code; false: none, as in perplexity")
     reproduce_original: bool = _field(False, help="the published code's numerics, for reproduction")
 
     def __post_init__(self):

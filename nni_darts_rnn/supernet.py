@@ -114,7 +114,8 @@ class MixedRNN(RecurrentWeights):
         """The primitives' shares of each edge (E, K) in one sequence."""
         if self.relaxation != "gumbel":
             return self.relaxed(self.softmax, self.alpha)
-        return self.relaxed(drawn if self.training else strongest, self.alpha)
+        # the softmax's own mode, which `model.without_dropout` leaves as it is
+        return self.relaxed(drawn if self.softmax.training else strongest, self.alpha)
 
     def genotype(self) -> Genotype:
         """The cell that the present α stands for."""

@@ -288,7 +288,12 @@ class Expected(Callback):
             return nll if self.original else nll + activation_regularisation(raw, dropped, r.ar, r.tar)
 
         def valid(w, a, _):
+            rates = {(m, rate): getattr(m, rate) for m, names in ((lm, ("dropout", "dropout_i", "dropout_e")), (lm.rnn, ("dropout_x", "dropout_h"))) for rate in names}
+            for m, rate in rates if not r.alpha_dropout else ():
+                setattr(m, rate, 0.0)
             nll, _, _, self.after = losses(w, a, xv, yv, self.h_valid)
+            for (m, rate), before in rates.items():
+                setattr(m, rate, before)
             return nll
 
         w, a, lr = [lm.get_parameter(n) for n in names], [lm.rnn.alpha], r.lr * x.shape[1] / r.bptt
@@ -311,7 +316,8 @@ class Found(Callback):
         self.grads.append(self.learn.arch_param_update.last.grads[0])
 
 
-@pytest.mark.parametrize("options", [{}, {"hvp": "exact"}, {"hvp": "first_order"}, {"reproduce_original": True}, {"neumann_terms": 1}])
+@pytest.mark.parametrize("options", [{}, {"hvp": "exact"}, {"hvp": "first_order"}, {"reproduce_original": True}, {"neumann_terms": 1},
+                                     {"alpha_dropout": False}])
 def test_alpha_gradient_is_bilevels_on_the_same_data(tmp_path, options):
     recipe = get_recipe(SMALL, {"search": options}).search
     dls = language_dls(corpus(300), recipe, 3, "cpu", tmp_path)

@@ -9,7 +9,7 @@ from torch import nn
 
 from nni_darts_rnn.cell import DiscreteRNN
 from nni_darts_rnn.genotype import DARTS_V1, DARTS_V2, Genotype
-from nni_darts_rnn.model import LanguageModel, activation_regularisation, choose_device, number_of_parameters, perplexity
+from nni_darts_rnn.model import LanguageModel, activation_regularisation, choose_device, number_of_parameters, perplexity, without_dropout
 from nni_darts_rnn.supernet import MixedRNN
 
 SMALL = Genotype((("tanh", 0), ("relu", 1), ("identity", 1)))
@@ -105,6 +105,36 @@ def test_each_dropout_is_active_in_training_alone(rate):
     assert not torch.equal(model(tokens, hidden).decoded, model(tokens, hidden).decoded)
     model.eval()
     assert torch.equal(model(tokens, hidden).decoded, made()(tokens, hidden).decoded)
+
+
+def test_without_dropout_all_else_is_as_in_training():
+    every = dict(dropout=0.5, dropout_h=0.5, dropout_x=0.5, dropout_i=0.5, dropout_e=0.5)
+    model, tokens, hidden = made(**every), text(T, B), torch.ones(B, H, dtype=torch.float64)
+    modes = [m.training for m in model.modules()]
+    with pytest.raises(KeyError), without_dropout(model):
+        assert torch.equal(model(tokens, hidden).decoded, made()(tokens, hidden).decoded)
+        raise KeyError
+    assert [m.training for m in model.modules()] == modes and all(modes)
+    # a supernet goes on drawing cells, each of which has no dropout
+    rnn = MixedRNN(H, H, 2, dropout_x=0.5, dropout_h=0.5, relaxation="gumbel")
+    model = LanguageModel(V, rnn, dropout=0.5, dropout_i=0.5, dropout_e=0.5).double()
+    drawn = set()
+    with without_dropout(model):
+        for seed in range(20):
+            torch.manual_seed(seed)
+            once = model(tokens, hidden).decoded
+            torch.manual_seed(seed)
+            assert torch.equal(once, model(tokens, hidden).decoded)
+            drawn.add(once.detach().numpy().tobytes())
+    assert len(drawn) > 10
+    settled = model.eval()(tokens, hidden).decoded
+    with without_dropout(model):  # of a model that has none: nothing changes, and it does not come back in training
+        assert torch.equal(model(tokens, hidden).decoded, settled)
+    assert not any(m.training for m in model.modules())
+    others = nn.Sequential(nn.Dropout(0.9), nn.BatchNorm1d(H), nn.Dropout2d(0.9))
+    with without_dropout(others):
+        assert [m.training for m in others] == [False, True, False]
+    assert all(m.training for m in others)
 
 
 def test_output_dropout_is_one_mask_a_sequence():

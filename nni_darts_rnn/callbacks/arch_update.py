@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from ..bilevel import EPSILON, AlphaGradient, WeightStep, architecture_gradient, original_gradient
 from ..health import check_finite
-from ..model import activation_regularisation
+from ..model import activation_regularisation, without_dropout
 from .fit_only import FitOnly
 from .step import ScaleLRByLength
 
@@ -43,9 +44,9 @@ class ArchParamUpdate(FitOnly):
 
     def __init__(self, valid_batches, arch_lr: float = 3e-3, arch_weight_decay: float = 1e-3, arch_betas: tuple[float, float] = (0.9, 0.999),
                  hvp: str = "finite_difference", epsilon: float = EPSILON, unrolled_lr: float | None = None, neumann_terms: int = 0,
-                 warmup_epochs: int = 0, reproduce_original: bool = False):
+                 warmup_epochs: int = 0, alpha_dropout: bool = True, reproduce_original: bool = False):
         self.valid_batches, self.hvp, self.epsilon, self.unrolled_lr = valid_batches, hvp, epsilon, unrolled_lr
-        self.neumann_terms, self.warmup_epochs, self.reproduce_original = neumann_terms, warmup_epochs, reproduce_original
+        self.neumann_terms, self.warmup_epochs, self.alpha_dropout, self.reproduce_original = neumann_terms, warmup_epochs, alpha_dropout, reproduce_original
         self.adam: dict = dict(lr=arch_lr, betas=tuple(arch_betas), weight_decay=arch_weight_decay)
         self.arch_opt: torch.optim.Adam | None = None
         self.epochs_done = 0
@@ -55,7 +56,7 @@ class ArchParamUpdate(FitOnly):
     def of(cls, recipe, valid_batches) -> ArchParamUpdate:
         """With a SearchRecipe's settings."""
         return cls(valid_batches, recipe.arch_lr, recipe.arch_weight_decay, (recipe.arch_beta1, recipe.arch_beta2), recipe.hvp, recipe.epsilon,
-                   recipe.unrolled_lr, recipe.neumann_terms, recipe.warmup_epochs, recipe.reproduce_original)
+                   recipe.unrolled_lr, recipe.neumann_terms, recipe.warmup_epochs, recipe.alpha_dropout, recipe.reproduce_original)
 
     def start_fit(self):
         alphas = self._alphas()
@@ -152,7 +153,8 @@ class ArchParamUpdate(FitOnly):
             return loss + activation_regularisation(raw.transpose(0, 1), dropped.transpose(0, 1), regularizer.alpha, regularizer.beta)
 
         def valid_loss(at_weights, at_alphas, batch):
-            loss, _, _, state = run(at_weights, at_alphas, batch, self.valid_state)
+            with contextlib.nullcontext() if self.alpha_dropout else without_dropout(model):
+                loss, _, _, state = run(at_weights, at_alphas, batch, self.valid_state)
             moved_on.update({name: state[name] for name in self.valid_state})
             return loss
 
