@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from pathlib import Path
 
 import nni
@@ -67,7 +68,8 @@ class LanguageModelModule(LightningModule):
 
     A batch is (tokens (T, B), targets (T, B), stream): `TRAIN` or `VALID`. The hidden states of both streams are buffers, so they are in
     Lightning's checkpoints. `training_step` returns "loss" (nats per token, plus AR/TAR for the training stream) and "data_loss" (without).
-    `alpha_dropout`: whether the loss of the VALID stream, which α learns from, has the training's dropout.
+    `alpha_dropout`: whether the loss of the VALID stream, which α learns from, has the training's dropout. `annealed`: what the learning rate is
+    multiplied by, 1 where no `AnnealLR` moves it.
     """
 
     validation_buffers = ("hidden_valid",)
@@ -76,6 +78,7 @@ class LanguageModelModule(LightningModule):
                  tar: float = 1e-3, alpha_dropout: bool = True):
         super().__init__()
         self.bptt, self.lr, self.weight_decay, self.ar, self.tar, self.alpha_dropout = bptt, lr, weight_decay, ar, tar, alpha_dropout
+        self.annealed = 1.0
         self.register_buffer("hidden_train", torch.zeros(batch_size, hidden_size))
         self.register_buffer("hidden_valid", torch.zeros(batch_size, hidden_size))
 
@@ -115,7 +118,24 @@ class LanguageModelModule(LightningModule):
             return
         tokens = learned[0]
         for group in self.trainer.optimizers[0].param_groups:
-            group["lr"] = self.lr * len(tokens) / self.bptt
+            group["lr"] = self.lr * self.annealed * len(tokens) / self.bptt
+
+
+class AnnealLR(pl.Callback):
+    """Over the last `share` of the epochs the learning rate falls to 0 along a cosine, as with `callbacks.AnnealLR`.
+
+    `batches`: those of the training, which know how many of this epoch's an earlier process trained.
+    """
+
+    def __init__(self, share: float, batches: TaggedBatches):
+        self.share, self.batches = share, batches
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        epoch, skipped = self.batches.start
+        skipped = skipped if trainer.current_epoch == epoch else 0
+        done = (trainer.current_epoch + (skipped + batch_idx) / (skipped + trainer.num_training_batches)) / trainer.max_epochs
+        fallen = max(0.0, (done - (1 - self.share)) / self.share)  # 0 to 1
+        getattr(pl_module, "training_module", pl_module).annealed = (1 + math.cos(math.pi * fallen)) / 2
 
 
 class SupernetReport(pl.Callback):
@@ -194,4 +214,6 @@ def search_evaluator(corpus: Corpus, recipe: SearchRecipe, seed: int = 0, report
     held_out = corpus.valid if corpus.alpha is None else corpus.alpha
     train = TaggedBatches(BpttBatches(streams(corpus.train, recipe.batch_size), lengths, seed), TRAIN, lambda: trainer.current_epoch)
     valid = TaggedBatches(BpttBatches(streams(held_out, recipe.batch_size), lengths, seed + 1), VALID, lambda: trainer.current_epoch, train)
+    if recipe.anneal:
+        trainer.callbacks.append(AnnealLR(recipe.anneal, train))
     return Lightning(module, trainer, train_dataloaders=train, val_dataloaders=valid)

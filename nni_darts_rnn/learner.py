@@ -64,6 +64,10 @@ def _dropouts(recipe) -> dict[str, float]:
     return {name: getattr(recipe, name) for name in ("dropout", "dropout_i", "dropout_e")}
 
 
+def _annealing(recipe) -> list:
+    return [AnnealLR(recipe.anneal)] if recipe.anneal else []
+
+
 def _vocab_size(dls, vocab_size: int | None) -> int:
     if vocab_size is None:
         vocab = getattr(dls, "vocab", None)
@@ -89,8 +93,7 @@ def lm_learner(dls, genotype: Genotype | str | LanguageModel, recipe: RetrainRec
     lm = genotype if isinstance(genotype, LanguageModel) else LanguageModel.from_genotype(
         V, recipe.hidden_size, genotype, dropout_h=recipe.dropout_h, dropout_x=recipe.dropout_x, init_range=recipe.init_range, **_dropouts(recipe))
     averaging = NTASGD(recipe.nonmono)
-    own = [BestModel(), averaging] + ([AnnealLR(recipe.anneal)] if recipe.anneal else [])
-    learn = _learner(dls, lm, recipe, path, [*own, *cbs], metrics_file)
+    learn = _learner(dls, lm, recipe, path, [BestModel(), averaging, *_annealing(recipe), *cbs], metrics_file)
     if recipe.patience is not None:
         learn.converged = lambda: averaging.since_best() >= recipe.patience
     return learn
@@ -111,7 +114,8 @@ def search_learner(dls, recipe: SearchRecipe | Recipe | str = "penn", *, seed: i
     rnn = MixedRNN(recipe.hidden_size, recipe.hidden_size, recipe.n_nodes, dropout_x=recipe.dropout_x, dropout_h=recipe.dropout_h,
                    relaxation=recipe.relaxation, init_range=recipe.init_range)
     lm = LanguageModel(V, rnn, init_range=recipe.init_range, **_dropouts(recipe))
-    return _learner(dls, lm, recipe, path, [ArchParamUpdate.of(recipe, valid_batches), *cbs], metrics_file, splitter=weight_parameters)
+    own = [ArchParamUpdate.of(recipe, valid_batches), *_annealing(recipe)]
+    return _learner(dls, lm, recipe, path, [*own, *cbs], metrics_file, splitter=weight_parameters)
 
 
 def retrain(corpus: Corpus, genotype: Genotype | str, recipe: RetrainRecipe, seed: int = 0, folder: str | Path = ".", report=None,

@@ -42,6 +42,7 @@ class SearchRecipe:
     init_range: float = _field(0.04, 1e-12, help="weights start uniform in ± this")
     ar: float = _field(0.0, 0, help="activation regularisation")
     tar: float = _field(1e-3, 0, help="temporal activation regularisation")
+    anneal: float = _field(0.0, 0, 1, help="the share of the epochs, at the end, over which the weights' learning rate falls to 0 along a cosine")
     epochs: int = _field(50, 1, help="passes over the training text")
     relaxation: str = _field("edge", choices=("edge", "node", "gumbel"),
                              help="what one softmax of α is over: an edge's primitives, with BatchNorm, or all of a node's, without; gumbel: one of these drawn at a time")

@@ -32,7 +32,7 @@ from nni_darts_rnn.recipes import get_recipe
 CELL = Genotype((("tanh", 0), ("relu", 1), ("sigmoid", 0)))
 RECIPE = get_recipe("tiny", {
     "search.hidden_size": 4, "search.n_nodes": 2, "search.batch_size": 4, "search.eval_batch_size": 2, "search.epochs": 3,
-    "search.short_bptt_probability": 0.4, "search.warmup_epochs": 1, "retrain.hidden_size": 4, "retrain.batch_size": 4,
+    "search.short_bptt_probability": 0.4, "search.warmup_epochs": 1, "search.anneal": 0.6, "retrain.hidden_size": 4, "retrain.batch_size": 4,
     "retrain.eval_batch_size": 3, "retrain.test_batch_size": 1, "retrain.epochs": 5, "retrain.lr": 20.0, "retrain.nonmono": 1, "retrain.anneal": 0.7,
     "retrain.short_bptt_probability": 0.4})
 
