@@ -6,12 +6,15 @@
     python benchmarks/search_quality.py run --corpus FOLDER --arm second-order --set search.epochs=6 --set search.warmup_epochs=4 --set search.relaxation=gumbel --name "second-order, gumbel, α warm-up"
     python benchmarks/search_quality.py run --corpus FOLDER --arm second-order --set search.hvp=first_order --set search.epochs=9 --set search.warmup_epochs=3 --set search.relaxation=gumbel --name "first-order, gumbel, α warm-up"
     python benchmarks/search_quality.py run --corpus FOLDER --arm second-order --set search.epochs=6 --set search.warmup_epochs=4 --set search.relaxation=gumbel --set search.unrolled_lr=2 --name "second-order, gumbel, α warm-up, ξ = 2"
+    python benchmarks/search_quality.py run --corpus FOLDER --seeds 2 --arm second-order --set search.epochs=6 --set search.warmup_epochs=4 --set search.relaxation=gumbel --set search.unrolled_lr=2 --set search.alpha_dropout=false --name "second-order, gumbel, α warm-up, ξ = 2, no α dropout"
     python benchmarks/search_quality.py run --corpus FOLDER --again --arm random original one --set retrain.epochs=10 --retrain-seeds 1      # the stored cells, another way
     python benchmarks/search_quality.py run --corpus FOLDER --again --arm second-order --name "second-order, gumbel, α warm-up, ξ = 2" --set retrain.epochs=10 --retrain-seeds 1
     python benchmarks/search_quality.py run --corpus FOLDER --arm DRAWN_V1 DARTS_V2 --set retrain.epochs=10 --seeds 1 --retrain-seeds 3      # named cells
     python benchmarks/search_quality.py run --study example --arm second-order one random              # on the example's own text, with its own recipe
     python benchmarks/search_quality.py run --study example --arm second-order --set search.epochs=6 --set search.warmup_epochs=4 --set search.relaxation=gumbel --set search.unrolled_lr=2 --name "second-order, gumbel, α warm-up, ξ = 2"
     python benchmarks/search_quality.py run --study example --arm second-order --set search.epochs=6 --set search.warmup_epochs=4 --set search.relaxation=gumbel --set search.unrolled_lr=2 --set search.init_range=0.12 --name "second-order, gumbel, α warm-up, ξ = 2, init_range 0.12"
+    python benchmarks/search_quality.py run --study example --arm second-order --set search.epochs=6 --set search.warmup_epochs=4 --set search.relaxation=gumbel --set search.unrolled_lr=2 --set search.init_range=0.12 --set search.clip=0.1 --set search.alpha_dropout=false --name "second-order, gumbel, α warm-up, ξ = 2, init_range 0.12, clip 0.1, no α dropout"
+    python benchmarks/search_quality.py run --study example --arm second-order --set search.epochs=6 --set search.warmup_epochs=4 --set search.relaxation=gumbel --set search.unrolled_lr=2 --set search.init_range=0.12 --set search.clip=0.1 --set search.alpha_dropout=false --set search.anneal=0.5 --name "second-order, gumbel, α warm-up, ξ = 2, init_range 0.12, clip 0.1, no α dropout, anneal 0.5"
     python benchmarks/search_quality.py table                                                          # figures, tests and picture of what there is
 
 An interrupted `run` goes on where it was when it is given again: finished trials are kept in --work, and an unfinished phase has its checkpoints there.
@@ -74,7 +77,10 @@ class Study:
     settings: dict = field(default_factory=dict)
 
 
-STUDIES = {"penn": Study("search_quality", "penn", 2000, 0.5, SETTINGS), "example": Study("search_quality_example", "small")}
+# the paper's search, which the other arms of this study have the budget of
+MIXTURE = {f"search.{name}": value for name, value in dict(clip=0.25, init_range=0.04, anneal=0, epochs=2, warmup_epochs=0, relaxation="edge", unrolled_lr="none",
+                                                           alpha_dropout=True).items()}
+STUDIES = {"penn": Study("search_quality", "penn", 2000, 0.5, SETTINGS), "example": Study("search_quality_example", "small", settings=MIXTURE)}
 
 
 def frequent(corpus, words: int):

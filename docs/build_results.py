@@ -77,8 +77,8 @@ def example() -> str:
     if found is None:
         return ""
     return arms("The same on the example's text", "search_quality_example", found, (
-        f"Python's documentation (80 thousand words) and the recipe `{found['settings']['recipe']}`, as `examples/darts_rnn.yml` has them: searches on all of the training text, and in them weights start "
-        "in ±0.04 where nothing else is said. The rest is as above.\n"))
+        f"Python's documentation (80 thousand words) and the retraining of the recipe `{found['settings']['recipe']}`, as `examples/darts_rnn.yml` has them. Searches on all of the training text; "
+        f"where nothing else is said with a clip of {found['settings']['search.clip']} and weights from ±{found['settings']['search.init_range']}. The rest is as above.\n"))
 
 
 def all_words() -> str:

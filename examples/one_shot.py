@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -29,7 +30,7 @@ def search(name: str, corpus, recipe, seed: int = 0, folder: str | Path | None =
     """(genotype, the space whose weights the search has trained, its strategy). NNI keeps its log and checkpoint in `folder`."""
     pl.seed_everything(seed, verbose=False)
     strategy, options = make_strategy(name, recipe)
-    space = make_space(len(corpus.vocab), recipe)
+    space = make_space(len(corpus.vocab), replace(recipe, relaxation="edge"))  # an edge's primitives, which each of the strategies weighs in its own way
     evaluator = search_evaluator(corpus, recipe, seed, print, **options | trainer_options)
     experiment = NasExperiment(space, evaluator, strategy)
     experiment.config.experiment_working_directory = folder or tempfile.mkdtemp()

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -38,6 +39,21 @@ def test_the_drawn_recipe_searches_as_the_study_did():
     part = study.STUDIES["penn"]
     studied = get_recipe(part.recipe, part.settings | {"search.relaxation": "gumbel", "search.unrolled_lr": 2, "search.epochs": 6, "search.warmup_epochs": 4}).search
     assert get_recipe("drawn").search == dataclasses.replace(studied, epochs=6 * part.share, warmup_epochs=4 * part.share)
+
+
+def test_the_small_recipe_searches_as_the_best_arm_of_its_study_did():
+    """The settings of the arm of the example's text whose cells were best, by the stored figures."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+    import search_quality as study
+
+    part = study.STUDIES["example"]
+    means = {}
+    for row in study.stored(part.stem):
+        means.setdefault(row["name"], []).append(float(row["valid"]))
+    best = min(means, key=lambda name: sum(means[name]) / len(means[name]))
+    command, = (line for line in study.__doc__.splitlines() if f'--name "{best}"' in line and "--study example" in line)
+    settings = dict(re.findall(r"--set (\S+?)=(\S+)", command))
+    assert len(settings) == 8 and get_recipe(part.recipe, part.settings | settings).search == get_recipe("small").search
 
 
 def test_every_default_is_itself_allowed_and_explained():
