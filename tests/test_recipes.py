@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -31,21 +30,23 @@ def test_published_figures(name, search, retrain):
     assert recipe.name == name and recipe == RECIPES[name]
 
 
-def test_the_drawn_recipe_searches_as_the_study_did():
-    """The settings of the searches that were ahead of random search (benchmarks/search_quality.py), with their six epochs of half a text as three of a whole one."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-    import search_quality as study
+@pytest.fixture
+def study(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import search_quality
 
+    return search_quality
+
+
+def test_the_drawn_recipe_searches_as_the_study_did(study):
+    """The settings of the searches that were ahead of random search (benchmarks/search_quality.py), with their six epochs of half a text as three of a whole one."""
     part = study.STUDIES["penn"]
     studied = get_recipe(part.recipe, part.settings | {"search.relaxation": "gumbel", "search.unrolled_lr": 2, "search.epochs": 6, "search.warmup_epochs": 4}).search
     assert get_recipe("drawn").search == dataclasses.replace(studied, epochs=6 * part.share, warmup_epochs=4 * part.share)
 
 
-def test_the_small_recipe_searches_as_the_best_arm_of_its_study_did():
+def test_the_small_recipe_searches_as_the_best_arm_of_its_study_did(study):
     """The settings of the arm of the example's text whose cells were best, by the stored figures."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-    import search_quality as study
-
     part = study.STUDIES["example"]
     means = {}
     for row in study.stored(part.stem):

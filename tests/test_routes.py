@@ -41,9 +41,12 @@ def test_nni_and_fastai_give_the_same_alpha_step_for_step(tmp_path, settings, mo
         through_strategy, steps[:] = list(steps), []
         learn = search_learner(language_dls(corpus(400), recipe, seed=5, device="cpu"), recipe, seed=5, path=tmp_path)
         alphas = [learn.model.lm.rnn.alpha.detach().clone()]
-        learn.add_cb(Callback(after_epoch=lambda _: alphas.append(learn.model.lm.rnn.alpha.detach().clone())))
+        learn.add_cb(Callback(after_train=lambda _: alphas.append(learn.model.lm.rnn.alpha.detach().clone())))
         with learn.no_bar(), learn.no_logging():
-            learn.fit(recipe.epochs)
+            begun = 0
+            for end in [recipe.epochs] if recipe.anneal else range(1, recipe.epochs + 1):  # the falling rate has to know where the whole fit ends
+                learn.fit(end, start_epoch=begun, reset_opt=False)
+                begun = end
     finally:
         torch.set_default_dtype(torch.float32)
     ours = torch.tensor(through_nni.alphas, dtype=torch.float64)  # (epochs+1, E, K)
