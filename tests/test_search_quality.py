@@ -16,9 +16,11 @@ from scipy.stats import rankdata
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import quality_table as figures
 import search_quality as quality
+import shared_weights as weights
 
 from nni_darts_rnn.corpus import EOS, UNK, Corpus, Vocabulary
 from nni_darts_rnn.genotype import DARTS_V2, Genotype
+from nni_darts_rnn.model import perplexity
 from nni_darts_rnn.recipes import get_recipe
 
 TINY = get_recipe("tiny", {"search.hidden_size": 6, "search.n_nodes": 2, "search.batch_size": 4, "search.eval_batch_size": 2, "search.lr": 1.0,
@@ -150,3 +152,31 @@ def test_a_seed_retrained_again_has_its_last_stored_cell(tmp_path, monkeypatch):
     figures.save([row, row | {"seed": 2}, row | {"name": "other", "genotype": "another"}], "s")
     figures.save([row | {"retraining": "10 epochs", "genotype": "late"}], "s")
     assert {seed: found["genotype"] for seed, found in quality.of_name("one", "s").items()} == {1: "late", 2: "early"}
+
+
+def test_going_down_finds_the_lowest_cell_where_nodes_do_not_depend_on_each_other():
+    target = Genotype((("relu", 0), ("tanh", 1), ("identity", 0), ("sigmoid", 3)))
+    asked = []
+
+    def judge(cell):
+        asked.append(cell)
+        return sum(a != b for a, b in zip(cell.recurrent, target.recurrent))
+
+    start = Genotype((("tanh", 0),) * 4)
+    assert weights.descend(start, judge) == target
+    assert {len(weights.neighbours(start, node)) for node in (1, 2, 3, 4)} == {4, 8, 12, 16} and start in weights.neighbours(start, 2)
+    assert weights.descend(start, lambda cell: 1.0) == start  # of equal ones its own
+
+
+def test_what_the_shared_weights_say(monkeypatch):
+    """On a small text: the judge's perplexity of α's own cell is the supernet's, in evaluation, and the figures are of the cells given."""
+    recipe = replace(TINY, search=replace(TINY.search, relaxation="gumbel", dropout=0.2))
+    cells = {random_genotype.to_json(): float(k) for k, random_genotype in enumerate(quality.random_cell(random.Random(k), 2) for k in range(4))}
+    models = []
+    monkeypatch.setattr(weights, "Judge", lambda supernet, *others, judge=weights.Judge: models.append(supernet) or judge(supernet, *others))
+    row = weights.one("clip 0.1", 1, True, corpus(), recipe, cells, retrainings=1)
+    assert row["perplexity"] == pytest.approx(perplexity(models[0], corpus().valid, recipe.search.eval_batch_size, recipe.search.bptt), rel=1e-5)
+    assert row["lower"]["perplexity"] <= row["perplexity"] and row["best"] <= row["median"] <= row["worst"] and row["cells"] == len(cells)
+    assert row["lower"]["retrained"] > 1 and -1 <= row["rank_correlation"] <= 1
+    found = weights.summary([row, row | {"seed": 2, "retrained": row["retrained"] + 1}])["clip 0.1"]
+    assert found["seeds"] == 2 and found["lower"]["retrained_alpha"] == pytest.approx(row["retrained"] + 0.5) and found["lower"]["p"] in (0.5, 1.0)

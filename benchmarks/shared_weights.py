@@ -1,0 +1,141 @@
+"""What the shared weights of a search say of a cell, on the example's text: do they rank cells as training each from scratch does?
+
+    python benchmarks/shared_weights.py --seeds 3 --save                                                     # every way of searching below
+    python benchmarks/shared_weights.py --way "no α dropout, anneal 0.5" --seeds 8 --descend --save          # the recipe small
+
+A search through fastai is run to its end. Every cell that `search_quality.py` has retrained is then judged by its validation perplexity with the shared weights,
+and that is compared with the perplexity after its own training. With `--descend` the shared weights are asked for better cells than α's: node by node, as long as
+that improves, each function of each earlier state is tried and the best one kept (perturbation-based selection, Wang et al. 2021, where cells are drawn and
+so can be judged as they are), and what that leads to is retrained as α's cell was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from datetime import date
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from hardware import machine
+from quality_table import by_genotype, by_retraining, depth, mean, sign_flip, spearman, stored
+
+from nni_darts_rnn import fused, get_recipe, load_corpus, search_learner
+from nni_darts_rnn.files import write_json
+from nni_darts_rnn.genotype import PRIMITIVES, Genotype
+from nni_darts_rnn.learner import language_dls, retrain
+from nni_darts_rnn.model import LanguageModel, perplexity
+
+RESULTS = Path(__file__).parent / "results" / "shared_weights.json"
+STEM = "search_quality_example"
+OLD = {"search.clip": 0.25, "search.init_range": 0.04, "search.alpha_dropout": True, "search.anneal": 0}
+WAYS = {  # each with what the one before it has
+    "clip 0.25, ±0.04": OLD,
+    "clip 0.1": OLD | {"search.clip": 0.1},
+    "±0.12": OLD | {"search.clip": 0.1, "search.init_range": 0.12},
+    "no α dropout": {"search.anneal": 0},
+    "no α dropout, anneal 0.5": {},
+}
+
+
+def neighbours(cell: Genotype, node: int) -> list[Genotype]:
+    """The cells that differ from `cell` in nothing but `node`, of 1 … N; itself among them."""
+    return [Genotype((*cell.recurrent[:node - 1], (op, j), *cell.recurrent[node:]), cell.concat) for op in PRIMITIVES if op != "none" for j in range(node)]
+
+
+def descend(cell: Genotype, judge) -> Genotype:
+    """Goes from cell to cell, each the best of the last one's neighbours at one node, until a round over all nodes finds no better one."""
+    before = None
+    while cell != before:
+        before = cell
+        for node in range(1, cell.n_nodes + 1):
+            cell = min([cell, *neighbours(cell, node)], key=judge)  # of equal ones the first
+    return cell
+
+
+class Judge:
+    """The validation perplexity of a cell with a supernet's weights; each is measured once."""
+
+    def __init__(self, supernet: LanguageModel, corpus, recipe):
+        self.weights, self.corpus, self.recipe, self.known = supernet.state_dict(), corpus, recipe, {}
+
+    def __call__(self, cell: Genotype) -> float:
+        if cell.recurrent not in self.known:
+            model = LanguageModel.from_genotype(len(self.corpus.vocab), self.recipe.hidden_size, cell)
+            model.load_state_dict({name: w for name, w in self.weights.items() if name != "rnn.alpha"})
+            self.known[cell.recurrent] = perplexity(model, self.corpus.valid, self.recipe.eval_batch_size, self.recipe.bptt)
+        return self.known[cell.recurrent]
+
+
+def one(way: str, seed: int, down: bool, corpus=None, recipe=None, cells=None, retrainings: int = 2) -> dict:
+    """One search and what its weights say."""
+    torch.set_num_threads(1)
+    corpus, recipe = corpus or load_corpus("pydoc"), recipe or get_recipe("small", WAYS[way])
+    fused.prepare(float("inf"), torch.device("cpu"))
+    search = search_learner(language_dls(corpus, recipe.search, seed), recipe, seed=seed, metrics_file=None)
+    with search.no_bar(), search.no_logging():
+        search.fit(recipe.search.epochs)
+    cell, judge = search.model.genotype(), Judge(search.model.lm, corpus, recipe.search)
+    cells = default_cells() if cells is None else cells
+    shared, trained = np.array([judge(Genotype.from_json(there)) for there in cells]), np.array(list(cells.values()))
+    row = {"way": way, "seed": seed, "cells": len(cells), "rank_correlation": spearman(shared, trained), "best": shared.min(), "median": float(np.median(shared)),
+           "worst": shared.max(), "genotype": cell.to_json(), "depth": depth(cell.recurrent), "perplexity": judge(cell)}
+    if down:
+        lower = descend(cell, judge)
+        row |= {"lower": {"genotype": lower.to_json(), "depth": depth(lower.recurrent), "perplexity": judge(lower)}, "judged": len(judge.known)}
+        for found, there in ((cell, row), (lower, row["lower"])):
+            with tempfile.TemporaryDirectory() as folder:
+                done = [retrain(corpus, found, recipe.retrain, again, folder)["valid_perplexity"] for again in range(retrainings)]
+            there["retrained"] = float(np.mean(done))
+    return row
+
+
+def default_cells() -> dict[str, float]:
+    """genotype -> mean validation perplexity, of every cell retrained as the recipe has it."""
+    rows = stored(STEM)
+    way = next(iter(by_retraining(rows)))
+    return {genotype: mean(there, "valid") for genotype, there in by_genotype(by_retraining(rows)[way]).items()}
+
+
+def summary(rows: list[dict]) -> dict:
+    """By way of searching: means over the seeds, and of the seeds that went down the paired test of the retrained cells."""
+    found = {}
+    for way in dict.fromkeys(row["way"] for row in rows):
+        there = [row for row in rows if row["way"] == way]
+        found[way] = {"seeds": len(there), **{k: float(np.mean([row[k] for row in there])) for k in ("rank_correlation", "best", "median", "worst", "depth", "perplexity")},
+                      "rank_correlation_sd": float(np.std([row["rank_correlation"] for row in there], ddof=1)) if len(there) > 1 else None}
+        pairs = [(row["retrained"], row["lower"]["retrained"]) for row in there if "lower" in row]
+        if pairs:
+            down = [row["lower"] for row in there if "lower" in row]
+            own, lower = np.array(pairs).T
+            found[way]["lower"] = {"seeds": len(pairs), **{k: float(np.mean([row[k] for row in down])) for k in ("depth", "perplexity")}, "retrained_alpha": own.mean(),
+                                   "retrained_alpha_sd": own.std(ddof=1), "retrained": lower.mean(), "retrained_sd": lower.std(ddof=1), "p": sign_flip(lower - own)}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--way", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--descend", action="store_true")
+    parser.add_argument("--workers", type=int, default=2, help="searches at a time, a thread each")
+    parser.add_argument("--save", action="store_true", help="keep the figures in results/")
+    options = parser.parse_args()
+    rows = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"] if RESULTS.exists() else []
+    with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
+        runs = [pool.submit(one, way, seed, options.descend) for way in options.way for seed in range(1, options.seeds + 1)]
+        for run in runs:
+            row = run.result()
+            rows = sorted([r for r in rows if (r["way"], r["seed"]) != (row["way"], row["seed"])] + [row], key=lambda r: (list(WAYS).index(r["way"]), r["seed"]))
+            print({k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+            if options.save:
+                write_json(RESULTS, {"ways": summary(rows), "rows": rows, "command": "python benchmarks/shared_weights.py", "date": date.today().isoformat(), "machine": machine()})
+    print(json.dumps(summary(rows), indent=2, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()
