@@ -82,8 +82,8 @@ def one(way: str, seed: int, down: bool, corpus=None, recipe=None, cells=None, r
     cell, judge = search.model.genotype(), Judge(search.model.lm, corpus, recipe.search)
     cells = default_cells() if cells is None else cells
     shared, trained = np.array([judge(Genotype.from_json(there)) for there in cells]), np.array(list(cells.values()))
-    row = {"way": way, "seed": seed, "cells": len(cells), "rank_correlation": spearman(shared, trained), "best": shared.min(), "median": float(np.median(shared)),
-           "worst": shared.max(), "genotype": cell.to_json(), "depth": depth(cell.recurrent), "perplexity": judge(cell)}
+    row = {"way": way, "seed": seed, "cells": len(cells), "rank_correlation": spearman(shared, trained), "best": float(shared.min()), "median": float(np.median(shared)),
+           "worst": float(shared.max()), "genotype": cell.to_json(), "depth": depth(cell.recurrent), "perplexity": judge(cell)}
     if down:
         lower = descend(cell, judge)
         row |= {"lower": {"genotype": lower.to_json(), "depth": depth(lower.recurrent), "perplexity": judge(lower)}, "judged": len(judge.known)}
@@ -112,8 +112,10 @@ def summary(rows: list[dict]) -> dict:
         if pairs:
             down = [row["lower"] for row in there if "lower" in row]
             own, lower = np.array(pairs).T
-            found[way]["lower"] = {"seeds": len(pairs), **{k: float(np.mean([row[k] for row in down])) for k in ("depth", "perplexity")}, "retrained_alpha": own.mean(),
-                                   "retrained_alpha_sd": own.std(ddof=1), "retrained": lower.mean(), "retrained_sd": lower.std(ddof=1), "p": sign_flip(lower - own)}
+            found[way]["lower"] = {"seeds": len(pairs), **{k: float(np.mean([row[k] for row in down])) for k in ("depth", "perplexity")},
+                                   "retrained_alpha": own.mean(), "retrained": lower.mean()}
+            if len(pairs) > 1:
+                found[way]["lower"] |= {"retrained_alpha_sd": own.std(ddof=1), "retrained_sd": lower.std(ddof=1), "p": sign_flip(lower - own)}
     return found
 
 

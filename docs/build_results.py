@@ -30,7 +30,7 @@ of epochs, for which these machines are too slow.
 
 
 def page() -> str:
-    parts = [HEAD, *(section() for section in (quality, example, all_words, lstm, gradient, step, layer)), published()]
+    parts = [HEAD, *(section() for section in (quality, example, shared_weights, all_words, lstm, gradient, step, layer)), published()]
     return "\n".join(part for part in parts if part)
 
 
@@ -79,6 +79,25 @@ def example() -> str:
     return arms("The same on the example's text", "search_quality_example", found, (
         f"Python's documentation (80 thousand words) and the retraining of the recipe `{found['settings']['recipe']}`, as `examples/darts_rnn.yml` has them. Searches on all of the training text; "
         f"where nothing else is said with a clip of {found['settings']['search.clip']} and weights from ±{found['settings']['search.init_range']}. The rest is as above.\n"))
+
+
+def shared_weights() -> str:
+    found = stored("shared_weights.json")
+    if found is None:
+        return ""
+    rows = [(way, r["seeds"], spread(r["rank_correlation"], r["rank_correlation_sd"]), *(f"{r[k]:,.1f}" for k in ("best", "median", "worst", "perplexity")), f"{r['depth']:.2f}")
+            for way, r in found["ways"].items()]
+    parts = ["## What a search's shared weights say of a cell\n",
+             f"On the example's text, with drawn cells. The {found['rows'][-1]['cells']} different cells of the section above, each judged by its validation perplexity with the weights that a search ends "
+             "with. *Agreement*: the rank correlation of that with the perplexity after a training of its own, mean ± standard deviation over searches. Each way of searching "
+             "has what the one above it has; the last is the recipe `small`.\n",
+             table(("search", "searches", "agreement", "best of the cells", "median", "worst", "α's own cell", "its depth"), rows)]
+    for way, r in found["ways"].items():
+        if low := r.get("lower"):
+            parts.append(f"*{way}*, {low['seeds']} searches: going down from α's cell node by node for as long as the shared weights find a better one leads to a mean of "
+                         f"{low['perplexity']:.1f} with the shared weights and a depth of {low['depth']:.2f}. Retrained, those cells have {spread(low['retrained'], low['retrained_sd'])}, α's own "
+                         f"{spread(low['retrained_alpha'], low['retrained_alpha_sd'])} (p = {low['p']:.3f}, paired).\n")
+    return "\n".join([*parts, made(found)])
 
 
 def all_words() -> str:

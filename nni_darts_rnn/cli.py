@@ -35,7 +35,8 @@ def build_parser() -> argparse.ArgumentParser:
     cell = retrain.add_mutually_exclusive_group()
     cell.add_argument("--genotype", help="DARTS_V1, DARTS_V2, ENAS, DRAWN_V1, a genotype.json, or a folder with one")
     cell.add_argument("--from", dest="experiment", metavar="EXPERIMENT", help=EXPERIMENT + "; the cell of its best trial is trained")
-    evaluate = add("evaluate", compute.evaluate, "perplexity of a trained cell", "Prints validation and test perplexity of a trained model.",
+    evaluate = add("evaluate", compute.evaluate, "perplexity of a trained cell", "Prints validation and test perplexity of a trained model, "
+                   "read as after its training where no --recipe is given.",
                    "Example: nni-darts-rnn evaluate trained --corpus pydoc")
     evaluate.add_argument("model", help="folder with model.safetensors and model.json")
     for command in (search, retrain, evaluate):
@@ -45,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
             add_keeping_options(command)
             command.add_argument("--out", type=Path, help=f"folder for the results; default runs/{command.prog.split()[-1]}-CORPUS-SEED")
     retrain.set_defaults(corpus=None, recipe=None)  # those of the trial with --from, the usual ones otherwise
+    evaluate.set_defaults(recipe=None)
 
     plot = add("plot", afterwards.plot, "pictures from a folder of results",
                "Draws the cell, the heat map and animation of α, and the learning curves from the folder of a trial, a search or a retraining.",

@@ -22,7 +22,8 @@ class EpochCounts:
 
     def __init__(self, phase: str):
         self.phase, self.foretold = phase, False
-        self.since: tuple[float, float] | None = None  # when the first batch was done, which compiles, allocates and so on; batches left then
+        self.since: float | None = None  # when the first batch was done, which compiles, allocates and so on
+        self.batches = 0  # after that one
         self.begin()
 
     def begin(self) -> None:
@@ -36,10 +37,12 @@ class EpochCounts:
             return
         now = time.perf_counter()
         if self.since is None:
-            self.since = (now, left)
-        elif now - self.since[0] >= LOOK:
+            self.since = now
+            return
+        self.batches += 1
+        if now - self.since >= LOOK:
             self.foretold = True
-            took = (now - self.since[0]) / (self.since[1] - left)
+            took = (now - self.since) / self.batches
             logger.info("%s: about %s to go, for %d epoch%s in all", self.phase, duration(left * took), epochs, "s" * (epochs > 1))
 
     def state(self) -> dict:

@@ -27,6 +27,11 @@ class DeferredLogits:
     def __init__(self, dropped: Tensor, weight: Tensor, bias: Tensor):
         self.dropped, self.weight, self.bias = dropped, weight, bias
 
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        # fastai's mixed precision asks this of a prediction before it makes it float32; the loss does so by itself
+        return False if function is torch.is_floating_point else NotImplemented
+
 
 class StatefulLM(nn.Module):
     """A `LanguageModel` (`lm`) as fastai wants it: tokens (B, T) -> decoded (B, T, V), raw and dropped (B, T, H), all views of time-major memory.
@@ -94,6 +99,8 @@ class SmoothLoss(AvgSmoothLoss):
 
     @property
     def value(self):
+        if not self.count:
+            return np.float64("nan")
         return np.float64(self.val / (1 - self.beta**self.count))  # with the `item()` that fastai's progress bar asks for
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import torch
@@ -17,7 +18,8 @@ from .recipes import RetrainRecipe, SearchRecipe
 class StreamLoader(DataLoader):
     """`BpttBatches` as a fastai DataLoader: (tokens (B, T), targets (B, T)), views on the stream, no collation and no workers.
 
-    With `advance`, every pass is the next epoch, with its own batch lengths.
+    With `advance`, every pass after a whole one is the next epoch, with its own batch lengths. A pass that somebody breaks off, to look at a batch, changes
+    nothing for another one, or for the next.
     """
 
     def __init__(self, batches: BpttBatches, vocab=(), advance: bool = False, device=None):
@@ -25,14 +27,12 @@ class StreamLoader(DataLoader):
         self.vocab, self.advance, self.first = list(vocab), advance, 0
 
     def __iter__(self):
-        try:
-            for number in range(self.first, len(self.dataset)):
-                tokens, targets = self.dataset[number]
-                yield tokens.t(), targets.t()
-        finally:
-            self.first = 0
-            if self.advance:
-                self.dataset.set_epoch(self.dataset.epoch + 1)
+        epoch = self.dataset.epoch
+        for tokens, targets in itertools.islice(self.dataset, self.first, None):
+            yield tokens.t(), targets.t()
+        self.first = 0
+        if self.advance:
+            self.dataset.set_epoch(epoch + 1)
 
     def __len__(self) -> int:
         return len(self.dataset) - self.first
@@ -54,8 +54,8 @@ class StreamLoader(DataLoader):
         self.dataset.to(device)  # the whole text once, rather than each batch
 
     def new(self, dataset=None, cls=None, **kwargs) -> StreamLoader:
-        """The same text again, for one more reader; order and batches are the text's, so other arguments change nothing."""
-        source = self.dataset
+        """The same text again, or another `BpttBatches`, for one more reader; order and batches are the text's, so other arguments change nothing."""
+        source = self.dataset if dataset is None else dataset
         return StreamLoader(BpttBatches(source.stream, source.rule, source.seed), self.vocab, device=self.device)
 
 

@@ -14,15 +14,15 @@ from .genotype import Genotype, load_genotype
 
 
 class DartsRNN(nn.Module):
-    """Drop-in for `nn.GRU` built on a genotype's cell: `(output, h_n) = rnn(x, h_0)`.
+    """Drop-in for `nn.GRU` built on a genotype's cell: `(output, h_n) = rnn(input, hx)`.
 
     Arguments as in `nn.GRU`, after `genotype` (a `Genotype`, a name such as "DARTS_V2", or a file). The cell has no bias: `bias=True` is
     refused. `dropout` acts between layers; `dropout_x` and `dropout_h` are the cell's variational rates (one mask a sequence).
     `torch.export.export` and `torch.onnx.export(dynamo=True)` take the layer as it is, for inference, with any axis of x dynamic; time becomes a scan.
     With D = 2 if bidirectional else 1 and L layers:
 
-    x (T, B, I), or (B, T, I) with `batch_first`, or (T, I), or a `PackedSequence`; h_0 (L·D, B, H), or (L·D, H) for unbatched x, or None for zeros.
-    output (T, B, D·H) in the form of x; h_n (L·D, B, H), for packed sequences at each sequence's own end.
+    input (T, B, I), or (B, T, I) with `batch_first`, or (T, I), or a `PackedSequence`; hx (L·D, B, H), or (L·D, H) for unbatched input, or None for zeros.
+    output (T, B, D·H) in the form of the input; h_n (L·D, B, H), for packed sequences at each sequence's own end.
 
     Raises `ValueError` with one line for arguments or shapes that do not fit.
     """
@@ -57,29 +57,34 @@ class DartsRNN(nn.Module):
     def flatten_parameters(self) -> None:
         """Does nothing: `nn.GRU` has it for cuDNN, and code written for that calls it."""
 
-    def forward(self, x: Tensor | PackedSequence, h_0: Tensor | None = None) -> tuple[Tensor | PackedSequence, Tensor]:
-        if isinstance(x, PackedSequence):
-            padded, lengths = pad_packed_sequence(x)  # (T, B, I), (B,)
-            output, h_n = self._run(padded, h_0, lengths.to(padded.device))
-            packed = pack_padded_sequence(output, lengths, enforce_sorted=False)
-            if x.unsorted_indices is None:  # the caller sorted: give the sequences back in that very order
-                packed = pack_padded_sequence(output, lengths, enforce_sorted=True)
-            return packed, h_n
-        if x.dim() == 2:  # unbatched (T, I)
-            output, h_n = self._run(x.unsqueeze(1), None if h_0 is None else h_0.unsqueeze(1), None)
+    def reset_parameters(self) -> None:
+        """Draws all weights anew."""
+        for layer in self.layers:
+            layer.reset_parameters()
+
+    def forward(self, input: Tensor | PackedSequence, hx: Tensor | None = None) -> tuple[Tensor | PackedSequence, Tensor]:
+        if isinstance(input, PackedSequence):
+            padded, lengths = pad_packed_sequence(input)  # (T, B, I), (B,)
+            output, h_n = self._run(padded, hx, lengths.to(padded.device))
+            if input.sorted_indices is not None:  # back into the input's own order, in which sequences of one length may stand in any
+                output, lengths = output[:, input.sorted_indices], lengths[input.sorted_indices.cpu()]
+            packed = pack_padded_sequence(output, lengths)
+            return PackedSequence(packed.data, packed.batch_sizes, input.sorted_indices, input.unsorted_indices), h_n
+        if input.dim() == 2:  # unbatched (T, I)
+            output, h_n = self._run(input.unsqueeze(1), None if hx is None else hx.unsqueeze(1), None)
             return output.squeeze(1), h_n.squeeze(1)
-        if x.dim() != 3:
-            raise ValueError(f"input has shape {tuple(x.shape)}; expected 2 (unbatched) or 3 axes")
-        output, h_n = self._run(x.transpose(0, 1) if self.batch_first else x, h_0, None)  # (B, T, I) -> (T, B, I)
+        if input.dim() != 3:
+            raise ValueError(f"input has shape {tuple(input.shape)}; expected 2 (unbatched) or 3 axes")
+        output, h_n = self._run(input.transpose(0, 1) if self.batch_first else input, hx, None)  # (B, T, I) -> (T, B, I)
         return (output.transpose(0, 1) if self.batch_first else output), h_n
 
-    def _run(self, x: Tensor, h_0: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _run(self, x: Tensor, hx: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         """x (T, B, I), lengths (B,) or None -> output (T, B, D·H), h_n (L·D, B, H)."""
         if x.shape[-1] != self.input_size:
             raise ValueError(f"input has {x.shape[-1]} features; this layer was built for input_size {self.input_size}")
         expected = (self.num_layers * self.directions, x.shape[1], self.hidden_size)
-        if h_0 is not None and h_0.shape != expected:
-            raise ValueError(f"h_0 has shape {tuple(h_0.shape)}; expected (layers·directions, B, H) = {expected}")
+        if hx is not None and hx.shape != expected:
+            raise ValueError(f"hx has shape {tuple(hx.shape)}; expected (layers·directions, B, H) = {expected}")
         finals = []
         for layer in range(self.num_layers):
             outputs = []
@@ -87,7 +92,7 @@ class DartsRNN(nn.Module):
                 index = layer * self.directions + direction
                 backwards = direction == 1
                 inputs = _reversed(x, lengths) if backwards else x
-                output = self.layers[index](inputs, None if h_0 is None else h_0[index])  # (T, B, H)
+                output = self.layers[index](inputs, None if hx is None else hx[index])  # (T, B, H)
                 finals.append(output[-1] if lengths is None else output[lengths - 1, torch.arange(x.shape[1], device=x.device)])
                 outputs.append(_reversed(output, lengths) if backwards else output)
             x = torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]  # (T, B, D·H)

@@ -455,6 +455,23 @@ def test_a_phase_says_how_long_it_will_take_once(monkeypatch, caplog):
     assert (again.tokens, again.loss, again.seconds) == (counts.tokens, counts.loss, counts.seconds)
 
 
+@pytest.mark.parametrize("lengths", [(13, 15), (15, 13), (3, 15)])  # of two epochs; (3: the rest of one that another process began)
+def test_what_is_to_go_counts_batches_that_were_done(monkeypatch, caplog, lengths):
+    now = [100.0]
+    monkeypatch.setattr(epoch_counts.time, "perf_counter", lambda: now[0])
+    caplog.set_level("INFO", "nni_darts_rnn")
+    counts = EpochCounts("retrain")
+    for epoch, n in enumerate(lengths):
+        for batch in range(n):
+            now[0] += 0.15
+            counts.add(10, torch.tensor(0.5), 8, (8 - epoch - 1) * n + n - batch - 1)
+    (record,) = caplog.records
+    left = {13: 6 * 15 + 12, 15: 7 * 15, 3: 6 * 15 + 3}[lengths[0]]  # after the 14 batches of 0.15 s that two seconds take, beside the first
+    said = record.getMessage()
+    assert said.startswith("retrain: about ") and said.endswith(" s to go, for 8 epochs in all")
+    assert float(said.split()[2]) == pytest.approx(left * 0.15, abs=1)
+
+
 def test_search_report_has_the_entropy_of_alpha(tmp_path):
     recipe = SMALL.search
     report = EpochReport(phase="search")

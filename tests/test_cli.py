@@ -233,6 +233,9 @@ def test_search_retrain_evaluate(place, capsys):
     tested = json.loads(capsys.readouterr().out)
     for name in ("valid_perplexity", "test_perplexity", "unigram_perplexity", "bigram_perplexity"):
         assert tested[name] == pytest.approx(trained[name], rel=1e-6)
+    # read in as many streams as after the training, of which the corpus and the recipe `small` have other numbers
+    assert status(cli.main, "evaluate", place / "b", *common[:2], "--json") == 0
+    assert json.loads(capsys.readouterr().out) == tested
     assert sorted(os.listdir(place)) == ["a", "b"]
     (place.parent / "corpus" / "train.txt").write_text(TEXT * 20 + "a new word\n", encoding="utf-8")
     assert status(cli.main, "evaluate", place / "b", *common) == 2

@@ -57,6 +57,29 @@ def test_shapes_of_gru(num_layers, bidirectional, batch_first, with_h_0):
         assert_called_alike(ours, gru, x, *h_0)
 
 
+def test_called_by_the_names_of_grus_arguments():
+    ours, gru = pair()
+    for rnn in (ours, gru):
+        output, h_n = rnn(input=draw(T, B, I), hx=draw(1, B, H))
+        assert output.shape == (T, B, H) and h_n.shape == (1, B, H)
+    before = [p.clone() for p in ours.parameters()]
+    ours.reset_parameters()
+    assert all(not torch.equal(p, was) and p.abs().max() <= 0.04 for p, was in zip(ours.parameters(), before))
+
+
+def test_a_packed_sequence_keeps_its_own_order_of_sequences_of_one_length():
+    ours, gru = pair()
+    packed = pack_padded_sequence(draw(T, B, I), torch.tensor([4, 6, 4, 1, 4]), enforce_sorted=False)
+    order = torch.tensor([1, 4, 0, 2, 3])  # any of the three of length 4 may come first
+    places = torch.argsort(order)
+    padded = pad_packed_sequence(packed)[0]
+    data = pack_padded_sequence(padded[:, order], torch.tensor([6, 4, 4, 4, 1])).data
+    x = PackedSequence(data, packed.batch_sizes, order, places)
+    output, _ = assert_called_alike(ours, gru, x)
+    assert torch.allclose(pad_packed_sequence(output)[0], pad_packed_sequence(ours(packed)[0])[0], rtol=1e-12)
+    assert torch.allclose(output.data[:B], ours(data[:B][None])[0][0], rtol=1e-12)  # the first step of each, in the order of the data
+
+
 @pytest.mark.parametrize("num_layers, bidirectional, batch_first", SHAPES)
 def test_against_its_cells_one_by_one(num_layers, bidirectional, batch_first):
     ours, _ = pair(num_layers, bidirectional, batch_first)
@@ -190,8 +213,8 @@ def test_repr_names_what_it_was_built_with():
     (lambda: DartsRNN(I, H)(torch.zeros(T, B, I), torch.zeros(1, B, H + 1)), "shape (1, 5, 5); expected (layers·directions, B, H) = (1, 5, 4)"),
     (lambda: DartsRNN(I, H, num_layers=2)(torch.zeros(T, B, I), torch.zeros(1, B, H)), "expected (layers·directions, B, H) = (2, 5, 4)"),
     (lambda: DartsRNN(I, H, batch_first=True)(torch.zeros(T, B, I), torch.zeros(1, B, H)), "= (1, 6, 4)"),
-    (lambda: DartsRNN(I, H)(torch.zeros(T, I), torch.zeros(1, B, H)), "h_0 has shape"),
-    (lambda: DartsRNN(I, H)(torch.zeros(T, B, I), torch.zeros(B, H)), "h_0 has shape"),
+    (lambda: DartsRNN(I, H)(torch.zeros(T, I), torch.zeros(1, B, H)), "hx has shape"),
+    (lambda: DartsRNN(I, H)(torch.zeros(T, B, I), torch.zeros(B, H)), "hx has shape"),
     (lambda: DartsRNN(I, H)(torch.zeros(0, B, I)), "shape (0, 5, 3); expected (T, B, 3) with T of at least 1"),
     (lambda: DartsRNN(I, H)(pack_sequence([torch.zeros(2, I + 1)])), "4 features"),
 ])

@@ -178,5 +178,6 @@ def test_what_the_shared_weights_say(monkeypatch):
     assert row["perplexity"] == pytest.approx(perplexity(models[0], corpus().valid, recipe.search.eval_batch_size, recipe.search.bptt), rel=1e-5)
     assert row["lower"]["perplexity"] <= row["perplexity"] and row["best"] <= row["median"] <= row["worst"] and row["cells"] == len(cells)
     assert row["lower"]["retrained"] > 1 and -1 <= row["rank_correlation"] <= 1
+    assert "p" not in weights.summary([row])["clip 0.1"]["lower"]
     found = weights.summary([row, row | {"seed": 2, "retrained": row["retrained"] + 1}])["clip 0.1"]
     assert found["seeds"] == 2 and found["lower"]["retrained_alpha"] == pytest.approx(row["retrained"] + 0.5) and found["lower"]["p"] in (0.5, 1.0)

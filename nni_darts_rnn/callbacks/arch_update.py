@@ -40,7 +40,7 @@ class ArchParamUpdate(FitOnly):
     Other arguments: see `recipes.SearchRecipe`. Weights, buffers, hidden states and random state are left as if only the weight step had run.
     """
 
-    order, run_valid, _stateattrs = ScaleLRByLength.order + 1, False, ("stream",)
+    order, run_valid, _stateattrs = ScaleLRByLength.order + 1, False, ("stream", "valid_batches")
 
     def __init__(self, valid_batches, arch_lr: float = 3e-3, arch_weight_decay: float = 1e-3, arch_betas: tuple[float, float] = (0.9, 0.999),
                  hvp: str = "finite_difference", epsilon: float = EPSILON, unrolled_lr: float | None = None, neumann_terms: int = 0,
@@ -65,6 +65,7 @@ class ArchParamUpdate(FitOnly):
         moved = {id(p) for group in self._sgd().param_groups for p in group["params"]}
         if any(id(p) in moved for p in alphas):
             raise ValueError("the weights' optimizer holds α: give the Learner splitter=weight_parameters")
+        self.only_looking = hasattr(self.learn, "lr_finder")  # for a rate: that leaves α's optimizer and the warm-up as they are
         self._require_grad(False)  # the weight step needs no gradient of α, and GradientClip must not count one
 
     def after_fit(self):
@@ -95,7 +96,7 @@ class ArchParamUpdate(FitOnly):
         self.stream = self._read_valid()
 
     def after_train(self):
-        self.epochs_done += 1
+        self.epochs_done += not self.only_looking
 
     def _read_valid(self):
         """Batches of the validation text without end."""
@@ -110,7 +111,7 @@ class ArchParamUpdate(FitOnly):
                 raise ValueError("valid_batches holds no batch: the validation text is too short for this batch size")
 
     def before_batch(self):
-        if self.epochs_done < self.warmup_epochs:
+        if self.only_looking or self.epochs_done < self.warmup_epochs:
             return
         x, y = self._plain(next(self.stream))
         self.last = self.gradient((self.learn.xb[0], self.learn.yb[0]), (x, y))

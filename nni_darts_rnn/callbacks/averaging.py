@@ -10,6 +10,18 @@ from torch import Tensor
 from .fit_only import FitOnly
 
 
+class AveragedSGD(OptimWrapper):
+    """torch's ASGD for fastai. It has no momentum, so what a schedule such as `fit_one_cycle`'s says of it from the switch on is without effect."""
+
+    @property
+    def hypers(self):
+        return [{"mom": 0.0} | hyper for hyper in super().hypers]
+
+    def _set_hyper(self, name, values):
+        if name != "mom":
+            super()._set_hyper(name, values)
+
+
 class NTASGD(FitOnly):
     """SGD until `monitor` (lower is better) has not improved for `nonmono` epochs on the best before them, then averaged SGD.
 
@@ -24,14 +36,15 @@ class NTASGD(FitOnly):
         self.nonmono, self.monitor = nonmono, monitor
         self.logs: list[float] = []
         self.kept: list[tuple[Tensor, Tensor]] | None = None
-        self.validated = False
+        self.validated, self.before = False, 0  # validated epochs of earlier fits
 
     @property
     def averaging(self) -> bool:
         return isinstance(getattr(self.learn.opt, "opt", None), torch.optim.ASGD)
 
     def start_fit(self):
-        self.validated = False
+        self.put_back()  # a fit that was interrupted while it validated left the averages there
+        self.validated, self.before = False, len(self.logs)
         self.column = list(self.recorder.metric_names[1:]).index(self.monitor)
 
     def before_step(self):
@@ -53,7 +66,7 @@ class NTASGD(FitOnly):
                 p.copy_(state["ax"])
 
     def after_validate(self):
-        self.validated = True
+        self.validated = self.judged()
 
     def after_epoch(self):
         self.put_back()
@@ -78,12 +91,12 @@ class NTASGD(FitOnly):
     def start_averaging(self):
         old = self.learn.opt
         groups = [{"params": list(params), "lr": hyper["lr"], "weight_decay": hyper["wd"]} for params, hyper in zip(old.param_lists, old.hypers)]
-        self.learn.opt = OptimWrapper(opt=torch.optim.ASGD(groups, t0=0, lambd=0.0))
+        self.learn.opt = AveragedSGD(opt=torch.optim.ASGD(groups, t0=0, lambd=0.0))
         self.learn.opt.frozen_idx = old.frozen_idx
 
     def since_best(self) -> int:
-        """Validated epochs after the best one so far."""
-        return len(self.logs) - 1 - self.logs.index(min(self.logs)) if self.logs else 0
+        """Validated epochs of this fit after the best one so far."""
+        return len(self.logs) - max(self.before, self.logs.index(min(self.logs)) + 1) if self.logs else 0
 
     def state_dict(self) -> dict:
         """For resuming: the monitored values so far and, once averaging, the averages. The weights themselves are the model's."""
@@ -91,7 +104,7 @@ class NTASGD(FitOnly):
 
     def load_state_dict(self, state: dict) -> None:
         """The inverse of `state_dict`, before `fit`."""
-        self.logs = list(state["logs"])
+        self.logs, self.before = list(state["logs"]), 0  # one fit, which goes on
         if state["averages"] is not None:
             if self.learn.opt is None:
                 self.learn.create_opt()

@@ -24,7 +24,7 @@ class BestModel(FitOnly, SaveModelCallback):
         TrackerCallback.before_fit(self)
 
     def after_validate(self):
-        self.validated = True
+        self.validated = self.judged()
 
     def after_epoch(self):
         if not self.validated:  # an epoch that `fit(start_epoch=…)` skipped, or a cancelled one

@@ -14,5 +14,9 @@ class FitOnly(Callback):
         else:
             self.start_fit()
 
+    def judged(self) -> bool:
+        """After `after_validate`: whether the epoch has a validation loss. A cancelled validation, such as `lr_find`'s, comes to that event too."""
+        return not self.learn.recorder.cancel_valid
+
     def start_fit(self):
         """`before_fit` of a real fit."""

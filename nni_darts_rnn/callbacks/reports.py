@@ -18,9 +18,14 @@ from .fit_only import FitOnly
 
 
 class MetricsCSV(FitOnly, CSVLogger):
-    """`CSVLogger` that `Learner.validate` does not truncate, and that makes its folder."""
+    """`CSVLogger` that `Learner.validate` does not truncate, that makes its folder, and that `Learner.export` can leave out."""
+
+    # after the bar, which calls no other logger and comes last of its own order once `no_bar` has put it back (fastai 2.8)
+    order, _stateattrs = ProgressCallback.order + 1, ("file", "old_logger")
 
     def start_fit(self):
+        if self.learn.logger == self._write_line:  # by a fit that was interrupted
+            CSVLogger.after_fit(self)
         self.path.mkdir(parents=True, exist_ok=True)
         CSVLogger.before_fit(self)
 
@@ -70,7 +75,8 @@ class EpochReport(FitOnly):
 
     def after_batch(self):
         if self.training:
-            self.counts.add(self.yb[0].numel(), self.learn.loss, self.n_epoch, (self.n_epoch - self.epoch) * self.n_iter - self.iter - 1)
+            whole = vars(self.dls.train).get("first", 0) + self.n_iter  # batches of an epoch, of which an earlier process may have trained some
+            self.counts.add(self.yb[0].numel(), self.learn.loss, self.n_epoch, (self.n_epoch - self.epoch - 1) * whole + self.n_iter - self.iter - 1)
 
     def after_train(self):
         train_loss = self.counts.loss

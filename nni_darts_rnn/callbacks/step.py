@@ -34,11 +34,12 @@ class AnnealLR(FitOnly):
         self.share, self.full, self.falling = share, [], SchedCos(1.0, 0.0)
 
     def start_fit(self):
-        self.full = []
+        self.full, self.run = [], not hasattr(self.learn, "lr_finder")  # which sets rates of its own
 
     def before_batch(self):
         self.full = self.full or [hyper["lr"] for hyper in self.opt.hypers]
-        skipped = getattr(self.dls.train, "first", 0)  # batches of this epoch that an earlier process trained
+        # batches of this epoch that an earlier process trained; fastai's own loaders answer for what they have not with their text's attributes
+        skipped = vars(self.dls.train).get("first", 0)
         done = (self.epoch + (skipped + self.iter) / (skipped + self.n_iter)) / self.n_epoch
         factor = self.falling(max(0.0, (done - (1 - self.share)) / self.share))
         self.opt.set_hyper("lr", [lr * factor for lr in self.full])

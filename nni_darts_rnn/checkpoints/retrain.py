@@ -26,8 +26,31 @@ class ResumableLearner(Learner):
     def converged(self) -> bool:
         return False
 
+    def load(self, *args, **kwargs):
+        """Also of a file that was saved before or after NT-ASGD's switch, where this Learner is on the other side of it."""
+        super().load(*args, **kwargs)
+        torch_optimizer = getattr(self.opt, "opt", None)
+        if isinstance(torch_optimizer, (torch.optim.SGD, torch.optim.ASGD)):
+            averages = "lambd" in torch_optimizer.param_groups[0]
+            if averages != isinstance(torch_optimizer, torch.optim.ASGD):
+                state = self.opt.state_dict()
+                self.create_opt()
+                if averages:
+                    next(cb for cb in self.cbs if isinstance(cb, NTASGD)).start_averaging()
+                self.opt.load_state_dict(state)
+        return self
+
+    def export(self, *args, **kwargs):
+        """fastai's; whether that succeeds or not, this Learner keeps its optimizer and its text."""
+        optimizer, dls = self.opt, self.dls
+        try:
+            super().export(*args, **kwargs)
+        finally:
+            self.opt, self.dls = optimizer, dls
+
     def _do_fit(self):
-        for epoch in range(self.first_epoch, self.n_epoch):
+        first, self.first_epoch = self.first_epoch, 0  # of the next `fit`
+        for epoch in range(first, self.n_epoch):
             if self.converged():  # asked here, so that a fit that was cut off after its last epoch ends there too when it goes on
                 break
             self.epoch = epoch

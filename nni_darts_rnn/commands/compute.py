@@ -62,8 +62,11 @@ def evaluate(arguments) -> None:
     from .. import fused
     from ..model import choose_device, perplexity
     from ..text.baselines import bigram_perplexity, unigram_perplexity
-    from ..trained import load_trained
+    from ..trained import load_trained, read_description
 
+    if arguments.recipe is None:  # the perplexities that its training ended with depend on the batches, if little
+        trained = (read_description(arguments.model).get("extra") or {}).get("recipe") or {}
+        arguments.recipe = get_recipe("small", {f"retrain.{name}": trained[name] for name in ("bptt", "eval_batch_size", "test_batch_size") if name in trained})
     recipe, _, corpus, _ = _start(arguments)
     model, words = load_trained(arguments.model)
     if tuple(words) != tuple(corpus.vocab.words):

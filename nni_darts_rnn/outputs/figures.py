@@ -74,8 +74,9 @@ def read_rows(folder: Path) -> list[dict]:
             with path.open(newline="", encoding="utf-8-sig") as file:
                 found = list(csv.DictReader(file))
             for row in found:
+                epoch = int(row["epoch"])
                 # fastai counts epochs from 0 and knows of no phases
-                rows.append(row if row.get("phase") else {**row, "phase": phase, "epoch": int(row["epoch"]) + 1})
+                rows.append(row if row.get("phase") else {**row, "phase": phase, "epoch": epoch + 1})
         except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
             raise ValueError(f"{path.name}: cannot be read ({type(error).__name__} {error})") from None
     if not rows:

@@ -120,6 +120,10 @@ class BpttBatches:
         starts = self._starts
         return (self._batch(starts, number) for number in range(len(starts) - 1))
 
+    def new_empty(self) -> BpttBatches:
+        """Of no text, but for one target a stream: what fastai's `export` keeps of its DataLoaders."""
+        return BpttBatches(self.stream.new_zeros(2, self.stream.shape[1]), self.rule, self.seed)
+
     def to(self, device: torch.device | str) -> BpttBatches:
         """The same batches on another device; returns itself."""
         self.stream = self.stream.to(device)
