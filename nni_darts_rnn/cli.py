@@ -14,6 +14,15 @@ from .trial import Parser, add_keeping_options, add_run_options
 EXPERIMENT = "id of an NNI experiment on this machine (running, stopped or finished), or its folder"
 
 
+def new_folder(text: str) -> Path:
+    """A folder that is there or can be made."""
+    path = Path(text)
+    there = next((place for place in (path, *path.parents) if place.exists()), path)
+    if not text or not there.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is not possible: {f'{there} is a file' if text else 'it is empty'}; give a folder")
+    return path
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="nni-darts-rnn", description="Finds recurrent cells by second-order DARTS, trains and tests them.",
                     epilog="`nni-darts-rnn COMMAND --help` says more about one command.")
@@ -40,11 +49,11 @@ def build_parser() -> argparse.ArgumentParser:
                    "Example: nni-darts-rnn evaluate trained --corpus pydoc")
     evaluate.add_argument("model", help="folder with model.safetensors and model.json")
     for command in (search, retrain, evaluate):
-        add_run_options(command)
-        command.add_argument("--seed", default=0, help="of everything random; default 0")
+        add_run_options(command, learns=command is not evaluate)
         if command is not evaluate:
+            command.add_argument("--seed", default=0, help="of everything random; default 0")
             add_keeping_options(command)
-            command.add_argument("--out", type=Path, help=f"folder for the results; default runs/{command.prog.split()[-1]}-CORPUS-SEED")
+            command.add_argument("--out", type=new_folder, help=f"folder for the results; default runs/{command.prog.split()[-1]}-CORPUS-SEED")
     retrain.set_defaults(corpus=None, recipe=None)  # those of the trial with --from, the usual ones otherwise
     evaluate.set_defaults(recipe=None)
 

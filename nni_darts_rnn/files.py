@@ -16,7 +16,7 @@ try:
 except ImportError:  # Windows: processes are not kept apart there
     fcntl = None
 
-_PARTIAL = ".partial-"
+_PARTIAL = ".nni-darts-rnn-partial-"  # nothing of anybody else is called so
 
 
 @contextlib.contextmanager

@@ -44,6 +44,9 @@ from .supernet import MixedRNN
 
 __all__ = ["language_dls", "lm_learner", "search_learner", "retrain"]
 
+BEST = ".nni-darts-rnn-best"
+"""The folder of the best model while `retrain` goes on: not fastai's own `models`, where somebody's may lie."""
+
 
 def _learner(dls, lm: LanguageModel, recipe, path, cbs, metrics_file: str | None, **kwargs) -> Learner:
     """What both learners share: SGD, hidden state, AR/TAR, clipping, learning rate × length, perplexity, CSV."""
@@ -137,6 +140,7 @@ def retrain(corpus: Corpus, genotype: Genotype | str, recipe: RetrainRecipe, see
         learn = lm_learner(language_dls(corpus, recipe, seed, device, path=folder), genotype, recipe, seed=seed, metrics_file=None, cbs=[reporter])
         keeper = RetrainCheckpoints(store, state, stop, len(corpus.vocab))
         learn.add_cb(keeper)
+        learn.model_dir = BEST
         last[:] = [(learn, keeper)]
         with contextlib.ExitStack() as quiet:
             if progress:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from .checkpoints.store import USUAL, Checkpoints, Keeping, alone_in, run_identity
 from .corpus import Corpus
-from .files import write_json
-from .genotype import Genotype
+from .files import write_json, write_text
+from .genotype import Genotype, load_genotype
 from .outputs.tensorboard import watched
 from .outputs.versions import package_versions
 from .recipes import Recipe, RetrainRecipe, SearchRecipe
@@ -28,16 +28,25 @@ def check_fits(corpus: Corpus, *parts: SearchRecipe | RetrainRecipe) -> None:
         else:
             prefix, texts = "retrain", {"batch_size": [("training", corpus.train)], "eval_batch_size": [("validation", corpus.valid)],
                                         "test_batch_size": [("test", corpus.test)]}
-        for field, read in texts.items():
-            for what, tokens in read:
-                B = getattr(part, field)
-                if len(tokens) < 2 * B:
-                    raise ValueError(f"{prefix}.{field}: {B} streams need a text of at least {2 * B} tokens, but {what} text has {len(tokens)}")
+        _check_streams(part, prefix, texts)
         V, H = len(corpus.vocab), part.hidden_size
         needed, there = 8 * (V * H + V + 4 * H * H), _memory()  # float32 twice; of the cell only W0, whose size every cell shares
         if needed > there:
             raise ValueError(f"{prefix}.hidden_size: {H} units for {V:,} words need {needed / 1e9:,.0f} GB for the weights and their gradient alone, "
                              f"but this machine has {there / 1e9:,.0f} GB of memory; take fewer units, or put <unk> for rare words")
+
+
+def check_reading(corpus: Corpus, part: RetrainRecipe) -> None:
+    """`ValueError` where validation or test text is too short for its streams."""
+    _check_streams(part, "retrain", {"eval_batch_size": [("validation", corpus.valid)], "test_batch_size": [("test", corpus.test)]})
+
+
+def _check_streams(part, prefix: str, texts: dict[str, list]) -> None:
+    for field, read in texts.items():
+        for what, tokens in read:
+            B = getattr(part, field)
+            if len(tokens) < 2 * B:
+                raise ValueError(f"{prefix}.{field}: {B} streams need a text of at least {2 * B} tokens, but {what} text has {len(tokens)}")
 
 
 def _memory() -> float:
@@ -91,14 +100,15 @@ def _search_phase(corpus, recipe, seed, folder, report, progress, device, store)
             "rows": result.rows}
 
 
-def retrain_phase(corpus: Corpus, genotype: Genotype, recipe: RetrainRecipe, seed: int, folder: Path, report=None, progress: bool = False,
+def retrain_phase(corpus: Corpus, genotype: Genotype | str, recipe: RetrainRecipe, seed: int, folder: Path, report=None, progress: bool = False,
                   device: str = "auto", keeping: Keeping = USUAL) -> dict:
-    """Trains the genotype from scratch and tests it; leaves retrain.csv, model.safetensors, model.json and pictures in `folder`.
+    """Trains the genotype from scratch and tests it; leaves retrain.csv, genotype.json, model.safetensors, model.json and pictures in `folder`.
 
     While it goes on the training keeps itself in `folder`/checkpoint, as `search_phase` does. Ctrl-C after the first epoch: the best model so
     far is tested and left there too, then `KeyboardInterrupt` goes on; likewise `FloatingPointError` where the numbers went wrong for good.
     Returns valid_perplexity, test_perplexity, parameters, retrain_seconds, epochs, rows.
     """
+    genotype = load_genotype(genotype)
     with alone_in(folder) as kept:
         store = _store(kept, "retrain", _retrain_identity(corpus, genotype, recipe, seed), keeping)
         done = _retrain_phase(corpus, genotype, recipe, seed, folder, report, progress, device, store)
@@ -114,6 +124,7 @@ def _retrain_phase(corpus, genotype, recipe, seed, folder, report, progress, dev
     from .learner import retrain
     from .trained import save_trained
 
+    _check_cell(folder, genotype)
     take_fast_path(corpus, recipe, device, genotype.n_nodes)
     with watched(folder, "retrain", report) as report:
         outcome = retrain(corpus, genotype, recipe, seed, folder, report, progress, device, store)
@@ -124,6 +135,15 @@ def _retrain_phase(corpus, genotype, recipe, seed, folder, report, progress, dev
     if outcome["ended_by"] is not None:
         raise outcome["ended_by"]
     return summary | {"rows": outcome["rows"]}
+
+
+def _check_cell(folder: Path, genotype: Genotype) -> None:
+    """Leaves the cell in the folder, whose pictures are drawn from that; `ValueError` where the cell of another run lies there, which would be lost."""
+    path = folder / "genotype.json"
+    if not path.exists():
+        write_text(path, genotype.to_json() + "\n")
+    elif load_genotype(path) != genotype:
+        raise ValueError(f"{path} is another cell than the one to train, {genotype.to_json()}; give another folder for the results")
 
 
 def _store(kept: Path, phase: str, identity: dict, keeping: Keeping) -> Checkpoints:

@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 
 from .genotype import did_you_mean, one_of
 
+MOST = 1e30  # of a number without a limit of its own: what it is multiplied by must find room in float32 too
 
-def _field(default, low=-math.inf, high=math.inf, *, below=False, choices=None, optional=False, help=""):
+
+def _field(default, low=-math.inf, high=MOST, *, below=False, choices=None, optional=False, help=""):
     """A recipe's field: allowed from `low` to `high` (`below`: strictly below `high`), or one of `choices`; `optional` allows None."""
     return field(default=default, metadata=dict(low=low, high=high, below=below, choices=choices, optional=optional, help=help))
 
@@ -39,7 +41,7 @@ class SearchRecipe:
     dropout_x: float = _rate(0.75, "dropout of the cell's input")
     dropout_i: float = _rate(0.2, "dropout of the embedded words")
     dropout_e: float = _rate(0.0, "dropout of whole words")
-    init_range: float = _field(0.04, 1e-12, help="weights start uniform in ± this")
+    init_range: float = _field(0.04, 1e-12, 1e3, help="weights start uniform in ± this")
     ar: float = _field(0.0, 0, help="activation regularisation")
     tar: float = _field(1e-3, 0, help="temporal activation regularisation")
     anneal: float = _field(0.0, 0, 1, help="the share of the epochs, at the end, over which the weights' learning rate falls to 0 along a cosine")
@@ -61,6 +63,12 @@ class SearchRecipe:
     def __post_init__(self):
         if self.reproduce_original and self.clip is None:
             raise ValueError("search.reproduce_original: the published code always clips; give search.clip (the paper's is 0.25)")
+        if self.reproduce_original and (self.hvp == "exact" or self.neumann_terms):
+            raise ValueError(f"search.reproduce_original: the published code has a finite difference and no series; hvp = {self.hvp} and neumann_terms = "
+                             f"{self.neumann_terms} would change nothing; give finite_difference or first_order, and 0")
+        if self.neumann_terms and (self.hvp == "first_order" or self.unrolled_lr == 0):
+            raise ValueError(f"search.neumann_terms: {self.neumann_terms} terms of the second-order gradient go with no first-order one "
+                             f"(hvp = {self.hvp}, unrolled_lr = {self.unrolled_lr}); give 0")
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"search.warmup_epochs: {self.warmup_epochs} must be below search.epochs = {self.epochs}: α would never move")
 
@@ -75,7 +83,7 @@ class RetrainRecipe:
     test_batch_size: int = _field(1, 1, help="streams read side by side in the test text")
     bptt: int = _field(35, 1, help="mean length of a batch in time steps, T")
     short_bptt_probability: float = _field(0.05, 0, 1, help="probability that the mean is half of that")
-    bptt_std: float = _field(5.0, 0, help="standard deviation of the length")
+    bptt_std: float = _field(5.0, 0, 1e6, help="standard deviation of the length")
     min_bptt: int = _field(5, 1, help="shortest length")
     max_bptt_above: int = _field(20, 0, help="the longest length is `bptt` plus this")
     lr: float = _field(20.0, 0, help="SGD's learning rate for a batch of `bptt` steps; scaled by length/bptt")
@@ -86,7 +94,7 @@ class RetrainRecipe:
     dropout_x: float = _rate(0.75, "dropout of the cell's input")
     dropout_i: float = _rate(0.2, "dropout of the embedded words")
     dropout_e: float = _rate(0.1, "dropout of whole words")
-    init_range: float = _field(0.04, 1e-12, help="weights start uniform in ± this")
+    init_range: float = _field(0.04, 1e-12, 1e3, help="weights start uniform in ± this")
     ar: float = _field(0.0, 0, help="activation regularisation")
     tar: float = _field(1e-3, 0, help="temporal activation regularisation")
     anneal: float = _field(0.0, 0, 1, help="the share of the epochs, at the end, over which the learning rate falls to 0 along a cosine")
@@ -204,7 +212,7 @@ def _check(name: str, value, spec: dataclasses.Field):
     what = "a whole number" if kind == "int" else "a number"
     low, high = meta["low"], meta["high"]
     allowed = what + (f" of at least {low}" if low > -math.inf else "")
-    allowed += "" if high == math.inf else f" and {'below' if meta['below'] else 'at most'} {high}"
+    allowed += "" if high == MOST else f" and {'below' if meta['below'] else 'at most'} {high}"
     try:
         if isinstance(value, bool):
             raise ValueError
@@ -214,5 +222,5 @@ def _check(name: str, value, spec: dataclasses.Field):
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{name}: {value!r} must be {allowed}") from None
     if not math.isfinite(number) or number < low or number > high or (meta["below"] and number >= high):
-        raise ValueError(f"{name}: {value!r} must be {allowed}")
+        raise ValueError(f"{name}: {value!r} must be {allowed}" + (f", and at most {MOST:g}" if number > high == MOST else ""))
     return int(number) if kind == "int" else number

@@ -56,13 +56,16 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """The options that every command with a corpus and a recipe shares."""
+def add_run_options(parser: argparse.ArgumentParser, learns: bool = True) -> None:
+    """The options that every command with a corpus and a recipe shares; the text for α is of those that learn from it."""
     parser.add_argument("--corpus", default="pydoc", help="pydoc (default), penn, wikitext-2, wikitext-103, or a folder with train/valid/test.txt")
     parser.add_argument("--corpus-folder", help="where the files of a named corpus are")
     parser.add_argument("--corpus-mirror", help="https URL that a named corpus is fetched from")
-    parser.add_argument("--alpha-fraction", type=float, default=0.0, metavar="F",
-                        help="part of the training text kept apart for α; 0 (default): α learns from the validation text, as in the paper")
+    if learns:
+        parser.add_argument("--alpha-fraction", type=float, default=0.0, metavar="F",
+                            help="part of the training text kept apart for α; 0 (default): α learns from the validation text, as in the paper")
+    else:
+        parser.set_defaults(alpha_fraction=0.0)
     parser.add_argument("--recipe", default="small", help="named hyper-parameters: small (default), drawn, tiny, penn, wikitext-2; see `nni-darts-rnn recipes`")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="replace a field, e.g. --set search.epochs=5; may be repeated")
     parser.add_argument("--threads", type=int, help="CPU threads for torch; default: torch's own choice")
@@ -179,8 +182,8 @@ def quiet_hosts() -> None:
 
 def prepare_torch(arguments: argparse.Namespace) -> None:
     """Threads and device, checked and set; quiet hosts."""
-    if arguments.threads is not None and arguments.threads < 1:
-        raise ValueError(f"--threads: {arguments.threads} must be at least 1")
+    if arguments.threads is not None and not 1 <= arguments.threads <= 1024:
+        raise ValueError(f"--threads: {arguments.threads} must be from 1 to 1024")
     quiet_hosts()
     import torch
 

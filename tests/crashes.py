@@ -116,8 +116,8 @@ def main(name: str, folder: str, seed: str, kills: str, how: str = "") -> None:
         if os.WIFSIGNALED(status):
             killed += 1
             kept = folder / "killed" / "checkpoint"
-            torn += any(path.name.startswith(".partial-") or not path.with_suffix(".json").exists() for path in kept.glob("*.safetensors")) or any(
-                kept.glob(".partial-*"))
+            torn += any(path.name.startswith(".nni-darts-rnn-partial-") or not path.with_suffix(".json").exists() for path in kept.glob("*.safetensors")) or any(
+                kept.glob(".nni-darts-rnn-partial-*"))
         elif os.WEXITSTATUS(status):
             sys.exit("a run that went on failed")
         elif last:

@@ -92,6 +92,7 @@ RUN_OPTIONS = {  # options that `search`, `retrain`, `evaluate` and the trial sh
     "empty value": (["--set", "search.epochs="], "search.epochs: '' must be a whole number"),
     "no nodes": (["--set", "search.n_nodes=0"], "search.n_nodes: '0' must be a whole number of at least 1"),
     "too many nodes": (["--set", "search.n_nodes=1000"], "at most 64"),
+    "too large for float32": (["--set", "search.arch_lr=1e39"], "search.arch_lr: '1e39' must be a number of at least 0, and at most 1e+30"),
     "NaN": (["--set", "search.lr=nan"], "search.lr: 'nan' must be a number of at least 0"),
     "infinite": (["--set", "search.lr=inf"], "search.lr: 'inf'"),
     "negative": (["--set", "retrain.lr=-1"], "retrain.lr: '-1'"),
@@ -109,7 +110,8 @@ RUN_OPTIONS = {  # options that `search`, `retrain`, `evaluate` and the trial sh
     "α's part no number": (["--alpha-fraction", "some"], "argument --alpha-fraction: invalid float value: 'some'"),
     "α's part NaN": (["--alpha-fraction", "nan"], "alpha_fraction: nan"),
     "unknown device": (["--device", "cuda"], "argument --device: invalid choice: 'cuda'"),
-    "no threads": (["--threads", "0"], "--threads: 0 must be at least 1"),
+    "no threads": (["--threads", "0"], "--threads: 0 must be from 1 to 1024"),
+    "too many threads": (["--threads", "99999999999999"], "--threads: 99999999999999 must be from 1 to 1024"),
     "threads no number": (["--threads", "two"], "argument --threads: invalid int value: 'two'"),
     "unknown option": (["--speed", "9"], "unrecognized arguments: --speed 9"),
 }
@@ -145,7 +147,12 @@ def test_search_and_retrain_refuse(command, options, words, place, capsys):
     (["search", "--set", "search.eval_batch_size=70", "--out", "out"], "search.eval_batch_size: 70 streams"),
     (["retrain", "--genotype", "ENAS", "--set", "retrain.batch_size=50000", "--out", "out"], "retrain.batch_size: 50000 streams"),
     (["retrain", "--genotype", "ENAS", "--set", "retrain.test_batch_size=70", "--out", "out"], "retrain.test_batch_size: 70 streams"),
+    (["search", "--out", ""], "argument --out: '' is not possible: it is empty; give a folder"),
+    (["search", "--resume", "must", "--out", "new"], "--resume must: there is no new to go on in"),
     (["evaluate"], "the following arguments are required: model"),
+    (["evaluate", "nowhere", "--seed", "1"], "unrecognized arguments: --seed 1"),
+    (["evaluate", "nowhere", "--set", "retrain.hidden_size=500"], "--set retrain.hidden_size: evaluating takes no other field of a recipe than retrain.bptt, "),
+    (["evaluate", "nowhere", "--set", "retrain.test_batch_sise=2"], "did you mean 'retrain.test_batch_size'?"),
     (["evaluate", "nowhere"], "model.json: cannot be read"),
     (["recipes", "penn"], "unrecognized arguments: penn"),
 ])
@@ -157,7 +164,8 @@ def test_what_each_command_refuses(argv, words, place, capsys):
 def test_an_out_that_is_a_file_is_refused(place, capsys):
     out = place.parent / "file"
     out.write_text("mine")
-    refused(capsys, place, status(cli.main, "search", "--json", "--corpus", place.parent / "corpus", *SMALL, "--out", out), "File exists")
+    for path in (out, out / "below"):
+        refused(capsys, place, status(cli.main, "search", "--corpus", place.parent / "corpus", *SMALL, "--out", path), "file is a file; give a folder")
     assert out.read_text() == "mine"
 
 
@@ -229,7 +237,8 @@ def test_search_retrain_evaluate(place, capsys):
     assert json.loads((place / "a" / "genotype.json").read_text(encoding="utf-8")) == found["genotype"] and len(found["genotype"]["recurrent"]) == 2
     assert status(cli.main, "retrain", *common, "--genotype", place / "a", "--out", place / "b") == 0
     trained = json.loads(capsys.readouterr().out)
-    assert status(cli.main, "evaluate", place / "b", *common) == 0
+    reading = common[:2] + ["--recipe", "tiny", "--json", "--set", "retrain.eval_batch_size=4", "--set", "retrain.test_batch_size=4"]
+    assert status(cli.main, "evaluate", place / "b", *reading) == 0
     tested = json.loads(capsys.readouterr().out)
     for name in ("valid_perplexity", "test_perplexity", "unigram_perplexity", "bigram_perplexity"):
         assert tested[name] == pytest.approx(trained[name], rel=1e-6)
@@ -237,7 +246,18 @@ def test_search_retrain_evaluate(place, capsys):
     assert status(cli.main, "evaluate", place / "b", *common[:2], "--json") == 0
     assert json.loads(capsys.readouterr().out) == tested
     assert sorted(os.listdir(place)) == ["a", "b"]
+    # what was trained carries its cell, and is not trained over with another one
+    assert status(cli.main, "retrain", *common, "--genotype", place / "b", "--out", place / "c") == 0
+    assert json.loads(capsys.readouterr().out)["test_perplexity"] == trained["test_perplexity"]
+    before = {path: path.read_bytes() for path in (place / "c").rglob("*") if path.is_file()}
+    assert status(cli.main, "retrain", *common, "--genotype", "ENAS", "--out", place / "c") == 2
+    assert "genotype.json is another cell than the one to train" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (place / "c").rglob("*") if path.is_file()} == before
+    (place.parent / "corpus" / "test.txt").write_text("the cat\n")
+    assert status(cli.main, "evaluate", place / "b", *common[:2]) == 2
+    assert "retrain.test_batch_size: 4 streams need a text of at least 8 tokens" in capsys.readouterr().err
+    (place.parent / "corpus" / "test.txt").write_text(TEXT * 8, encoding="utf-8")
     (place.parent / "corpus" / "train.txt").write_text(TEXT * 20 + "a new word\n", encoding="utf-8")
-    assert status(cli.main, "evaluate", place / "b", *common) == 2
+    assert status(cli.main, "evaluate", place / "b", *common[:2]) == 2
     text = capsys.readouterr()
     assert "another vocabulary" in text.err and len(text.err.splitlines()) == 1 and not text.out

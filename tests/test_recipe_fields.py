@@ -14,7 +14,8 @@ from nni_darts_rnn.recipes import RetrainRecipe, SearchRecipe, get_recipe, overr
 SEARCH = dict(hidden_size=6, n_nodes=2, batch_size=4, eval_batch_size=3, bptt=7, short_bptt_probability=0.4, lr=3.0, weight_decay=1e-3, clip=0.7,
               dropout=0.11, dropout_h=0.12, dropout_x=0.13, dropout_i=0.14, dropout_e=0.15, init_range=0.5, ar=0.2, tar=0.3, anneal=0.8, epochs=9, arch_lr=0.02,
               arch_weight_decay=0.03, arch_beta1=0.4, arch_beta2=0.5, relaxation="node", hvp="exact", epsilon=0.06, unrolled_lr=0.07, neumann_terms=2, warmup_epochs=3,
-              alpha_dropout=False, reproduce_original=True)
+              alpha_dropout=False, reproduce_original=False)
+ORIGINAL = SEARCH | dict(hvp="finite_difference", neumann_terms=0, reproduce_original=True)  # which goes with no other gradient
 RETRAIN = dict(hidden_size=6, batch_size=4, eval_batch_size=3, test_batch_size=2, bptt=7, short_bptt_probability=0.4, bptt_std=1.5, min_bptt=3,
                max_bptt_above=2, lr=3.0, weight_decay=1e-3, clip=0.7, dropout=0.11, dropout_h=0.12, dropout_x=0.13, dropout_i=0.14, dropout_e=0.15,
                init_range=0.5, ar=0.2, tar=0.3, anneal=0.6, nonmono=4, epochs=1, patience=None)
@@ -43,15 +44,16 @@ def first_weights(lm) -> float:
 def test_the_tables_name_every_field():
     assert set(SEARCH) == {f.name for f in dataclasses.fields(SearchRecipe)} and set(RETRAIN) == {f.name for f in dataclasses.fields(RetrainRecipe)}
     paper = get_recipe("penn")
-    assert all(SEARCH[k] != getattr(paper.search, k) for k in SEARCH)
+    assert all(SEARCH[k] != getattr(paper.search, k) for k in SEARCH if k != "reproduce_original") and ORIGINAL["reproduce_original"]
     assert all(RETRAIN[k] != getattr(paper.retrain, k) for k in RETRAIN if k != "patience")  # which goes without `anneal`: see below
 
 
-def test_search_through_nni():
+@pytest.mark.parametrize("settings", [SEARCH, ORIGINAL], ids=["search", "original"])
+def test_search_through_nni(settings):
     from nni_darts_rnn.evaluator import AnnealLR, SupernetReport, search_evaluator
     from nni_darts_rnn.search import make_space, make_strategy
 
-    recipe = override(SearchRecipe(), SEARCH)
+    recipe = override(SearchRecipe(), settings)
     space, strategy = make_space(10, recipe), make_strategy(recipe)
     evaluator = search_evaluator(corpus(), recipe, accelerator="cpu")
     step = strategy.configure_oneshot_module(evaluator.module)
@@ -67,7 +69,7 @@ def test_search_through_nni():
         "arch_lr": adam["lr"], "arch_weight_decay": adam["weight_decay"], "arch_beta1": adam["betas"][0], "arch_beta2": adam["betas"][1],
         "hvp": step.hvp, "epsilon": step.epsilon, "unrolled_lr": step.unrolled_lr, "neumann_terms": step.neumann_terms,
         "warmup_epochs": step.warmup_epochs, "alpha_dropout": evaluator.module.alpha_dropout, "reproduce_original": step.reproduce_original}
-    assert found == SEARCH
+    assert found == settings
     assert valid.rule == train.rule and valid.stream.shape[1] == 4 and evaluator.module.bptt == 7
     assert evaluator.module.hidden_train.shape == evaluator.module.hidden_valid.shape == (4, 6)
 

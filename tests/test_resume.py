@@ -128,6 +128,18 @@ def test_signals_finish_the_step_keep_the_run_and_end_it(tmp_path, monkeypatch, 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["search", "retrain"])
+def test_what_else_lies_there_stays(tmp_path, name):
+    """Somebody's own files, called as a model's, a checkpoint's or a draft's are elsewhere."""
+    mine = [tmp_path / "whole" / path for path in ("checkpoint/llama.safetensors", "models/best.pth", ".partial-thesis.tex", "checkpoint/.partial-x.json")]
+    for path in mine:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    phase(name, tmp_path / "whole")
+    assert [path.read_text() for path in mine] == ["mine"] * 4
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["search", "retrain"])
 def test_what_had_ended_when_it_was_killed_is_not_done_again(tmp_path, name):
     """Killed after the last epoch and before its results were written: they are written from the checkpoint, without a step more."""
     phase(name, tmp_path / "whole")
@@ -166,7 +178,7 @@ def test_a_whole_run_goes_on_where_it_was_and_clears_up(tmp_path, monkeypatch):
             said = len(calls)
             assert not (tmp_path / folder / "result.json").exists() and (tmp_path / folder / "genotype.json").exists()
         result = pipeline.whole_run(corpus(), RECIPE, 3, tmp_path / folder, calls.append, device="cpu", keeping=Keeping(Every()), final=finals.append)
-        assert finals[-1] == result and not (tmp_path / folder / "checkpoint").exists() and not (tmp_path / folder / "models").exists()
+        assert finals[-1] == result and not (tmp_path / folder / "checkpoint").exists() and not (tmp_path / folder / ".nni-darts-rnn-best").exists()
     assert {(row["phase"], row["epoch"]) for row in calls[-said:]} and len(calls) == 2 * (RECIPE.search.epochs + 1 + RECIPE.retrain.epochs)
     assert {k: v for k, v in finals[0].items() if "seconds" not in k} == {k: v for k, v in finals[1].items() if "seconds" not in k}
 
@@ -219,9 +231,9 @@ def test_two_processes_do_not_work_in_one_folder(tmp_path):
     with alone_in(tmp_path) as kept:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
         assert done.returncode == 1 and "another process is at work in this folder" in done.stderr
-        (kept / ".partial-search-abc.json").write_text("{")
+        (kept / ".nni-darts-rnn-partial-search-abc.json").write_text("{")
         (kept / "search-000000-00000001.safetensors").write_bytes(b"torn")
-        (tmp_path / ".partial-retrain-abc.csv").write_text("")
+        (tmp_path / ".nni-darts-rnn-partial-retrain-abc.csv").write_text("")
         (kept / "search-000000-00000000.json").write_text("{}")
     with alone_in(tmp_path) as kept:  # what a process that was killed left half written is gone, and the lock is free again
         assert sorted(path.name for path in kept.iterdir()) == ["lock", "search-000000-00000000.json"]

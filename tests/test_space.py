@@ -210,6 +210,13 @@ def test_load_searched_model_of_a_genotype(source):
     assert (model.vocab_size, model.hidden_size, model.dropout, model.rnn.dropout_h) == (V, H, 0.5, 0.1)
 
 
+@pytest.mark.parametrize("given", [{"vocab_size": 5}, {"hidden_size": 77}, {"dropout": 0.9}])
+def test_a_trained_model_has_its_own_sizes(tmp_path, given):
+    save_trained(tmp_path, load_searched_model(CELL, V, H), [str(k) for k in range(V)])
+    with pytest.raises(ValueError, match=f"{next(iter(given))}: .* holds a trained model, which has its own"):
+        load_searched_model(tmp_path, **given)
+
+
 def test_load_searched_model_of_files(tmp_path):
     (tmp_path / "genotype.json").write_text(CELL.to_json(), encoding="utf-8")
     for source in (tmp_path, tmp_path / "genotype.json", str(tmp_path)):

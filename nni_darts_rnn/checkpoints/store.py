@@ -20,6 +20,8 @@ from .file import DESCRIPTION, TENSORS, read_about, read_state, write_checkpoint
 logger = logging.getLogger(__name__)
 
 FOLDER = "checkpoint"
+NAME = re.compile(r"(search|retrain)-\d{6,}-\d{8,}")
+"""How checkpoints are called: what else lies in that folder is somebody's own."""
 """Where a run's checkpoints are, in the folder of its results."""
 RESUME = ("auto", "must", "never")
 
@@ -199,7 +201,7 @@ def alone_in(folder: str | Path) -> Iterator[Path]:
         remove_partial(folder)
         remove_partial(kept)
         for path in kept.glob(f"*{TENSORS}"):
-            if not path.with_suffix(DESCRIPTION).exists():
+            if NAME.fullmatch(path.stem) and not path.with_suffix(DESCRIPTION).exists():
                 path.unlink(missing_ok=True)  # its description was never written, or is gone already
         try:
             yield kept

@@ -12,6 +12,7 @@ from ..report.trial_folder import corpus_words, set_words
 from ..talk import Talk, answer
 from ..trial import checked_recipe, checked_seed, keeping, open_corpus, prepare_torch
 
+READING = ("retrain.bptt", "retrain.eval_batch_size", "retrain.test_batch_size")  # all that a recipe says of how a text is read to measure perplexity
 MOST_EPOCHS = 1000  # of a retraining that ends when it no longer gets better
 
 
@@ -55,22 +56,29 @@ def retrain(arguments) -> None:
     answer(arguments, done,
            f"test perplexity {done['test_perplexity']:.2f} (validation {done['valid_perplexity']:.2f}), {done['parameters']:,} parameters; "
            f"of the same test text: unigram {done['unigram_perplexity']:.2f}, interpolated bigram {done['bigram_perplexity']:.2f}",
-           ["nni-darts-rnn", "evaluate", folder, *corpus_words(arguments)])
+           ["nni-darts-rnn", "evaluate", folder, *corpus_words(arguments, learns=False)])
 
 
 def evaluate(arguments) -> None:
     from .. import fused
+    from ..genotype import did_you_mean
     from ..model import choose_device, perplexity
+    from ..pipeline import check_reading
     from ..text.baselines import bigram_perplexity, unigram_perplexity
     from ..trained import load_trained, read_description
 
+    for key in (text.partition("=")[0].strip() for text in arguments.set):
+        if key not in READING:
+            raise ValueError(f"--set {key}: evaluating takes no other field of a recipe than {', '.join(READING)}" + did_you_mean(key, READING))
     if arguments.recipe is None:  # the perplexities that its training ended with depend on the batches, if little
         trained = (read_description(arguments.model).get("extra") or {}).get("recipe") or {}
-        arguments.recipe = get_recipe("small", {f"retrain.{name}": trained[name] for name in ("bptt", "eval_batch_size", "test_batch_size") if name in trained})
-    recipe, _, corpus, _ = _start(arguments)
+        arguments.recipe = get_recipe("small", {key: trained[name] for key in READING if (name := key.partition(".")[2]) in trained})
+    recipe, _, corpus, talk = _start(arguments)
+    check_reading(corpus, recipe.retrain)
     model, words = load_trained(arguments.model)
     if tuple(words) != tuple(corpus.vocab.words):
         raise ValueError(f"{arguments.model} was trained on another vocabulary ({len(words)} words) than that of {corpus.name} ({len(corpus.vocab)})")
+    talk(f"corpus {corpus.describe()}")
     device = choose_device(arguments.device)
     model.to(device)
     r = recipe.retrain
@@ -101,11 +109,13 @@ def recipes(arguments) -> None:
 
 def _start(arguments):
     """Checks every setting, then opens the corpus: (recipe, seed, corpus, talk)."""
-    seed, recipe = checked_seed(arguments.seed), checked_recipe(arguments, {})
+    seed, recipe = checked_seed(getattr(arguments, "seed", 0)), checked_recipe(arguments, {})
     if getattr(arguments, "genotype", None):
         from ..genotype import load_genotype
 
         arguments.genotype = load_genotype(arguments.genotype)
+    if getattr(arguments, "resume", None) == "must" and arguments.out is not None and not arguments.out.exists():
+        raise ValueError(f"--resume must: there is no {arguments.out} to go on in")
     prepare_torch(arguments)
     return recipe, seed, open_corpus(arguments), Talk(arguments)
 

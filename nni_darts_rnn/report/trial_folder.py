@@ -69,13 +69,13 @@ class Trial:
                 shlex.join(["nni-darts-rnn", "retrain", *shared, *set_words(self.recipe, "retrain"), "--genotype", out, "--out", out])]
 
 
-def corpus_words(options) -> list[str]:
-    """The options that name the corpus again, as a command's words."""
+def corpus_words(options, learns: bool = True) -> list[str]:
+    """The options that name the corpus again, as a command's words; the text for α only where the command learns."""
     words = ["--corpus", str(options.corpus or "pydoc")]
     for name in ("corpus_folder", "corpus_mirror"):
         if getattr(options, name):
             words += ["--" + name.replace("_", "-"), str(getattr(options, name))]
-    return words + (["--alpha-fraction", f"{options.alpha_fraction:g}"] if options.alpha_fraction else [])
+    return words + (["--alpha-fraction", f"{options.alpha_fraction:g}"] if learns and options.alpha_fraction else [])
 
 
 def set_words(recipe: Recipe, part: str) -> list[str]:
