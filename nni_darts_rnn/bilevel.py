@@ -134,12 +134,15 @@ class AlphaGradient(NamedTuple):
 @contextlib.contextmanager
 def all_digits():
     """float32 products to float32's precision, whatever the process allows elsewhere: the difference of two gradients has not the digits of TF32."""
-    allowed = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # torch's older, common setting cannot be read once one of these was set
+    allowed = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(allowed)
+        for backend, was in zip(backends, allowed):
+            backend.fp32_precision = was
 
 
 def norm(tensors: Sequence[Tensor | None]) -> Tensor:

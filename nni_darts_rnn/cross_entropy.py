@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .compiled import padded
 from .extension import CrossEntropyStruct, State, enabled
-from .fused import differentiable, plain, subclassed
+from .fused import again, differentiable, plain, subclassed
 
 _CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}  # numbers in one block of logits: the CPU's cache, and enough for a GPU to be busy
 _FEW = 128  # rows from which packing the weights pays
@@ -23,12 +23,20 @@ def linear_cross_entropy(dropped: Tensor, weight: Tensor, bias: Tensor | None, t
     is wanted the block's share of it is computed at once, so nothing of size V is kept for a row. On any device, with or without the extension,
     under autocast.
     """
-    if State.forced_off or not plain() or subclassed([dropped, weight, targets]) or targets.dim() != 1 or not len(targets):
+    if State.forced_off or not plain() or dropped.device.type not in ("cpu", "cuda") or not _fits(dropped, weight, bias, targets):
         return _readable_cross_entropy(dropped, weight, bias, targets)
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (dropped, weight, bias)]
     if any(needs):
         return _LinearCrossEntropy.apply(dropped, weight, bias, targets)
     return _cross_entropy(dropped, weight, bias, targets, needs)[0]
+
+
+def _fits(dropped: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> bool:
+    """Whether these are plain tensors of the shapes above. What does not fit is left to torch, and to its error messages."""
+    if subclassed([dropped, weight, targets, *([] if bias is None else [bias])]) or not (dropped.dim() == weight.dim() == 2 and targets.dim() == 1):
+        return False
+    (R, H), V = dropped.shape, len(weight)
+    return R > 0 and weight.shape == (V, H) and len(targets) == R and (bias is None or bias.shape == (V,))
 
 
 def _readable_cross_entropy(dropped, weight, bias, targets):
@@ -45,7 +53,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_loss):
-        if torch.is_grad_enabled():
+        if again(d_loss):
             return differentiable(_readable_cross_entropy, ctx.saved_tensors, ctx.needs_input_grad, d_loss)
         return (*(None if g is None else g * d_loss.to(g.dtype) for g in ctx.grads), None)
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .files import hold
+from .files import digest, hold
 
 SOURCES = Path(__file__).with_name("csrc")
 BUILD_SECONDS = 8.0
@@ -93,6 +93,8 @@ def available(build: bool = True) -> bool:
         try:
             State.loaded = _load(build)
         except _Unavailable as problem:
+            if not build:
+                return False  # it may yet be built
             State.problem = str(problem)
             if problem.unexpected:
                 warnings.warn(f"{State.problem}; the slower cells that need no compiler are used", stacklevel=3)
@@ -175,7 +177,8 @@ def _openmp() -> list[str]:
         maps = Path("/proc/self/maps").read_text()
     except OSError:
         return ["-fopenmp"]
-    loaded = sorted(set(re.findall(r"(/\S*/lib(?:gomp|iomp5|omp)[-.][^/\s]*)$", maps, re.MULTILINE)))
+    files = {line.split(maxsplit=5)[5] for line in maps.splitlines() if len(line.split(maxsplit=5)) == 6}
+    loaded = sorted(file for file in files if re.fullmatch(r"/.*/lib(gomp|iomp5|omp)[-.][^/]*", file))
     of_torch = [path for path in loaded if "torch" in path]
     return (of_torch or loaded or ["-fopenmp"])[:1]
 
@@ -192,7 +195,10 @@ def _processor() -> str:
 def _compiler() -> list[str]:
     """The C++ compiler as the start of a command: $CXX, or the first that is found."""
     for candidate in (os.environ.get("CXX"), "g++", "clang++", "c++"):
-        command = shlex.split(candidate or "")
+        try:
+            command = shlex.split(candidate or "")
+        except ValueError as error:
+            raise _Unavailable(f"CXX: {candidate!r} is no command ({error})", unexpected=True) from None
         if command and shutil.which(command[0]):
             return command
     raise _Unavailable("no C++ compiler found; install g++ for searches 1.4 to 6 times as fast")
@@ -212,30 +218,38 @@ def _load(build: bool) -> _Library:
     if os.name != "posix":
         raise _Unavailable("the fast cells need Linux or macOS, where searches are 1.4 to 6 times as fast")
     key = hashlib.sha256("\n".join([*(path.read_text() for path in sorted(SOURCES.glob("*"))), *_flags(), *_openmp(), _processor(), platform.machine(), torch.__version__]).encode())
-    name = f"cells-{key.hexdigest()[:16]}.so"
-    with contextlib.ExitStack() as stack:
-        try:
-            folder = _cache_folder()
-            if not (folder / name).exists():
-                if not build:
-                    raise _Unavailable("the fast cells are not compiled yet")
-                folder.mkdir(parents=True, exist_ok=True)
-                with hold(folder / f"{name}.lock"):
-                    if not (folder / name).exists():  # another process may have built it while this one waited
-                        _compile(folder / name)
-        except (OSError, RuntimeError):  # a folder that cannot be written, or no home: this process alone then
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nni_darts_rnn-")))
-            _compile(folder / name)
-        try:
-            return _checked(_Library(folder / name))
-        except OSError as error:
-            raise _Unavailable(f"the compiled cells cannot be loaded ({_last_line(str(error))})", unexpected=True) from None
+    name = f"cells-{key.hexdigest()[:16]}"
+    try:
+        folder = _cache_folder()
+        library = _cached(folder, name)
+        if library is None and not build:
+            raise _Unavailable("the fast cells are not compiled yet")
+        if library is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            with hold(folder / f"{name}.lock"):
+                library = _cached(folder, name) or _compile(folder, name)  # another process may have built it while this one waited
+        return library
+    except (OSError, RuntimeError):  # a folder that cannot be written, or no home: this process alone then
+        with tempfile.TemporaryDirectory(prefix="nni_darts_rnn-") as alone:
+            return _compile(Path(alone), name)
 
 
-def _compile(target: Path) -> None:
-    """csrc/*.cpp, with what they include, -> target, which appears whole or not at all."""
+def _cached(place: Path, name: str) -> _Library | None:
+    """The library of that name, if it is there and as it was when it was built: the rest of its name is the file's SHA-256. Loading a damaged one would
+    end the process. What is no good goes, and is built again."""
+    for path in place.glob(f"{name}-*.so"):
+        if path.stem == f"{name}-{digest(path)[:16]}":
+            with contextlib.suppress(OSError, _Unavailable):
+                return _checked(_Library(path))
+        with contextlib.suppress(OSError):
+            path.unlink()
+    return None
+
+
+def _compile(place: Path, name: str) -> _Library:
+    """csrc/*.cpp, with what they include, as a library in `place`, which appears whole or not at all, and only once it was loaded and computes right."""
     compiler = _compiler()
-    with tempfile.TemporaryDirectory(prefix=".build-", dir=target.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=place) as folder:
         linked, compiled = Path(folder, "cells.so"), {path: Path(folder, f"{path.stem}.o") for path in sorted(SOURCES.glob("*.cpp"))}
         for command in (*([*compiler, *_flags(), "-c", str(path), "-o", str(result)] for path, result in compiled.items()),
                         [*compiler, "-shared", *map(str, compiled.values()), *_openmp(), "-o", str(linked)]):
@@ -244,9 +258,17 @@ def _compile(target: Path) -> None:
             except (OSError, subprocess.TimeoutExpired) as error:
                 raise _Unavailable(f"compiling the fast cells failed ({_last_line(str(error))})", unexpected=True) from None
             if run.returncode:
-                errors = [line for line in run.stderr.splitlines() if "error" in line] or run.stderr.splitlines() or ["no message"]
+                lines = run.stderr.splitlines()
+                errors = [line for line in lines if "cannot find" in line] or [line for line in lines if "error" in line] or lines or ["no message"]
                 raise _Unavailable(f"compiling the fast cells failed ({_last_line(errors[0])})", unexpected=True)
-        os.replace(linked, target)
+        try:
+            library = _checked(_Library(linked))
+        except OSError as error:
+            raise _Unavailable(f"the compiled cells cannot be loaded ({_last_line(str(error))})", unexpected=True) from None
+        with linked.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(linked, place / f"{name}-{digest(linked)[:16]}.so")
+        return library
 
 
 def _last_line(text: str) -> str:

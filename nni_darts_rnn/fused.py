@@ -38,7 +38,7 @@ def discrete_cell(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, genotype
 def mixed_cell(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, probabilities: Tensor, mask: Tensor | None = None,
                primitives=PRIMITIVES, normalise: bool = True) -> Tensor:
     """`supernet.mixed_cell`, the fast way where it applies."""
-    if not _applies_mixed(x_proj, h0, W0_h, Ws, mask, probabilities, primitives):
+    if not _applies_mixed(x_proj, h0, W0_h, Ws, mask, probabilities, primitives, normalise):
         return supernet.mixed_cell(x_proj, h0, W0_h, Ws, probabilities, mask, primitives, normalise)
     graph, places = mixed_graph(len(Ws), normalise), _places(primitives)
     if _needs_graph(x_proj, h0, W0_h, Ws, probabilities):
@@ -77,9 +77,12 @@ def _places(primitives) -> tuple[tuple[int, int], ...]:
     return tuple((k, OPS.index(name)) for k, name in enumerate(primitives) if name != "none")
 
 
-def _applies_mixed(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, mask: Tensor | None, probabilities: Tensor, primitives) -> bool:
+def _applies_mixed(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, mask: Tensor | None, probabilities: Tensor, primitives,
+                   normalise: bool = False) -> bool:
     """`_applies`, and the primitives are the package's own, once each, with a row of probabilities for every edge."""
     names, n = [name for name in primitives if name != "none"], len(Ws)
+    if normalise and len(h0) < 2:
+        return False  # a batch of one has no variance
     return (_applies(x_proj, h0, W0_h, Ws, mask, probabilities) and bool(names) and all(map(_built_in, names)) and len(set(names)) == len(names)
             and probabilities.shape == (n * (n + 1) // 2, len(primitives)))
 
@@ -108,12 +111,14 @@ def _applies(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, mask: Tensor 
 
 
 def subclassed(tensors: list[Tensor]) -> bool:
-    """Whether one of them has arithmetic of its own. `has_torch_function` would say so under `torch.set_default_device` too."""
-    return any(type(t) not in (Tensor, torch.nn.Parameter) and torch.overrides.has_torch_function((t,)) for t in tensors)
+    """Whether one of them may have arithmetic of its own, or no memory to point at: a distributed tensor, one without numbers, one that wraps others."""
+    return any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
 
 
 def plain() -> bool:
-    """Not under torch.compile or a torch.func transform, which must see through what is computed."""
+    """Not under torch.compile, a trace, a torch.func transform, forward-mode differentiation or a dispatch mode, which must see through what is computed."""
+    if torch._C._get_tracing_state() is not None or torch.autograd.forward_ad._current_level >= 0 or torch._C._len_torch_dispatch_stack():
+        return False
     return not torch.compiler.is_compiling() and not getattr(torch._C, "_are_functorch_transforms_active", lambda: False)()
 
 
@@ -167,7 +172,7 @@ class _CellFunction(torch.autograd.Function):
             return (None,) * 9
         *tensors, outputs = ctx.saved_tensors
         needs = ctx.needs_input_grad[3:]
-        if torch.is_grad_enabled():  # create_graph: whoever asks wants to differentiate again
+        if again(d_outputs):
             return (None,) * 3 + differentiable(ctx.readable, tensors, needs, d_outputs)
         # a second backward pass through the same graph finds the buffers used up
         run, ctx.run = ctx.run or _CellFunction.run(ctx, tensors), None
@@ -180,6 +185,12 @@ class _CellFunction(torch.autograd.Function):
         return (None,) * 3 + (*grads, d_probabilities, None)
 
 
+def again(d_output: Tensor) -> bool:
+    """Whether a backward pass is to be differentiated again (`create_graph`), or is of many gradients at once (`is_grads_batched`)."""
+    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(d_output)
+
+
+@torch.enable_grad()
 def differentiable(function, tensors: list[Tensor | None], needs, d_output: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of `function(*tensors)` that can be differentiated again."""
     # aliases, because one of the tensors may have been computed from another, and that path is not ours to follow

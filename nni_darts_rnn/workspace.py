@@ -24,7 +24,8 @@ def take(sizes: dict[str, int], dtype: torch.dtype) -> tuple[Tensor, dict[str, T
     spare = Spare.workspaces.pop() if Spare.workspaces else None
     if spare is None or spare.dtype != dtype or spare.numel() < sum(lengths):
         del spare
-        spare = in_large_pages(torch.empty(sum(lengths), dtype=dtype, device="cpu"))
+        with torch.inference_mode(False):  # a later pass may be one that such memory is not for
+            spare = in_large_pages(torch.empty(sum(lengths), dtype=dtype, device="cpu"))
     return spare, {name: piece[:size] for (name, size), piece in zip(sizes.items(), spare[:sum(lengths)].split(lengths))}
 
 

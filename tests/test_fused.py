@@ -422,12 +422,18 @@ def ends(started):
 
 
 @needs_extension
-def test_two_processes_build_at_once_and_a_third_finds_it(tmp_path):
+def test_two_processes_build_at_once_a_third_finds_it_and_a_damaged_one_is_built_again(tmp_path):
     for started in [process(XDG_CACHE_HOME=str(tmp_path)) for _ in range(2)]:
         assert ends(started)[0].startswith("True")
     folder = tmp_path / "nni_darts_rnn"
     assert len(list(folder.glob("*.so"))) == 1 and not list(folder.glob(".build*"))
     assert ends(process(XDG_CACHE_HOME=str(tmp_path), PATH="/nowhere", CXX=""))[0].startswith("True")
+    (built,) = folder.glob("*.so")
+    size = built.stat().st_size
+    built.write_bytes(built.read_bytes()[:100_000])  # loading this would end the process
+    assert ends(process(XDG_CACHE_HOME=str(tmp_path)))[0].startswith("True")
+    (again,) = folder.glob("*.so")
+    assert again.stat().st_size == size
 
 
 def test_without_a_compiler_the_same_numbers(tmp_path):

@@ -50,6 +50,7 @@ def level_forward(pre, states, masked, mask, scale, p, edges, ends, average, t, 
     u = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     b = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
     here = (b < batch) & (u < hidden)
+    t, plane = t.to(tl.int64), plane.to(tl.int64)  # offsets beyond 2³¹ at sizes that fit a large card
     at = t * batch * hidden + b * hidden + u
     h = tl.zeros((ROWS, COLUMNS), pre.dtype.element_ty)
     for k in range(1, tl.where(output != 0, first, 1)):
@@ -96,6 +97,7 @@ def level_backward(pre, states, d_states, product, mask, d_h, d_outputs, scale, 
     b = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
     here = (b < batch) & (u < hidden)
     row = b * hidden + u
+    t, plane = t.to(tl.int64), plane.to(tl.int64)
     at = t * batch * hidden + row
     ends, goes_on = here & (output != 0), here & (output == 0)
     dh = tl.load(product + row, ends, 0)

@@ -57,7 +57,7 @@ def run_forward(graph: Graph, x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tens
     """As `compiled.run_forward`. Without `keep` the plan is free again at once."""
     with _on(x_proj):
         stream = torch.cuda.current_stream().cuda_stream if x_proj.is_cuda else 0
-        key = Key(graph, h0.shape[0], h0.shape[1], mask is not None, p is not None, x_proj.dtype, x_proj.device, torch.get_float32_matmul_precision(), stream)
+        key = Key(graph, h0.shape[0], h0.shape[1], mask is not None, p is not None, x_proj.dtype, x_proj.device, torch.backends.cuda.matmul.fp32_precision, stream)
         T = len(x_proj)
         plan = _take(key, T if keep else min(T, CHUNK))
         plan.record(keep)
@@ -92,7 +92,8 @@ def _take(key: Key, T: int) -> Plan:
             return found
         del found  # too short: its memory is for the longer one
     del Spare.plans[:-SPARE]
-    return Plan(key, -(-T // 8) * 8)
+    with torch.inference_mode(False):  # a later pass may be one that such memory is not for
+        return Plan(key, -(-T // 8) * 8)
 
 
 class Plan:

@@ -1,0 +1,149 @@
+"""Where the fast cells and the blockwise loss must stand back or stand up: shapes that do not fit, modes of torch, unusual tensors, builds that cannot be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.testing._internal.two_tensor import TwoTensor
+
+from nni_darts_rnn import bilevel, extension, fused, supernet
+from nni_darts_rnn.cross_entropy import linear_cross_entropy
+from nni_darts_rnn.genotype import DARTS_V2
+from nni_darts_rnn.layer import DartsRNN
+
+from test_fused import each_engine, ends, engine, process, switch, tensors  # isort: skip # noqa: F401 (fixtures)
+
+V = 40
+
+
+def loss_inputs(rows=256, H=16, dtype=torch.float64):
+    g = torch.Generator().manual_seed(0)
+    return (*(torch.randn(shape, generator=g, dtype=dtype) for shape in ((rows, H), (V, H), (V,))), torch.randint(V, (rows,), generator=g))
+
+
+def readable(dropped, weight, bias, targets):
+    return F.cross_entropy(F.linear(dropped, weight, bias), targets)
+
+
+@each_engine
+@pytest.mark.parametrize("change", [
+    lambda d, w, b, y: (d, w[:, :8], b, y), lambda d, w, b, y: (d, torch.cat([w, w], 1), b, y), lambda d, w, b, y: (d, w, b[:20], y),
+    lambda d, w, b, y: (d, w, b, y[:200]), lambda d, w, b, y: (d, w, b, torch.cat([y, y])), lambda d, w, b, y: (d, w, b, y[:1])])
+def test_a_loss_of_shapes_that_do_not_fit_is_refused_as_torch_does(change):
+    inputs = change(*loss_inputs())
+    with pytest.raises((RuntimeError, ValueError)) as expected:
+        readable(*inputs)
+    with pytest.raises(type(expected.value)) as found:
+        linear_cross_entropy(*inputs)
+    assert str(found.value) == str(expected.value)
+
+
+@each_engine
+def test_a_loss_with_one_bias_for_all_words_or_without_numbers():
+    d, w, b, y = loss_inputs()
+    assert torch.allclose(linear_cross_entropy(d, w, b[:1], y), readable(d, w, b[:1], y), rtol=1e-12)
+    assert linear_cross_entropy(*(t.to("meta") for t in (d, w, b, y))).shape == ()
+
+
+@each_engine
+@pytest.mark.parametrize("then", [torch.no_grad, torch.enable_grad])
+def test_after_inference_mode_come_other_passes(then):
+    rnn, x = supernet.MixedRNN(16, 16, 3), torch.randn(5, 8, 16)
+    with torch.inference_mode():
+        rnn(x)
+    with then():
+        out = rnn(x)
+    if out.requires_grad:
+        out.sum().backward()
+        assert rnn.Ws.grad.abs().max() > 0
+
+
+@each_engine
+def test_tensors_that_are_not_plain_take_the_readable_form():
+    *inputs, _ = tensors(4, 3, 8, 3)
+    expected = supernet.mixed_cell(*inputs)
+    with FakeTensorMode() as mode:
+        fake = fused.mixed_cell(*(mode.from_tensor(t) for t in inputs))
+    assert fake.shape == expected.shape and type(fake) is not torch.Tensor
+    x, h, W0, Ws, p = inputs
+    both = fused.mixed_cell(x, h, W0, TwoTensor(Ws, 2 * Ws), p)
+    assert torch.equal(both.a, supernet.mixed_cell(x, h, W0, Ws, p)) and torch.equal(both.b, supernet.mixed_cell(x, h, W0, 2 * Ws, p))
+
+
+@each_engine
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace_is_of_the_readable_form():
+    torch.manual_seed(0)
+    rnn, (x, other) = DartsRNN(8, 16, DARTS_V2).eval(), torch.randn(2, 5, 3, 8)
+    with torch.no_grad():
+        traced = torch.jit.trace(rnn, (x,))
+        assert torch.allclose(traced(other)[0], rnn(other)[0], atol=1e-6)
+
+
+@each_engine
+def test_forward_mode():
+    *inputs, _ = tensors(4, 3, 8, 3)
+    along = torch.randn_like(inputs[0])
+    cases = [(lambda x, call: call(x, *inputs[1:]), fused.mixed_cell, supernet.mixed_cell, inputs[0], along)]
+    d, w, b, y = loss_inputs()
+    cases.append((lambda x, call: call(x, w, b, y), linear_cross_entropy, readable, d, torch.randn_like(d)))
+    for run, fast, slow, primal, tangent in cases:
+        with forward_ad.dual_level():
+            got, expected = (forward_ad.unpack_dual(run(forward_ad.make_dual(primal, tangent), call)).tangent for call in (fast, slow))
+        assert got is not None and torch.allclose(got, expected, rtol=1e-10)
+
+
+@each_engine
+def test_many_gradients_at_once():
+    *inputs, _ = tensors(4, 3, 8, 3)
+    p = inputs[4].requires_grad_()
+    along = torch.randn(5, 4, 3, 8, dtype=torch.float64)
+    got = torch.autograd.grad(fused.mixed_cell(*inputs), p, along, is_grads_batched=True)[0]
+    for one, each in zip(along, got):
+        assert torch.allclose(each, torch.autograd.grad(supernet.mixed_cell(*inputs), p, one)[0], rtol=1e-9, atol=1e-12)
+    d, w, b, y = loss_inputs()
+    w.requires_grad_()
+    scales = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    got = torch.autograd.grad(linear_cross_entropy(d, w, b, y), w, scales, is_grads_batched=True)[0]
+    expected = torch.autograd.grad(readable(d, w, b, y), w)[0]
+    assert torch.allclose(got, scales[:, None, None] * expected, rtol=1e-10)
+
+
+@each_engine
+def test_a_batch_of_one_cannot_be_normalised():
+    *inputs, _ = tensors(4, 1, 8, 3)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        fused.mixed_cell(*inputs)
+    assert torch.allclose(fused.mixed_cell(*inputs, normalise=False), supernet.mixed_cell(*inputs, normalise=False), rtol=1e-10)
+
+
+def test_all_digits_whichever_way_the_precision_was_set():
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"  # torch.get_float32_matmul_precision raises from here on
+    try:
+        with bilevel.all_digits():
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
+
+
+def test_what_is_not_compiled_yet_can_be(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(extension.State, "loaded", None)
+    monkeypatch.setattr(extension.State, "problem", None)
+    assert not extension.available(build=False) and extension.why_not() is None and not list(tmp_path.iterdir())
+
+
+def test_a_compiler_that_is_no_command_is_one_line(tmp_path):
+    out, err = ends(process(XDG_CACHE_HOME=str(tmp_path), CXX="g++ '"))
+    assert out.startswith("False") and "CXX: \"g++ '\" is no command" in err
+
+
+def test_openmp_in_a_path_with_a_space(monkeypatch):
+    maps = "7f00-7f01 r-xp 00000000 fe:00 123   /opt/my env/torch/lib/libgomp.so.1\n7f02-7f03 rw-p 00000000 00:00 0 \n"
+    monkeypatch.setattr(extension.Path, "read_text", lambda self: maps)
+    assert extension._openmp() == ["/opt/my env/torch/lib/libgomp.so.1"]
