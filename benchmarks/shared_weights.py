@@ -1,6 +1,6 @@
 """What the shared weights of a search say of a cell, on the example's text: do they rank cells as training each from scratch does?
 
-    python benchmarks/shared_weights.py --seeds 3 --save                                                     # every way of searching below
+    python benchmarks/shared_weights.py --seeds 2 --save                                                     # every way of searching below
     python benchmarks/shared_weights.py --way "no α dropout, anneal 0.5" --seeds 8 --descend --save          # the recipe small
 
 A search through fastai is run to its end. Every cell that `search_quality.py` has retrained is then judged by its validation perplexity with the shared weights,
@@ -30,6 +30,7 @@ from nni_darts_rnn.genotype import PRIMITIVES, Genotype
 from nni_darts_rnn.learner import language_dls, retrain
 from nni_darts_rnn.model import LanguageModel, perplexity
 
+COMMAND = "python benchmarks/shared_weights.py --seeds 2 --save, then --way 'no α dropout, anneal 0.5' --seeds 8 --descend --save"
 RESULTS = Path(__file__).parent / "results" / "shared_weights.json"
 STEM = "search_quality_example"
 OLD = {"search.clip": 0.25, "search.init_range": 0.04, "search.alpha_dropout": True, "search.anneal": 0}
@@ -135,7 +136,7 @@ def main() -> None:
             rows = sorted([r for r in rows if (r["way"], r["seed"]) != (row["way"], row["seed"])] + [row], key=lambda r: (list(WAYS).index(r["way"]), r["seed"]))
             print({k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
             if options.save:
-                write_json(RESULTS, {"ways": summary(rows), "rows": rows, "command": "python benchmarks/shared_weights.py", "date": date.today().isoformat(), "machine": machine()})
+                write_json(RESULTS, {"ways": summary(rows), "rows": rows, "command": COMMAND, "date": date.today().isoformat(), "machine": machine()})
     print(json.dumps(summary(rows), indent=2, ensure_ascii=False))
 
 

@@ -11,6 +11,7 @@ All passes of one step draw the same random numbers, so that a difference of los
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -111,7 +112,8 @@ class WeightStep:
 
     def pull_back(self, vector: Sequence[Tensor | None], grads: Sequence[Tensor | None], c: Tensor | float) -> list[Tensor | None]:
         """q = J'ᵀ(ρ∘v). Where the clip is active J(g) = clip·g/(‖g‖ + δ), so J'ᵀu = c·(u − g (gᵀu)/(‖g‖(‖g‖ + δ)))."""
-        u = [None if v is None or g is None else rate * v for v, g, rate in zip(vector, grads, self.rates)]
+        # a weight that the vector is zero for takes part in the norm all the same
+        u = [None if g is None else torch.zeros_like(g) if v is None else rate * v for v, g, rate in zip(vector, grads, self.rates)]
         if self.clip is None or float(c) >= 1:
             return u
         length = norm(grads)
@@ -160,7 +162,8 @@ def architecture_gradient(loss: Loss, weights: Tensors, alphas: Tensors, train_b
     the end to where they stood, so that the weight step that follows draws the masks of the step that was unrolled.
     `valid_loss` defaults to `loss`. `mode`: "finite_difference" (`epsilon` is r: the weights move by r in all, eq. 8), "exact" (double
     backprop; `loss` must allow it) or "first_order" (w′ = w; `step` and the train batch are not used).
-    `neumann_terms` K adds Σ_{k=1..K} (I − ∇w² L_train∘ρ)ᵏ to the identity before the mixed derivative (iDARTS, arXiv 2106.10784, eq. 9).
+    `neumann_terms` K: in q, v = ∇w′ L_val becomes Σ_{k=0..K} (1 − decay − ∇w² L_train J'ᵀρ)ᵏ v (iDARTS, arXiv 2106.10784, eq. 9, for the step that is
+    taken, with its clip and decay): the derivative through K+1 such steps on the same batch, all with the curvature at w.
     `same_masks=False` draws anew in every pass, as published code does. Weights and α are only read.
     `reduce` is for processes that share a step, each with its own part of the batches and the same weights and α: it gives the mean over
     the processes of each gradient (None stays None). All then get the gradient of the mean losses; the losses returned are their own.
@@ -195,13 +198,9 @@ def architecture_gradient(loss: Loss, weights: Tensors, alphas: Tensors, train_b
     unrolled = [w.detach().requires_grad_() for w in step.apply(leaves, gd, c)]
     valid_value = valid_loss(unrolled, alphas, valid_batch)
     *direct, v = _grad(valid_value, [*alphas, *unrolled], split=len(alphas))
-    q = step.pull_back(reduce(v), gd, c)
-
-    if neumann_terms:
-        q = _neumann(train, leaves, q, step, neumann_terms, epsilon, g if again else None, reduce)
+    q = _neumann(train, leaves, reduce(v), step, gd, c, neumann_terms, epsilon, g if again else None, reduce)
     if again:
-        dot = sum((x * y).sum() for x, y in zip(g, q) if x is not None and y is not None)
-        implicit = _grad(dot, alphas)
+        implicit = _grad(sum(((x * y).sum() for x, y in zip(g, q) if x is not None and y is not None), torch.zeros(())), alphas)
     else:
         plus, minus, scale = _ends(leaves, q, epsilon)
         if scale == 0:
@@ -218,14 +217,16 @@ def architecture_gradient(loss: Loss, weights: Tensors, alphas: Tensors, train_b
 
 def _grad(value: Tensor, inputs: Tensors, split: int | None = None) -> list:
     """Gradients; zeros for an α that takes no part. With `split`, the inputs from there on come back as one list that keeps None."""
-    grads = torch.autograd.grad(value, inputs, allow_unused=True)
+    grads = torch.autograd.grad(value, inputs, allow_unused=True) if value.requires_grad else [None] * len(inputs)
     head = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs[:split], grads)]
     return head if split is None else [*head, list(grads[split:])]
 
 
 def _ends(weights: Tensors, direction: Sequence[Tensor | None], epsilon: float) -> tuple[list[Tensor], list[Tensor], float]:
     """w ± r·q/‖q‖ without a graph, and 2r/‖q‖, by which a difference of two gradients is divided; 0 where q is 0."""
-    length = float(norm(direction)) if any(q is not None for q in direction) else 0.0
+    length = float(norm(direction))
+    if length == 0 or math.isinf(length):  # squares beyond float32
+        length = float(norm([None if q is None else q.double() for q in direction]))
     if length == 0:
         return [], [], 0.0
     scale = epsilon / length
@@ -234,23 +235,27 @@ def _ends(weights: Tensors, direction: Sequence[Tensor | None], epsilon: float) 
     return plus, minus, 2 * scale
 
 
-def _neumann(train, weights, q, step, terms, epsilon, g, reduce) -> list[Tensor | None]:
-    """Σ_{k=0..K} (I − ρ∘∇w² L_train)ᵏ q; each product by a central difference of ∇w L_train, or exactly where the graph of g is there."""
-    total, term = list(q), list(q)
+def _neumann(train, weights, v, step, gd, c, terms, epsilon, g, reduce) -> list[Tensor | None]:
+    """Σ_{k=0..K} J'ᵀρ∘ (1 − decay − ∇w² L_train J'ᵀρ)ᵏ v; each product with ∇w² by a central difference of ∇w L_train, or exactly where the graph of g
+    is there."""
+    q = step.pull_back(v, gd, c)
+    total = list(q)
     for _ in range(terms):
         if g is not None:
-            dot = sum((x * y).sum() for x, y in zip(g, term) if x is not None and y is not None)
+            dot = sum((x * y).sum() for x, y in zip(g, q) if x is not None and y is not None)
             product = torch.autograd.grad(dot, weights, retain_graph=True, allow_unused=True)
         else:
-            plus, minus, scale = _ends(weights, term, epsilon)
+            plus, minus, scale = _ends(weights, q, epsilon)
             if scale == 0:
                 break
             ends = [[w.requires_grad_() for w in end] for end in (plus, minus)]
             with all_digits():
                 up, down = [torch.autograd.grad(train(end), end, allow_unused=True) for end in ends]
             product = [None if a is None else (a - b) / scale for a, b in zip(up, down)]
-        term = [None if t is None else t if h is None else t - rate * h for t, h, rate in zip(term, reduce(product), step.rates)]
-        total = [None if s is None else s + t for s, t in zip(total, term)]
+        kept = [None if x is None else (1 - decay) * x for x, decay in zip(v, step.decays)]
+        v = [x if h is None else -h if x is None else x - h for x, h in zip(kept, reduce(product))]
+        q = step.pull_back(v, gd, c)
+        total = [None if s is None else s + t for s, t in zip(total, q)]
     return total
 
 

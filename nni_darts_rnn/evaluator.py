@@ -48,6 +48,8 @@ class TaggedBatches:
         return len(self._range())
 
     def __iter__(self):
+        if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            raise ValueError("devices: each of several processes would read the whole text; use devices=1, or loaders that give each its part of the streams")
         for number in self._range():
             batch = self.batches[number % len(self.batches)]
             yield batch.tokens, batch.targets, self.stream

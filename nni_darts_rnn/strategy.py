@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import math
 from collections.abc import Sequence
 
+import pytorch_lightning as pl
 import torch
 import torch.distributed
 from nni.nas.oneshot.pytorch.differentiable import DartsLightningModule
@@ -15,6 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from .bilevel import EPSILON, MODES, WeightStep, architecture_gradient, original_gradient
 from .genotype import one_of
 from .health import check_finite
+
+OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # parameters, buffers, hooks: no attributes that a training step assigns
 
 
 class _TrainingStep(nn.Module):
@@ -89,6 +94,11 @@ class SecondOrderDartsModule(DartsLightningModule):
         return torch.optim.Adam(alphas, self.arc_learning_rate, betas=self.arc_betas, weight_decay=self.arc_weight_decay)
 
     def setup(self, stage: str | None = None):
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            raise ValueError("precision: a gradient scaler ('16-mixed') hides the gradients that the weight step is unrolled from; use '32-true' or 'bf16-mixed'")
+        if str(self.trainer.gradient_clip_algorithm or "norm").lower().endswith("value") or \
+                type(self.training_module).configure_gradient_clipping is not pl.LightningModule.configure_gradient_clipping:
+            raise ValueError("gradient clipping: the step that is unrolled is clipped by its norm, by gradient_clip_val of the strategy; no other way is possible")
         if self.trainer.world_size > 1:
             if self.reproduce_original:
                 raise ValueError("reproduce_original: the published code runs in one process; use devices=1")
@@ -152,6 +162,11 @@ class SecondOrderDartsModule(DartsLightningModule):
             carried.update(state)
             return _loss_of(output, part)
 
+        if self.reproduce_original:
+            WeightStep.of(optimizer, list(weights.values()))  # refuses other optimizers than SGD
+            if len(optimizer.param_groups) > 1 or any(group["momentum"] for group in optimizer.param_groups):
+                raise ValueError("reproduce_original: the published code has plain SGD, one group of weights without momentum")
+
         part = "data_loss" if self.reproduce_original else "loss"
 
         def train_loss(at_weights, at_alphas, data):
@@ -193,6 +208,9 @@ class SecondOrderDartsModule(DartsLightningModule):
         """An auxiliary pass is no part of the training: nothing is logged, and attributes that the user's modules assign in it (counters,
         the states of torchmetrics) go back to what they were."""
         kept = [(module, dict(vars(module))) for module in self.training_module.modules()]
+        for module, attributes in kept:  # what the pass changes in place is a copy
+            vars(module).update((name, value.clone() if isinstance(value, Tensor) else copy.copy(value)) for name, value in attributes.items()
+                                if name not in OF_EVERY_MODULE and type(value) in (Tensor, list, dict, set))
         self.training_module.log = self.training_module.log_dict = lambda *args, **kwargs: None
         try:
             yield
@@ -240,12 +258,21 @@ class SecondOrderDARTS(DARTS):
         for name, value in (("arc_learning_rate", arc_learning_rate), ("arc_weight_decay", arc_weight_decay), ("warmup_epochs", warmup_epochs),
                             ("neumann_terms", neumann_terms), ("log_prob_every_n_step", log_prob_every_n_step),
                             ("unrolled_lr", 0 if unrolled_lr is None else unrolled_lr)):
-            if not value >= 0:
-                raise ValueError(f"{name}: {value!r} must be at least 0")
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name}: {value!r} must be at least 0, and finite")
         for name, value in (("epsilon", epsilon), ("gradient_clip_val", 1 if gradient_clip_val is None else gradient_clip_val)):
-            if not value > 0:
-                raise ValueError(f"{name}: {value!r} must be above 0")
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name}: {value!r} must be above 0, and finite")
+        for name, numbers in (("neumann_terms", neumann_terms), ("warmup_epochs", warmup_epochs)):
+            if isinstance(numbers, bool) or numbers != int(numbers):
+                raise ValueError(f"{name}: {numbers!r} must be a whole number")
+        if not all(0 <= beta < 1 for beta in arc_betas):
+            raise ValueError(f"arc_betas: {arc_betas!r} must be at least 0 and below 1")
         one_of("hvp", hvp, MODES)
+        if neumann_terms and (hvp == "first_order" or unrolled_lr == 0):
+            raise ValueError(f"neumann_terms: {neumann_terms} terms of the second-order gradient go with no first-order one; give 0")
+        if reproduce_original and (hvp == "exact" or neumann_terms):
+            raise ValueError(f"reproduce_original: the published code has a finite difference and no series; hvp={hvp!r} and neumann_terms={neumann_terms} go without it")
         if reproduce_original and gradient_clip_val is None:
             raise ValueError("reproduce_original: the published code always clips; give gradient_clip_val (the paper's is 0.25)")
         super().__init__(arc_learning_rate=arc_learning_rate, gradient_clip_val=gradient_clip_val,

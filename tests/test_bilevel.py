@@ -136,28 +136,59 @@ def test_configurations_cover_the_cases():
     assert 5 <= len(with_buffers) <= 55
 
 
-def test_neumann_terms_against_double_backprop():
-    """Σ_k (I − ρ∇²)ᵏ q with Hessian products by double backprop, written out."""
-    for seed in range(5):
-        problem = Configuration(seed)
-        start = torch.get_rng_state()
-        weights = [w.detach().requires_grad_() for w in problem.weights]
-        alpha = problem.alphas[0].detach().requires_grad_()
-        step = WeightStep.of(problem.optimizer, problem.weights)
-        g = torch.autograd.grad(problem.loss(weights, [alpha], problem.train), weights, create_graph=True)
-        unrolled = [w.detach().requires_grad_() for w in step.apply(weights, [x.detach() for x in g], 1.0)]
-        direct, *v = torch.autograd.grad(problem.loss(unrolled, [alpha], problem.valid), [alpha, *unrolled])
-        term = [rate * x for rate, x in zip(step.rates, v)]
-        total = term
-        for _ in range(2):
-            product = torch.autograd.grad(g, weights, term, retain_graph=True)
-            term = [t - rate * h for t, rate, h in zip(term, step.rates, product)]
-            total = [a + b for a, b in zip(total, term)]
-        truth = [direct - torch.autograd.grad(g, alpha, total)[0]]
-        torch.set_rng_state(start)
-        problem.clip = None
-        assert error(problem.ours("exact", neumann_terms=2).grads, truth) < 1e-11
-        assert error(problem.ours("finite_difference", neumann_terms=2, epsilon=1e-4).grads, truth) < 1e-6
+@pytest.mark.parametrize("seed", range(8))
+def test_neumann_terms_are_more_steps_of_the_same_map(seed):
+    """The step as a map of (w, α), clip and decay in it, and its vector-Jacobian products by double backprop: Σ_k (∂w′/∂α)ᵀ (∂w′/∂w)ᵀᵏ v."""
+    problem = Configuration(seed)
+    start = torch.get_rng_state()
+    weights = [w.detach().requires_grad_() for w in problem.weights]
+    alpha = problem.alphas[0].detach().requires_grad_()
+    step = WeightStep.of(problem.optimizer, problem.weights, problem.clip)
+    g = torch.autograd.grad(problem.loss(weights, [alpha], problem.train), weights, create_graph=True)
+    moved = step.apply(weights, g, step.coefficient(g))
+    unrolled = [w.detach().requires_grad_() for w in moved]
+    truth, *v = torch.autograd.grad(problem.loss(unrolled, [alpha], problem.valid), [alpha, *unrolled])
+    for _ in range(3):
+        along, *v = torch.autograd.grad(moved, [alpha, *weights], v, retain_graph=True)
+        truth = truth + along
+    torch.set_rng_state(start)
+    assert error(problem.ours("exact", neumann_terms=2).grads, [truth]) < 1e-11
+    assert error(problem.ours("finite_difference", neumann_terms=2, epsilon=1e-4).grads, [truth]) < 1e-5
+
+
+def test_a_weight_of_the_training_loss_alone_takes_part_in_the_clip():
+    torch.manual_seed(0)
+    w, a, B = [torch.randn(4), torch.randn(3)], [torch.randn(4)], torch.randn(3, 4)
+
+    def train(w, a, batch):
+        return (w[0] - a[0]).pow(4).sum() + (w[1] - B @ a[0]).pow(2).sum() + (w[1].sum() * w[0] * a[0]).sum()
+
+    def valid(w, a, batch):
+        return (w[0] - 1).pow(2).sum()
+
+    leaves, alpha, step = [x.clone().requires_grad_() for x in w], a[0].clone().requires_grad_(), WeightStep.sgd(2, 0.7, 0.0, clip=0.5)
+    g = torch.autograd.grad(train(leaves, [alpha], None), leaves, create_graph=True)
+    (truth,) = torch.autograd.grad(valid(step.apply(leaves, g, step.coefficient(g)), [alpha], None), alpha)
+    for mode, tolerance in (("exact", 1e-12), ("finite_difference", 1e-6)):
+        found = architecture_gradient(train, w, a, None, None, step, mode, epsilon=1e-4, valid_loss=valid)
+        assert found.coefficient < 1 and error(found.grads, [truth]) < tolerance, mode
+
+
+@pytest.mark.parametrize("size", [1e20, 1e-24])
+def test_a_direction_whose_squares_float32_does_not_hold(size):
+    w, a = [torch.tensor([0.3, -0.2]).float()], [torch.tensor([0.5, 0.1]).float()]
+    args = (lambda w, a, batch: (w[0] * a[0]).pow(2).sum(), w, a, None, None, WeightStep.sgd(1, 0.1))
+    exact, ours = (architecture_gradient(*args, mode, valid_loss=lambda w, a, batch: size * w[0].sum()) for mode in ("exact", "finite_difference"))
+    assert exact.implicit[0].abs().max() > 0.01 * size and error([ours.implicit[0].double() / size], [exact.implicit[0].double() / size]) < 0.02
+
+
+def test_a_loss_without_alpha_and_one_without_weights():
+    w, a, step = [torch.randn(3)], [torch.randn(3)], WeightStep.sgd(1, 0.1)
+    for mode in ("exact", "finite_difference"):
+        found = architecture_gradient(lambda w, a, batch: w[0].pow(2).sum(), w, a, None, None, step, mode, valid_loss=lambda w, a, batch: (w[0] * a[0]).sum())
+        assert torch.equal(found.implicit[0], torch.zeros(3)) and torch.allclose(found.grads[0], 0.8 * w[0])
+        found = architecture_gradient(lambda w, a, batch: (w[0] * a[0]).pow(2).sum(), w, a, None, None, step, mode, valid_loss=lambda w, a, batch: a[0].pow(2).sum())
+        assert torch.equal(found.implicit[0], torch.zeros(3)) and torch.allclose(found.grads[0], 2 * a[0])
 
 
 # --- against closed forms
@@ -194,13 +225,15 @@ class Quadratic:
             jacobian = c * (torch.eye(7) - torch.outer(g, g) / (g.norm() * (g.norm() + 1e-6)))
         w = self.w - lr * (c * g + weight_decay * self.w)
         v = w - self.t + self.M @ self.alpha
-        series = sum(torch.linalg.matrix_power(torch.eye(7) - lr * self.H, k) for k in range(neumann_terms + 1))
-        return [self.gamma * self.alpha + self.M.T @ w + self.A.T @ self.H @ series @ (lr * jacobian.T @ v)]
+        onward = (1 - lr * weight_decay) * torch.eye(7) - lr * self.H @ jacobian.T  # of one more step, transposed
+        series = sum(torch.linalg.matrix_power(onward, k) for k in range(neumann_terms + 1))
+        return [self.gamma * self.alpha + self.M.T @ w + self.A.T @ self.H @ (lr * jacobian.T @ series @ v)]
 
 
 @pytest.mark.parametrize("mode, kwargs", [("exact", {}), ("finite_difference", {"epsilon": 1.0}), ("finite_difference", {"epsilon": 1e-2})])
 @pytest.mark.parametrize("case", [dict(lr=0.1), dict(lr=0.1, weight_decay=0.2), dict(lr=0.5, clip=0.5), dict(lr=0.5, clip=1e3),
-                                  dict(lr=0.1, neumann_terms=3), dict(lr=0.1, neumann_terms=1, weight_decay=0.2)], ids=str)
+                                  dict(lr=0.1, neumann_terms=3), dict(lr=0.1, neumann_terms=1, weight_decay=0.2),
+                                  dict(lr=0.5, neumann_terms=3, clip=0.5)], ids=str)
 def test_quadratic_closed_form(mode, kwargs, case):
     for seed in range(3):
         problem = Quadratic(seed)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.schedule import ParamScheduler
+from fastai.callback.training import GradientAccumulation
 from fastai.learner import ValueMetric
 from fastai.optimizer import SGD
 
@@ -408,6 +409,10 @@ def test_a_search_stopped_and_resumed_is_the_whole_search(tmp_path):
     (lambda learn: setattr(learn, "opt_func", SGD), "unrolls a torch optimizer"),
     (lambda learn: setattr(learn, "splitter", lambda model: list(model.parameters())), "splitter=weight_parameters"),
     (lambda learn: setattr(learn, "opt_func", partial(learn.opt_func.func, opt=torch.optim.Adam)), "linear in the gradient"),
+    (lambda learn: learn.add_cb(GradientAccumulation(8)), "no GradientAccumulation"),
+    (lambda learn: setattr(learn.gradient_clip, "norm_type", float("inf")), "norm_type=2"),
+    (lambda learn: (setattr(learn.arch_param_update, "reproduce_original", True), setattr(learn, "opt_func", partial(learn.opt_func.func, opt=partial(
+        torch.optim.SGD, momentum=0.9)))), "plain SGD"),
 ])
 def test_a_learner_that_cannot_search_says_why(tmp_path, break_it, message):
     learn = search_learner(language_dls(corpus(), SMALL.search, 0, "cpu", tmp_path), SMALL.search)

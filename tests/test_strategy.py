@@ -17,8 +17,10 @@ from nni.nas.experiment import NasExperiment
 from nni.nas.nn.pytorch import InputChoice, LayerChoice, ModelSpace
 from nni.nas.strategy import DARTS
 from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import TensorDataset
+from torchmetrics import CatMetric
 
 import nni_darts_rnn.strategy as strategy_module
 from nni_darts_rnn.corpus import EOS, UNK, Corpus, Vocabulary
@@ -367,6 +369,37 @@ def test_accumulation_is_refused():
         search(Branches(), Regression(), branch_batches(2), branch_batches(2), make(), gradient_clip_val=1.0)
 
 
+class ClippedItsOwnWay(Regression):
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        self.clip_gradients(optimizer, 0.1, "value")
+
+
+@pytest.mark.parametrize("training, options, words", [
+    (Regression, {"plugins": [MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))]}, "precision: a gradient scaler"),
+    (Regression, {"gradient_clip_algorithm": "value"}, "gradient clipping: the step that is unrolled is clipped by its norm"),
+    (ClippedItsOwnWay, {}, "gradient clipping: the step that is unrolled is clipped by its norm"),
+])
+def test_a_step_that_would_not_be_the_one_unrolled_is_refused(training, options, words):
+    with pytest.raises(ValueError, match=words):
+        search(Branches(), training(), branch_batches(2), branch_batches(2), make(gradient_clip_val=0.1), **options)
+
+
+def test_the_published_numerics_are_of_sgd():
+    with pytest.raises(ValueError, match="Adam"):
+        search(Branches(), Regression(optimizer=torch.optim.Adam), branch_batches(2), branch_batches(2), make(reproduce_original=True, gradient_clip_val=0.1))
+
+
+def test_a_text_is_not_read_whole_by_each_of_several_processes(monkeypatch):
+    words = ("<eos>", "<unk>", *"abcdefgh")
+    text = Corpus("made", Vocabulary(words), *(torch.randint(10, (200,)) for _ in range(3)))
+    loader = search_evaluator(text, get_recipe("tiny", {"search.batch_size": 4}).search, accelerator="cpu", devices=1).train_dataloaders
+    assert next(iter(loader))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(ValueError, match="devices: each of several processes would read the whole text"):
+        next(iter(loader))
+
+
 def test_adam_is_refused_by_name_but_not_in_first_order():
     with pytest.raises(ValueError, match="Adam's step is not linear"):
         search(Branches(), Regression(optimizer=torch.optim.Adam), branch_batches(2), branch_batches(2), make())
@@ -384,7 +417,11 @@ def test_frozen_weights_take_no_part(spy):
     ({"arc_learning_rate": -1}, "arc_learning_rate: -1 must be at least 0"), ({"epsilon": 0}, "epsilon: 0 must be above 0"),
     ({"gradient_clip_val": 0}, "gradient_clip_val: 0 must be above 0"), ({"unrolled_lr": -0.1}, "unrolled_lr: -0.1 must be at least 0"),
     ({"hvp": "finite"}, "'finite' is none of.*finite_difference"), ({"reproduce_original": True}, "give gradient_clip_val"),
-    ({"warmup_epochs": float("nan")}, "warmup_epochs: nan")], ids=str)
+    ({"warmup_epochs": float("nan")}, "warmup_epochs: nan"), ({"unrolled_lr": float("inf")}, "unrolled_lr: inf must be at least 0, and finite"),
+    ({"epsilon": float("inf")}, "epsilon: inf must be above 0, and finite"), ({"neumann_terms": 1.5}, "neumann_terms: 1.5 must be a whole number"),
+    ({"warmup_epochs": True}, "warmup_epochs: True must be a whole number"), ({"arc_betas": (0.9, 1.5)}, "arc_betas: .0.9, 1.5. must be at least 0 and below 1"),
+    ({"neumann_terms": 2, "hvp": "first_order"}, "neumann_terms: 2 terms"), ({"neumann_terms": 2, "unrolled_lr": 0}, "neumann_terms: 2 terms"),
+    ({"reproduce_original": True, "gradient_clip_val": 1, "hvp": "exact"}, "reproduce_original: the published code has a finite difference")], ids=str)
 def test_bad_settings_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         SecondOrderDARTS(**options)
@@ -407,18 +444,20 @@ def test_nothing_to_search():
 
 
 class Noisy(Regression):
-    """Draws from every generator, and moves a buffer and an attribute of its own."""
+    """Draws from every generator, and moves a buffer, a metric and attributes of its own, in place too."""
 
-    def __init__(self):
-        super().__init__(momentum=0.9, weight_decay=1e-3)
+    def __init__(self, momentum=0.9):
+        super().__init__(momentum=momentum, weight_decay=1e-3)
         self.register_buffer("seen", torch.zeros(()))
-        self.last = None
+        self.last, self.times, self.history, self.metric = None, torch.zeros(()), [], CatMetric()
 
     def training_step(self, batch, batch_idx):
         x, y = batch
         x = x + 0.1 * torch.randn_like(x) + 0.1 * random.random() + 0.1 * torch.as_tensor(np.random.rand(3), dtype=x.dtype)
         loss = super().training_step((x, y), batch_idx)
         self.seen += loss.detach().float()
+        self.times += 1
+        self.history.append(float(self.metric(loss.detach().float())))
         self.last = x
         return loss
 
@@ -440,7 +479,8 @@ def trace(build, precision, **options) -> dict:
     module, _ = search(space, training, train, valid, strategy, precision=precision, callbacks=[callback])
     optimizer = module.trainer.optimizers[0]
     return {"state": module.state_dict(), "losses": callback.losses,
-            "steps": getattr(training, "steps", None), "last": getattr(training, "last", None),
+            "attributes": {name: getattr(training, name, None) for name in ("steps", "last", "times", "history")},
+            "metric": training.metric.compute() if hasattr(training, "metric") else None,
             "optimizer": [optimizer.state[p] for g in optimizer.param_groups for p in g["params"]],
             "random": (torch.get_rng_state(), np.random.get_state()[1:], random.getstate())}
 
@@ -460,6 +500,10 @@ def noisy():
     return Nested(dropout=0.3), Noisy(), branch_batches(4), branch_batches(4, seed=1), 0.5
 
 
+def noisy_without_momentum():
+    return Nested(dropout=0.3), Noisy(momentum=0.0), branch_batches(4), branch_batches(4, seed=1), 0.5
+
+
 def language():
     g = torch.Generator().manual_seed(0)
     space = DartsRnnSpace(10, 6, 3, dropout=0.3, dropout_h=0.2, dropout_x=0.3, dropout_i=0.2, dropout_e=0.1)
@@ -474,13 +518,17 @@ def alpha_without_dropout():
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize("build", [noisy, language, alpha_without_dropout])
+@pytest.mark.parametrize("build", [noisy, noisy_without_momentum, language, alpha_without_dropout])
 def test_leaves_no_trace(build, precision):
     plain = trace(build, precision, warmup_epochs=99)
     plain["state"].pop("training_module.hidden_valid", None)
     for options in ({}, {"hvp": "exact"}, {"hvp": "first_order"}, {"neumann_terms": 1}, {"reproduce_original": True}):
+        if build is noisy and "reproduce_original" in options:
+            with pytest.raises(ValueError, match="plain SGD"):
+                trace(build, precision, **options)
+            continue
         ours = trace(build, precision, **options)
-        if build is not noisy:  # the validation text is read in architecture steps alone, so this is what they are to move on
+        if build in (language, alpha_without_dropout):  # the validation text is read in architecture steps alone, so this is what they are to move on
             assert ours["state"].pop("training_module.hidden_valid").abs().sum() > 0
         for part in plain:
             assert same(ours[part], plain[part]), (options, part)

@@ -7,7 +7,7 @@ import itertools
 
 import torch
 from fastai.callback.rnn import RNNRegularizer
-from fastai.callback.training import GradientClip
+from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.torch_core import to_device
 from torch import Tensor, nn
 
@@ -65,6 +65,12 @@ class ArchParamUpdate(FitOnly):
         moved = {id(p) for group in self._sgd().param_groups for p in group["params"]}
         if any(id(p) in moved for p in alphas):
             raise ValueError("the weights' optimizer holds α: give the Learner splitter=weight_parameters")
+        if any(isinstance(cb, GradientAccumulation) or (isinstance(cb, GradientClip) and cb.norm_type != 2) for cb in self.learn.cbs):
+            raise ValueError("the step that is unrolled follows each batch and is clipped by its Euclidean norm: no GradientAccumulation, and norm_type=2 of GradientClip")
+        if self.reproduce_original:
+            group, *others = self._sgd().param_groups
+            if type(self._sgd()) is not torch.optim.SGD or others or group["momentum"]:
+                raise ValueError("reproduce_original: the published code has plain SGD, one group of weights without momentum")
         self.only_looking = hasattr(self.learn, "lr_finder")  # for a rate: that leaves α's optimizer and the warm-up as they are
         self._require_grad(False)  # the weight step needs no gradient of α, and GradientClip must not count one
 
