@@ -32,11 +32,17 @@ def linear_cross_entropy(dropped: Tensor, weight: Tensor, bias: Tensor | None, t
 
 
 def _fits(dropped: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> bool:
-    """Whether these are plain tensors of the shapes above. What does not fit is left to torch, and to its error messages."""
-    if subclassed([dropped, weight, targets, *([] if bias is None else [bias])]) or not (dropped.dim() == weight.dim() == 2 and targets.dim() == 1):
+    """Whether these are plain tensors as above, in one place and of one dtype but for autocast. What does not fit is left to torch, and to its error messages."""
+    numbers = [dropped, weight, *([] if bias is None else [bias])]
+    if subclassed([*numbers, targets]) or any(t.device != dropped.device or t.layout != torch.strided for t in (*numbers, targets)):
+        return False
+    if not (dropped.dim() == weight.dim() == 2 and targets.dim() == 1 and targets.dtype == torch.int64):
+        return False
+    autocast = torch.is_autocast_enabled(dropped.device.type)  # which leaves float64 as it is
+    if any(not t.is_floating_point() or (t.dtype == torch.float64 if autocast else t.dtype != dropped.dtype) for t in numbers):
         return False
     (R, H), V = dropped.shape, len(weight)
-    return R > 0 and weight.shape == (V, H) and len(targets) == R and (bias is None or bias.shape == (V,))
+    return min(R, H, V) > 0 and weight.shape == (V, H) and len(targets) == R and (bias is None or bias.shape == (V,))
 
 
 def _readable_cross_entropy(dropped, weight, bias, targets):

@@ -238,8 +238,8 @@ def _cached(place: Path, name: str) -> _Library | None:
     """The library of that name, if it is there and as it was when it was built: the rest of its name is the file's SHA-256. Loading a damaged one would
     end the process. What is no good goes, and is built again."""
     for path in place.glob(f"{name}-*.so"):
-        if path.stem == f"{name}-{digest(path)[:16]}":
-            with contextlib.suppress(OSError, _Unavailable):
+        with contextlib.suppress(OSError, _Unavailable):
+            if path.stem == f"{name}-{digest(path)[:16]}":
                 return _checked(_Library(path))
         with contextlib.suppress(OSError):
             path.unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 
@@ -21,7 +22,9 @@ class Spare:
 def take(sizes: dict[str, int], dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
     """Uninitialised buffers of these many numbers, one after the other in one piece of memory: the spare one if that is large enough."""
     lengths = [-(-size // 16) * 16 for size in sizes.values()]  # whole cache lines
-    spare = Spare.workspaces.pop() if Spare.workspaces else None
+    spare = None
+    with contextlib.suppress(IndexError):  # also where another thread is quicker
+        spare = Spare.workspaces.pop()
     if spare is None or spare.dtype != dtype or spare.numel() < sum(lengths):
         del spare
         with torch.inference_mode(False):  # a later pass may be one that such memory is not for

@@ -33,7 +33,8 @@ def averaging(folder, **settings):
 def test_a_falling_rate_on_fastais_own_loaders(tmp_path):
     """They answer for attributes that they lack with those of their text."""
     recipe = get_recipe(SMALL, {"search.anneal": 0.5, "retrain.anneal": 0.5})
-    for learn in (lm_learner(text_dls(), CELL, recipe, path=tmp_path), search_learner(text_dls(), recipe, path=tmp_path)):
+    dls = text_dls()
+    for learn in (lm_learner(dls, CELL, recipe, path=tmp_path), search_learner(dls, recipe, path=tmp_path)):
         rates = run(learn, 2).recorder.lrs
         assert rates[0] == 1.0 and 0 < rates[-1] < 0.2
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,12 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.testing._internal.two_tensor import TwoTensor
 
-from nni_darts_rnn import bilevel, extension, fused, supernet
+from nni_darts_rnn import bilevel, extension, fused, supernet, workspace
 from nni_darts_rnn.cross_entropy import linear_cross_entropy
 from nni_darts_rnn.genotype import DARTS_V2
 from nni_darts_rnn.layer import DartsRNN
 
-from test_fused import each_engine, ends, engine, process, switch, tensors  # isort: skip # noqa: F401 (fixtures)
+from test_fused import each_engine, ends, engine, needs_extension, process, switch, tensors  # isort: skip # noqa: F401 (fixtures)
 
 V = 40
 
@@ -31,8 +36,10 @@ def readable(dropped, weight, bias, targets):
 @each_engine
 @pytest.mark.parametrize("change", [
     lambda d, w, b, y: (d, w[:, :8], b, y), lambda d, w, b, y: (d, torch.cat([w, w], 1), b, y), lambda d, w, b, y: (d, w, b[:20], y),
-    lambda d, w, b, y: (d, w, b, y[:200]), lambda d, w, b, y: (d, w, b, torch.cat([y, y])), lambda d, w, b, y: (d, w, b, y[:1])])
-def test_a_loss_of_shapes_that_do_not_fit_is_refused_as_torch_does(change):
+    lambda d, w, b, y: (d, w, b, y[:200]), lambda d, w, b, y: (d, w, b, torch.cat([y, y])), lambda d, w, b, y: (d, w, b, y[:1]),
+    lambda d, w, b, y: (d, w.float(), b, y), lambda d, w, b, y: (d, w, b.long(), y), lambda d, w, b, y: (d, w, b, y.int()),
+    lambda d, w, b, y: (d, w, b, y.to("meta")), lambda d, w, b, y: (d, w.to_sparse(), b, y)])
+def test_a_loss_of_tensors_that_do_not_fit_is_refused_as_torch_does(change):
     inputs = change(*loss_inputs())
     with pytest.raises((RuntimeError, ValueError)) as expected:
         readable(*inputs)
@@ -46,6 +53,10 @@ def test_a_loss_with_one_bias_for_all_words_or_without_numbers():
     d, w, b, y = loss_inputs()
     assert torch.allclose(linear_cross_entropy(d, w, b[:1], y), readable(d, w, b[:1], y), rtol=1e-12)
     assert linear_cross_entropy(*(t.to("meta") for t in (d, w, b, y))).shape == ()
+    assert linear_cross_entropy(d, w.to("meta"), b, y).shape == ()  # torch sees no mistake here; a weight on a GPU must not be read from the CPU either
+    assert torch.equal(linear_cross_entropy(d, w, b, y.byte()), readable(d, w, b, y.byte()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(linear_cross_entropy(d, w, b, y), readable(d, w, b, y))  # all digits of float64
 
 
 @each_engine
@@ -147,3 +158,45 @@ def test_openmp_in_a_path_with_a_space(monkeypatch):
     maps = "7f00-7f01 r-xp 00000000 fe:00 123   /opt/my env/torch/lib/libgomp.so.1\n7f02-7f03 rw-p 00000000 00:00 0 \n"
     monkeypatch.setattr(extension.Path, "read_text", lambda self: maps)
     assert extension._openmp() == ["/opt/my env/torch/lib/libgomp.so.1"]
+
+
+def test_a_cached_library_that_cannot_be_read_goes(tmp_path):
+    (tmp_path / "cells-0-1.so").symlink_to(tmp_path / "nowhere")
+    assert extension._cached(tmp_path, "cells-0") is None and not list(tmp_path.iterdir())
+
+
+@needs_extension
+def test_a_library_that_cannot_be_loaded_is_not_kept(tmp_path):
+    """As clang's, which asks for functions that torch's OpenMP library lacks; the next compiler starts afresh."""
+    other = tmp_path / "other"
+    other.write_text('#!/bin/sh\necho "extern \\"C\\" int __kmpc_not_there(); int use() { return __kmpc_not_there(); }" > "$0.cpp"\n'
+                     'case "$*" in *-shared*) exec g++ -fPIC "$0.cpp" "$@";; *) exec g++ "$@";; esac\n')
+    other.chmod(0o755)
+    out, err = ends(process(XDG_CACHE_HOME=str(tmp_path), CXX=str(other)))
+    assert out.startswith("False") and "cannot be loaded" in err and "__kmpc_not_there" in err and not list(tmp_path.glob("*/*.so"))
+    assert ends(process(XDG_CACHE_HOME=str(tmp_path), CXX="g++"))[0].startswith("True")
+
+
+def test_a_workspace_that_another_thread_took_first(monkeypatch):
+    class Emptied(list):
+        def __bool__(self):
+            return True
+
+    monkeypatch.setattr(workspace.Spare, "workspaces", Emptied())
+    assert len(workspace.take({"pre": 5}, torch.float32)[1]["pre"]) == 5
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_two_threads_take_two_plans(monkeypatch):
+    from nni_darts_rnn.gpu import sequence
+
+    class Slow:
+        def __eq__(self, other):
+            time.sleep(0.1)  # the other thread's chance
+            return True
+
+    monkeypatch.setattr(sequence.Spare, "plans", [SimpleNamespace(key=Slow(), T=8)])
+    monkeypatch.setattr(sequence, "Plan", lambda key, T: "new")
+    with ThreadPoolExecutor(2) as pool:
+        taken = list(pool.map(lambda _: sequence._take(Slow(), 8), range(2)))
+    assert taken.count("new") == 1 and len(set(map(id, taken))) == 2

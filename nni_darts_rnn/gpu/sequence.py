@@ -9,6 +9,7 @@ somebody else makes) the same steps are taken one kernel at a time.
 from __future__ import annotations
 
 import contextlib
+import threading
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -51,6 +52,7 @@ class Spare:
     """Plans that no pass is using, the last used last."""
 
     plans: list[Plan] = []
+    lock = threading.Lock()  # so that no two threads take the same one
 
 
 def run_forward(graph: Graph, x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, p: Tensor | None, mask: Tensor | None, keep: bool) -> Run:
@@ -85,13 +87,14 @@ def _on(tensor: Tensor):
 
 
 def _take(key: Key, T: int) -> Plan:
-    found = next((plan for plan in reversed(Spare.plans) if plan.key == key), None)
-    if found is not None:
-        Spare.plans.remove(found)
-        if found.T >= T:
-            return found
-        del found  # too short: its memory is for the longer one
-    del Spare.plans[:-SPARE]
+    with Spare.lock:
+        found = next((plan for plan in reversed(Spare.plans) if plan.key == key), None)
+        if found is not None:
+            Spare.plans.remove(found)
+            if found.T >= T:
+                return found
+            del found  # too short: its memory is for the longer one
+        del Spare.plans[:-SPARE]
     with torch.inference_mode(False):  # a later pass may be one that such memory is not for
         return Plan(key, -(-T // 8) * 8)
 
