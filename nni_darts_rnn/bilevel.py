@@ -259,6 +259,16 @@ def _neumann(train, weights, v, step, gd, c, terms, epsilon, g, reduce) -> list[
     return total
 
 
+def plain_sgd(optimizer: torch.optim.Optimizer) -> dict:
+    """The only group of the optimizer that `original_gradient` unrolls; `ValueError` where it is another one than the published code has."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper holds the real one
+    group, *others = optimizer.param_groups
+    if type(optimizer) is not torch.optim.SGD or others or group["momentum"]:
+        raise ValueError(f"reproduce_original: the published code has plain SGD, one group of weights without momentum; this is {type(optimizer).__name__}"
+                         f" with {1 + len(others)}")
+    return group
+
+
 def original_gradient(loss: Loss, weights: Tensors, alphas: Tensors, train_batch, valid_batch, lr: float, weight_decay: float, clip: float,
                       epsilon: float = 1e-2, valid_loss: Loss | None = None, tied: Sequence[int] = ()) -> AlphaGradient:
     """The estimate that quark0/darts `rnn/architect.py` computes, kept for reproduction and for comparison.

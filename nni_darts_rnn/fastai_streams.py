@@ -59,6 +59,11 @@ class StreamLoader(DataLoader):
         return StreamLoader(BpttBatches(source.stream, source.rule, source.seed), self.vocab, device=self.device)
 
 
+def already_trained(loader) -> int:
+    """Batches of the epoch at hand that an earlier process trained. fastai's own loaders have none (and answer for what they lack with their text's attributes)."""
+    return loader.first if isinstance(loader, StreamLoader) else 0
+
+
 def torch_device(name: str | torch.device | None = "auto") -> torch.device:
     """"auto" or None: CUDA where torch finds it, else the CPU; "gpu" is "cuda"."""
     if name in (None, "auto", "gpu"):

@@ -15,7 +15,7 @@ from nni.nas.strategy import DARTS
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .bilevel import EPSILON, MODES, WeightStep, architecture_gradient, original_gradient
+from .bilevel import EPSILON, MODES, WeightStep, architecture_gradient, original_gradient, plain_sgd
 from .genotype import one_of
 from .health import check_finite
 
@@ -163,9 +163,7 @@ class SecondOrderDartsModule(DartsLightningModule):
             return _loss_of(output, part)
 
         if self.reproduce_original:
-            WeightStep.of(optimizer, list(weights.values()))  # refuses other optimizers than SGD
-            if len(optimizer.param_groups) > 1 or any(group["momentum"] for group in optimizer.param_groups):
-                raise ValueError("reproduce_original: the published code has plain SGD, one group of weights without momentum")
+            group = plain_sgd(optimizer)
 
         part = "data_loss" if self.reproduce_original else "loss"
 
@@ -184,7 +182,6 @@ class SecondOrderDartsModule(DartsLightningModule):
         tensors = list(weights.values())
         reduce = _mean_over_processes if self.trainer.world_size > 1 else list
         if self.reproduce_original and self.hvp != "first_order":
-            group = optimizer.param_groups[0]
             several_names = [name for name, p in step_module.named_parameters(remove_duplicate=False) if names[id(p)] != name]
             tied = {names[id(step_module.get_parameter(name))] for name in several_names}
             lr = group["lr"] if self.unrolled_lr is None else self.unrolled_lr

@@ -11,7 +11,7 @@ from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.torch_core import to_device
 from torch import Tensor, nn
 
-from ..bilevel import EPSILON, AlphaGradient, WeightStep, architecture_gradient, original_gradient
+from ..bilevel import EPSILON, AlphaGradient, WeightStep, architecture_gradient, original_gradient, plain_sgd
 from ..health import check_finite
 from ..model import activation_regularisation, without_dropout
 from .fit_only import FitOnly
@@ -68,9 +68,7 @@ class ArchParamUpdate(FitOnly):
         if any(isinstance(cb, GradientAccumulation) or (isinstance(cb, GradientClip) and cb.norm_type != 2) for cb in self.learn.cbs):
             raise ValueError("the step that is unrolled follows each batch and is clipped by its Euclidean norm: no GradientAccumulation, and norm_type=2 of GradientClip")
         if self.reproduce_original:
-            group, *others = self._sgd().param_groups
-            if type(self._sgd()) is not torch.optim.SGD or others or group["momentum"]:
-                raise ValueError("reproduce_original: the published code has plain SGD, one group of weights without momentum")
+            plain_sgd(self._sgd())
         self.only_looking = hasattr(self.learn, "lr_finder")  # for a rate: that leaves α's optimizer and the warm-up as they are
         self._require_grad(False)  # the weight step needs no gradient of α, and GradientClip must not count one
 
@@ -172,7 +170,7 @@ class ArchParamUpdate(FitOnly):
                 raise ValueError("reproduce_original: the published code always clips; the Learner needs GradientClip (the paper's is 0.25)")
             first = {id(p): name for name, p in model.named_parameters()}
             tied = {first[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if first[id(p)] != name}
-            group = optimizer.param_groups[0]
+            group = plain_sgd(optimizer)
             lr = group["lr"] if self.unrolled_lr is None else self.unrolled_lr
             result = original_gradient(data_loss, w, a, train_batch, valid_batch, lr, group["weight_decay"], clip, valid_loss=valid_loss,
                                        tied=[i for i, name in enumerate(weights) if name in tied])

@@ -11,6 +11,7 @@ from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger, ProgressCallback
 
 from ..epoch_counts import EpochCounts
+from ..fastai_streams import already_trained
 from ..files import write_csv
 from ..health import watched_spread
 from .averaging import NTASGD
@@ -75,7 +76,7 @@ class EpochReport(FitOnly):
 
     def after_batch(self):
         if self.training:
-            whole = vars(self.dls.train).get("first", 0) + self.n_iter  # batches of an epoch, of which an earlier process may have trained some
+            whole = already_trained(self.dls.train) + self.n_iter  # batches of an epoch
             self.counts.add(self.yb[0].numel(), self.learn.loss, self.n_epoch, (self.n_epoch - self.epoch - 1) * whole + self.n_iter - self.iter - 1)
 
     def after_train(self):

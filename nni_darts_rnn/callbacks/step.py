@@ -7,6 +7,7 @@ from fastai.callback.rnn import RNNRegularizer
 from fastai.callback.schedule import ParamScheduler, SchedCos
 from fastai.callback.training import GradientClip
 
+from ..fastai_streams import already_trained
 from ..health import check_finite
 from ..model import activation_regularisation
 from .fit_only import FitOnly
@@ -38,8 +39,7 @@ class AnnealLR(FitOnly):
 
     def before_batch(self):
         self.full = self.full or [hyper["lr"] for hyper in self.opt.hypers]
-        # batches of this epoch that an earlier process trained; fastai's own loaders answer for what they have not with their text's attributes
-        skipped = vars(self.dls.train).get("first", 0)
+        skipped = already_trained(self.dls.train)
         done = (self.epoch + (skipped + self.iter) / (skipped + self.n_iter)) / self.n_epoch
         factor = self.falling(max(0.0, (done - (1 - self.share)) / self.share))
         self.opt.set_hyper("lr", [lr * factor for lr in self.full])
