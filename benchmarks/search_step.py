@@ -5,7 +5,8 @@ NNI's stock first-order `DARTS` on the same space, and the package's strategy, t
     python benchmarks/search_step.py --growth
 
 Versions take turns, and the shortest of the rounds counts. A step is: the weights' gradient on a training batch, the gradient of weights and α on a
-validation batch at w′, two α gradients at w ± εu, and the weight step. Peak memory is that of a process that runs one version alone.
+validation batch at w′, two α gradients at w ± εu, and the weight step. "original" and "own-gradient" compute a gradient of its own for the weight step, as
+the paper's Algorithm 1 has it, the others take the first one's. Peak memory is that of a process that runs one version alone.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from step_size import CLIP, DECAY, DROPOUT, EPSILON, RATE, SIZES, TAR, Size
 from torch import Tensor, nn
 
 from nni_darts_rnn import fused
-from nni_darts_rnn.bilevel import WeightStep, architecture_gradient
+from nni_darts_rnn.bilevel import RandomState, TrainingPass, WeightStep, architecture_gradient
 from nni_darts_rnn.model import LanguageModel, activation_regularisation
 from nni_darts_rnn.supernet import MixedRNN
 
@@ -37,12 +38,12 @@ RESULTS = Path(__file__).parent / "results" / "search_step.json"
 class Ours:
     """`bilevel.architecture_gradient` and the weight step, with one of three cells: "readable", "eager" (what runs where nothing is compiled), "fused"."""
 
-    def __init__(self, size: Size, cell: str, relaxation: str = "edge"):
-        self.cell = cell
+    def __init__(self, size: Size, cell: str, relaxation: str = "edge", own_gradient: bool = False):
+        self.cell, self.own_gradient = cell, own_gradient
         rnn = MixedRNN(size.H, size.H, size.N, dropout_x=DROPOUT["dropout_x"], dropout_h=DROPOUT["dropout_h"], relaxation=relaxation)
         self.model = LanguageModel(size.V, rnn, dropout=DROPOUT["dropout"], dropout_i=DROPOUT["dropout_i"])
         named = dict(self.model.named_parameters())
-        self.alpha = named.pop("rnn.alpha")
+        self.alpha = named.pop("rnn.alpha").requires_grad_(False)  # as in a search, where the training pass computes no gradient of it
         self.names, self.weights = list(named), list(named.values())
         self.optimizer = torch.optim.SGD(self.weights, lr=RATE, weight_decay=DECAY)
         self.arch = torch.optim.Adam([self.alpha], lr=3e-3, weight_decay=1e-3)
@@ -59,17 +60,25 @@ class Ours:
 
     def step(self, train, valid) -> None:
         step = WeightStep.of(self.optimizer, self.weights, CLIP)
-        found = architecture_gradient(self.loss, self.weights, [self.alpha], train, valid, step, epsilon=EPSILON)
+        ran = None if self.own_gradient else self.backward(train)
+        found = architecture_gradient(self.loss, self.weights, [self.alpha], train, valid, step, epsilon=EPSILON, ran=ran)
         self.alpha.grad = found.grads[0]
         self.arch.step()
-        self.optimizer.zero_grad()
-        nll, raw, dropped, _ = self.model.loss(*train)
-        # as in a search: the weights' gradient alone
-        grads = torch.autograd.grad(nll + activation_regularisation(raw, dropped, 0.0, TAR), self.weights)
-        for w, g in zip(self.weights, grads):
-            w.grad = g
+        if self.own_gradient:
+            self.backward(train)
         torch.nn.utils.clip_grad_norm_(self.weights, CLIP)
         self.optimizer.step()
+
+    def backward(self, train) -> TrainingPass:
+        """The training pass; the weights have their gradients after it."""
+        start = RandomState(self.weights)
+        self.optimizer.zero_grad()
+        nll, raw, dropped, _ = self.model.loss(*train)
+        loss = nll + activation_regularisation(raw, dropped, 0.0, TAR)
+        grads = torch.autograd.grad(loss, self.weights)
+        for w, g in zip(self.weights, grads):
+            w.grad = g
+        return TrainingPass(grads, loss.detach(), start)
 
 
 class _LossModule(nn.Module):
@@ -91,16 +100,17 @@ VERSIONS = {
     "original": Original,
     "readable": lambda size: Ours(size, "readable"),
     "eager": lambda size: Ours(size, "eager"),
+    "own-gradient": lambda size: Ours(size, "fused", own_gradient=True),
     "fused": lambda size: Ours(size, "fused"),
     "drawn": lambda size: Ours(size, "fused", "gumbel"),  # a discrete cell for each sequence
     "nni-first-order": lambda size: through_nni(size, first_order=True, fast=False),  # as NNI computes it: with autograd
     "nni-second-order": lambda size: through_nni(size, first_order=False, fast=True),  # the whole product
-    "products": lambda size: Products(size.flops()),  # no step: what the machine would need for the arithmetic alone
+    "products": lambda size: Products(size.shared_flops()),  # no step: what the machine would need for the arithmetic alone
 }
 
 
-FLOPS = {"nni-first-order": Size.first_order_flops, "drawn": Size.drawn_flops}
-"""The arithmetic of the versions that do not take the whole second-order step of the mixed cell."""
+FLOPS = {"original": Size.flops, "own-gradient": Size.flops, "nni-first-order": Size.first_order_flops, "drawn": Size.drawn_flops}
+"""The arithmetic of the versions that do not take the second-order step of the mixed cell that shares its gradient."""
 
 
 def compare(steps: dict[str, tuple[str, Size]], rounds: int) -> dict[str, float]:
@@ -120,16 +130,17 @@ def measure(size_name: str, options) -> dict:
     size, names, load = SIZES[size_name], options.versions, os.getloadavg()[0]
     before, best, after = gemm_peak(), compare({name: (name, size) for name in names}, options.rounds), gemm_peak()
     peak = max(before, after)
-    print(f"\n{size_name}: {size._asdict()}, {size.flops() / 1e9:,.1f} GFLOP a step, GEMM peak {peak / 1e9:,.0f} GFLOP/s "
-          f"(before {before / 1e9:,.0f}, after {after / 1e9:,.0f}), load average at the start {load:.1f}")
+    print(f"\n{size_name}: {size._asdict()}, {size.shared_flops() / 1e9:,.1f} GFLOP a step, {size.flops() / 1e9:,.1f} with a gradient of the weight step's own, "
+          f"GEMM peak {peak / 1e9:,.0f} GFLOP/s (before {before / 1e9:,.0f}, after {after / 1e9:,.0f}), load average at the start {load:.1f}")
     print(f"{'version':>16} {'ms/step':>10} {'ratio':>7} {'of peak':>8} {'peak GB':>8}")
     rows = {}
     for name in names:
-        share = FLOPS.get(name, Size.flops)(size) / best[name] / peak
+        share = FLOPS.get(name, Size.shared_flops)(size) / best[name] / peak
         rows[name] = {"ms": 1e3 * best[name], "ratio": best[names[0]] / best[name], "share_of_peak": share,
                       "peak_gb": peak_memory(name, size_name, options)}
         print(f"{name:>16} {rows[name]['ms']:>10,.1f} {rows[name]['ratio']:>6.2f}x {share:>8.0%} {rows[name]['peak_gb']:>8.2f}")
-    return {"size": size._asdict(), "flops": size.flops(), "gemm_peak_flops": peak, "load_average": load, "rounds": options.rounds, "versions": rows}
+    return {"size": size._asdict(), "flops": size.flops(), "shared_flops": size.shared_flops(), "gemm_peak_flops": peak, "load_average": load,
+            "rounds": options.rounds, "versions": rows}
 
 
 def growth(size: Size, rounds: int) -> dict:
@@ -139,7 +150,7 @@ def growth(size: Size, rounds: int) -> dict:
     for axis in Size._fields:
         larger = size._replace(**{axis: 2 * getattr(size, axis)})
         before, after = compare({"as it is": ("fused", size), "doubled": ("fused", larger)}, rounds).values()
-        grown[axis] = {"ms": 1e3 * before, "ms_doubled": 1e3 * after, "ratio": after / before, "flops_ratio": larger.flops() / size.flops()}
+        grown[axis] = {"ms": 1e3 * before, "ms_doubled": 1e3 * after, "ratio": after / before, "flops_ratio": larger.shared_flops() / size.shared_flops()}
         print(f"  2{axis}: {1e3 * before:,.1f} -> {1e3 * after:,.1f} ms, {after / before:.2f}x (arithmetic {grown[axis]['flops_ratio']:.2f}x)")
     return grown
 

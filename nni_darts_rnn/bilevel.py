@@ -121,6 +121,14 @@ class WeightStep:
         return [None if x is None else c * (x - along * g) for x, g in zip(u, grads)]
 
 
+class TrainingPass(NamedTuple):
+    """A training pass at (w, α) that was just run: ∇w of its loss (None for a weight without one), its loss, and the generators before it."""
+
+    grads: Sequence[Tensor | None]
+    loss: Tensor
+    start: RandomState
+
+
 class AlphaGradient(NamedTuple):
     """`grads` = `direct` − `implicit`, each like α; the two losses (detached); ‖∇w L_train‖ and c of the weight step."""
 
@@ -155,7 +163,8 @@ def norm(tensors: Sequence[Tensor | None]) -> Tensor:
 
 def architecture_gradient(loss: Loss, weights: Tensors, alphas: Tensors, train_batch, valid_batch, step: WeightStep | None,
                           mode: str = "finite_difference", epsilon: float = EPSILON, neumann_terms: int = 0,
-                          valid_loss: Loss | None = None, same_masks: bool = True, reduce: Reduce = list) -> AlphaGradient:
+                          valid_loss: Loss | None = None, same_masks: bool = True, reduce: Reduce = list,
+                          ran: TrainingPass | None = None) -> AlphaGradient:
     """∇α of valid_loss(w′(α), α) with w′ the weight step from (w, α) on the train batch.
 
     `loss(weights, alphas, batch)` returns a scalar and must leave nothing behind but draws from random generators; these are put back at
@@ -165,6 +174,8 @@ def architecture_gradient(loss: Loss, weights: Tensors, alphas: Tensors, train_b
     `neumann_terms` K: in q, v = ∇w′ L_val becomes Σ_{k=0..K} (1 − decay − ∇w² L_train J'ᵀρ)ᵏ v (iDARTS, arXiv 2106.10784, eq. 9, for the step that is
     taken, with its clip and decay): the derivative through K+1 such steps on the same batch, all with the curvature at w.
     `same_masks=False` draws anew in every pass, as published code does. Weights and α are only read.
+    `ran`: the training pass, where the weight step's has been run already; 10 forward passes' worth of arithmetic are then the whole step's, and not 13.
+    The generators are put back to where that pass left them. Its gradients are those after `reduce`.
     `reduce` is for processes that share a step, each with its own part of the batches and the same weights and α: it gives the mean over
     the processes of each gradient (None stays None). All then get the gradient of the mean losses; the losses returned are their own.
     """
@@ -173,13 +184,14 @@ def architecture_gradient(loss: Loss, weights: Tensors, alphas: Tensors, train_b
     if not epsilon > 0:
         raise ValueError(f"epsilon: {epsilon!r} must be above 0")
     valid_loss = valid_loss or loss
-    start = RandomState([*weights, *alphas])
+    end = RandomState([*weights, *alphas])
+    start = end if ran is None else ran.start
     weights = [w.detach() for w in weights]
     alphas = [a.detach().requires_grad_() for a in alphas]
     if mode == "first_order" or not any(step.rates):
         value = valid_loss(weights, alphas, valid_batch)
         direct = reduce(_grad(value, alphas))
-        start.restore()
+        end.restore()
         return AlphaGradient(direct, direct, None, None, value.detach())
 
     def train(at: Tensors, at_alphas: Tensors = alphas) -> Tensor:
@@ -190,10 +202,12 @@ def architecture_gradient(loss: Loss, weights: Tensors, alphas: Tensors, train_b
     # w′, with the graph behind it only where it is differentiated again
     again = mode == "exact"
     leaves = [w.requires_grad_() for w in weights]
-    train_value = train(leaves, alphas if again else [a.detach() for a in alphas])  # a model may be cheaper where no gradient of α is asked for
-    g = torch.autograd.grad(train_value, leaves, create_graph=again, allow_unused=True)
+    g, train_value = (ran.grads, ran.loss) if ran else (None, None)
+    if ran is None or again:
+        train_value = train(leaves, alphas if again else [a.detach() for a in alphas])  # a model may be cheaper where no gradient of α is asked for
+        g = torch.autograd.grad(train_value, leaves, create_graph=again, allow_unused=True)
+    gd = list(ran.grads) if ran else reduce([None if x is None else x.detach() for x in g])
     # the generators now stand where the training pass left them, so the validation pass has masks of its own
-    gd = reduce([None if x is None else x.detach() for x in g])
     c = step.coefficient(gd)
     unrolled = [w.detach().requires_grad_() for w in step.apply(leaves, gd, c)]
     valid_value = valid_loss(unrolled, alphas, valid_batch)
@@ -209,7 +223,7 @@ def architecture_gradient(loss: Loss, weights: Tensors, alphas: Tensors, train_b
             with all_digits():
                 up, down = _grad(train(plus), alphas), _grad(train(minus), alphas)
             implicit = [(a - b) / scale for a, b in zip(up, down)]
-    start.restore()
+    end.restore()
     direct, implicit = reduce(direct), reduce(implicit)
     grads = [d - i for d, i in zip(direct, implicit)]
     return AlphaGradient(grads, direct, implicit, train_value.detach(), valid_value.detach(), float(norm(gd)), float(c))

@@ -46,7 +46,7 @@ def make_strategy(recipe: SearchRecipe, **options) -> SecondOrderDARTS:
     settings: dict = dict(arc_learning_rate=recipe.arch_lr, arc_weight_decay=recipe.arch_weight_decay,
                     arc_betas=(recipe.arch_beta1, recipe.arch_beta2), epsilon=recipe.epsilon, hvp=recipe.hvp, unrolled_lr=recipe.unrolled_lr,
                     neumann_terms=recipe.neumann_terms, warmup_epochs=recipe.warmup_epochs, gradient_clip_val=recipe.clip,
-                    reproduce_original=recipe.reproduce_original, log_prob_every_n_step=0)
+                    own_gradient=recipe.own_gradient, reproduce_original=recipe.reproduce_original, log_prob_every_n_step=0)
     return SecondOrderDARTS(**settings | options)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytorch_lightning as pl
 import torch
@@ -15,7 +16,7 @@ from nni.nas.strategy import DARTS
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .bilevel import EPSILON, MODES, WeightStep, architecture_gradient, original_gradient, plain_sgd
+from .bilevel import EPSILON, MODES, RandomState, TrainingPass, WeightStep, architecture_gradient, original_gradient, plain_sgd
 from .genotype import one_of
 from .health import check_finite
 
@@ -62,6 +63,27 @@ def _mean_over_processes(tensors: Sequence[Tensor | None]) -> list[Tensor | None
     return [None if t is None else next(parts).view_as(t).to(t.dtype) for t in tensors]
 
 
+class _Before:
+    """What a user's modules were before a training step: their buffers, their own attributes, the state of the random generators."""
+
+    def __init__(self, module: nn.Module):
+        self.buffers = {name: b.clone() for name, b in module.named_buffers()}
+        self.attributes = [(m, _copies(vars(m))) for m in module.modules()]
+        self.generators = RandomState(list(module.parameters()))
+
+
+def _copies(attributes: dict) -> dict:
+    """A module's own attributes; what can be changed in place is a copy."""
+    return {name: value.clone() if type(value) is Tensor else copy.copy(value) if type(value) in (list, dict, set) else value
+            for name, value in attributes.items() if name not in OF_EVERY_MODULE}
+
+
+def _replace(module: nn.Module, attributes: dict) -> None:
+    for name in vars(module).keys() - attributes.keys() - OF_EVERY_MODULE:
+        del vars(module)[name]
+    vars(module).update(attributes)
+
+
 def alpha_in_order(module: DartsLightningModule) -> list[nn.Parameter]:
     """α in the order of the modules. NNI 3.0 returns `list(set(…))`, ordered by address, which a resumed Adam mismatches."""
     found = [p for m in module.supernet_modules() if hasattr(m, "arch_parameters") for p in m.arch_parameters()]
@@ -77,11 +99,13 @@ class SecondOrderDartsModule(DartsLightningModule):
     """
 
     def __init__(self, training_module, *, arc_weight_decay: float, arc_betas: tuple[float, float], epsilon: float, hvp: str,
-                 unrolled_lr: float | None, neumann_terms: int, reproduce_original: bool, **kwargs):
+                 unrolled_lr: float | None, neumann_terms: int, own_gradient: bool, reproduce_original: bool, **kwargs):
         super().__init__(training_module, **kwargs)
         self.arc_weight_decay, self.arc_betas = arc_weight_decay, arc_betas
         self.epsilon, self.hvp, self.unrolled_lr = epsilon, hvp, unrolled_lr
         self.neumann_terms, self.reproduce_original = neumann_terms, reproduce_original
+        self.own_gradient = own_gradient or reproduce_original or hvp == "first_order"  # which unrolls no step: there is nothing to share
+        self._move_alpha: Callable[[Tensor], None] | None = None  # what is to follow the weights' backward pass, given the training loss
         self._step_module = (_TrainingStep(training_module),)  # in a tuple: not a submodule, or every weight would have two names
 
     def arch_parameters(self) -> list[nn.Parameter]:
@@ -113,31 +137,47 @@ class SecondOrderDartsModule(DartsLightningModule):
         return super().setup(stage)
 
     def training_step(self, batch, batch_idx: int):
+        move_alpha = None
         if self.warmup_epochs == 0 or self.trainer.current_epoch >= self.warmup_epochs:
             self.resample()
-            arc_optim = self.architecture_optimizers()
-            arc_optim.zero_grad()
-            gradient = self.architecture_gradient(batch["train"], batch["val"], batch_idx)
-            check_finite(gradient_of_α=gradient)
-            for alpha, grad in zip(self.arch_parameters(), gradient):
-                alpha.grad = grad
-            arc_optim.step()
+            move_alpha = partial(self._architecture_step, batch["train"], batch["val"], batch_idx, _Before(self._step_module[0]))
+            if self.own_gradient:
+                move_alpha()
 
         # the weight step, as NNI's DARTS takes it
-        self.resample()
+        if move_alpha is None or self.own_gradient:
+            self.resample()
         with _fixed(self.arch_parameters()):
             output = self.training_module.training_step(batch["train"], 2 * batch_idx + 1)
+            self._loss, self._move_alpha = _loss_of(output).detach(), None if self.own_gradient else move_alpha
             self.advance_optimization(_loss_of(output), batch_idx, self.gradient_clip_val)
-        gradients = [p.grad for p in self.training_module.parameters() if p.requires_grad]
-        check_finite(training_loss=_loss_of(output), gradient_of_the_weights=gradients, α=self.arch_parameters())
+        self._move_alpha = None
+        check_finite(α=self.arch_parameters())
         self.advance_lr_schedulers(batch_idx)
         if self.log_prob_every_n_step and batch_idx % self.log_prob_every_n_step == 0:
             self.log_probs(self.export_probs())
         return output
 
-    def architecture_gradient(self, train_batch, valid_batch, batch_idx: int) -> list[Tensor]:
+    def on_after_backward(self):
+        """Where α's step shares the weights' gradient, it comes here: after that gradient, before it is clipped and the weights take their step."""
+        super().on_after_backward()
+        check_finite(training_loss=self._loss, gradient_of_the_weights=[p.grad for p in self.training_module.parameters() if p.requires_grad])
+        if self._move_alpha is not None:
+            self._move_alpha(self._loss)
+
+    def _architecture_step(self, train_batch, valid_batch, batch_idx: int, before: _Before, ran: Tensor | None = None) -> None:
+        gradient = self.architecture_gradient(train_batch, valid_batch, batch_idx, before, ran)
+        check_finite(gradient_of_α=gradient)
+        arc_optim = self.architecture_optimizers()
+        arc_optim.zero_grad()
+        for alpha, grad in zip(self.arch_parameters(), gradient):
+            alpha.grad = grad
+        arc_optim.step()
+
+    def architecture_gradient(self, train_batch, valid_batch, batch_idx: int, before: _Before, ran: Tensor | None = None) -> list[Tensor]:
         """∇α of the validation loss after the weight step that is about to be taken; one tensor for each of `arch_parameters()`.
 
+        `before`: the modules before that step. `ran`: the loss of its training pass, where that has been run and left the weights their gradients.
         With several processes each has its own part of the batch, as in Lightning's DDP, and the gradient is that of the mean losses.
         """
         optimizer = next(o for o in self._optimizers() if not getattr(o, "is_arch_optimizer", False))
@@ -154,10 +194,10 @@ class SecondOrderDartsModule(DartsLightningModule):
 
         def run(at_weights, at_alphas, data, index, part):
             # every pass works on copies of the buffers, so BatchNorm statistics and hidden states stay as they are
-            state = {name: b.clone() for name, b in step_module.named_buffers()}
+            state = {name: b.clone() for name, b in before.buffers.items()}
             state.update(zip(weight_names, at_weights))
             state.update(zip(alpha_names, at_alphas))
-            with self._aside():
+            with self._aside(before):
                 output = torch.func.functional_call(step_module, state, (data, index))
             carried.update(state)
             return _loss_of(output, part)
@@ -191,7 +231,8 @@ class SecondOrderDartsModule(DartsLightningModule):
         else:
             step = None if self.hvp == "first_order" else WeightStep.of(optimizer, tensors, self.gradient_clip_val, self.unrolled_lr)
             result = architecture_gradient(train_loss, tensors, alphas, train_batch, valid_batch, step, self.hvp, self.epsilon,
-                                           self.neumann_terms, valid_loss, reduce=reduce)
+                                           self.neumann_terms, valid_loss, reduce=reduce,
+                                           ran=None if ran is None else TrainingPass([p.grad for p in tensors], ran, before.generators))
         for name, value in moved_on.items():
             self.training_module.get_buffer(name).copy_(value)
         return result.grads
@@ -201,21 +242,18 @@ class SecondOrderDartsModule(DartsLightningModule):
         return optimizers if isinstance(optimizers, list) else [optimizers]
 
     @contextlib.contextmanager
-    def _aside(self):
+    def _aside(self, before: _Before):
         """An auxiliary pass is no part of the training: nothing is logged, and attributes that the user's modules assign in it (counters,
-        the states of torchmetrics) go back to what they were."""
-        kept = [(module, dict(vars(module))) for module in self.training_module.modules()]
-        for module, attributes in kept:  # what the pass changes in place is a copy
-            vars(module).update((name, value.clone() if isinstance(value, Tensor) else copy.copy(value)) for name, value in attributes.items()
-                                if name not in OF_EVERY_MODULE and type(value) in (Tensor, list, dict, set))
+        the states of torchmetrics) are at first what they were before the step, and in the end what they are now."""
+        now = [dict(vars(module)) for module, _ in before.attributes]
+        for module, attributes in before.attributes:
+            _replace(module, _copies(attributes))
         self.training_module.log = self.training_module.log_dict = lambda *args, **kwargs: None
         try:
             yield
         finally:
-            for module, attributes in kept:
-                for name in vars(module).keys() - attributes.keys():
-                    del vars(module)[name]
-                vars(module).update(attributes)
+            for (module, _), attributes in zip(before.attributes, now):
+                _replace(module, attributes)
 
 
 class SecondOrderDARTS(DARTS):
@@ -233,6 +271,9 @@ class SecondOrderDARTS(DARTS):
         ξ, the learning rate of the unrolled step. None: the weight optimizer's current one; 0: first order.
     neumann_terms
         Terms of iDARTS's series (arXiv 2106.10784); 0: eq. 7.
+    own_gradient
+        False: the weights take the very step that α's gradient unrolled, whose gradient is that of α before its move: 10 forward passes' worth of
+        arithmetic. True: they take one at the α that has just moved, as in the paper's Algorithm 1: 13. (First order always does.)
     warmup_epochs
         Epochs before α moves.
     gradient_clip_val
@@ -249,7 +290,7 @@ class SecondOrderDARTS(DARTS):
     """
 
     def __init__(self, *, arc_learning_rate: float = 3e-3, arc_weight_decay: float = 1e-3, arc_betas: tuple[float, float] = (0.9, 0.999),
-                 epsilon: float = EPSILON, hvp: str = "finite_difference", unrolled_lr: float | None = None, neumann_terms: int = 0,
+                 epsilon: float = EPSILON, hvp: str = "finite_difference", unrolled_lr: float | None = None, neumann_terms: int = 0, own_gradient: bool = False,
                  warmup_epochs: int = 0, gradient_clip_val: float | None = None, reproduce_original: bool = False,
                  log_prob_every_n_step: int = 10, **kwargs):
         for name, value in (("arc_learning_rate", arc_learning_rate), ("arc_weight_decay", arc_weight_decay), ("warmup_epochs", warmup_epochs),
@@ -275,7 +316,8 @@ class SecondOrderDARTS(DARTS):
         super().__init__(arc_learning_rate=arc_learning_rate, gradient_clip_val=gradient_clip_val,
                          log_prob_every_n_step=log_prob_every_n_step, warmup_epochs=warmup_epochs, **kwargs)
         self.second_order: dict = dict(arc_weight_decay=arc_weight_decay, arc_betas=tuple(arc_betas), epsilon=epsilon, hvp=hvp,
-                                 unrolled_lr=unrolled_lr, neumann_terms=neumann_terms, reproduce_original=reproduce_original)
+                                       unrolled_lr=unrolled_lr, neumann_terms=neumann_terms, own_gradient=own_gradient,
+                                       reproduce_original=reproduce_original)
 
     def configure_oneshot_module(self, training_module) -> SecondOrderDartsModule:
         return SecondOrderDartsModule(training_module, arc_learning_rate=self.arc_learning_rate, gradient_clip_val=self.gradient_clip_val,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback
-from fastai.callback.fp16 import MixedPrecision  # noqa: F401 (importing it gives Learner its `to_fp16`)
+from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import Learner  # noqa: F401 (and `lr_find`, `fit_one_cycle`)
 from fastai.learner import load_learner
 from test_callbacks import CELL, SMALL, corpus, run, same, weights_of
@@ -151,6 +151,34 @@ def test_mixed_precision(tmp_path):
     full = run(learner(tmp_path)).recorder.values[-1][0]
     run(learn.to_fp16())
     assert learn.recorder.values[-1][0] == pytest.approx(full, rel=0.02)
+
+
+class Scaled(MixedPrecision):
+    """fastai's own, on the CPU: full precision, but the loss scaled."""
+
+    def __init__(self, init_scale: float):
+        super().__init__()
+        self.init_scale = init_scale
+
+    def before_fit(self):
+        self.autocast, self.scales = torch.autocast("cpu", enabled=False), []
+        self.learn.scaler = torch.amp.GradScaler("cpu", init_scale=self.init_scale, growth_interval=10 ** 6)
+
+
+def test_a_scaled_loss_moves_alpha_as_a_plain_one(tmp_path):
+    plain, scaled, beyond = (learner(tmp_path, "search") for _ in range(3))
+    alpha = plain.model.lm.rnn.alpha.detach().clone()
+    scaled.add_cb(Scaled(2.0 ** 12))
+    for learn in (plain, scaled):
+        torch.manual_seed(1)  # of the masks
+        run(learn)
+    assert (plain.model.lm.rnn.alpha - alpha).abs().max() > 1e-3
+    assert torch.allclose(scaled.model.lm.rnn.alpha, plain.model.lm.rnn.alpha, atol=1e-4)
+    # a gradient beyond float32: the scaler leaves the weights' step out, and α stays too
+    before, seen = weights_of(beyond.model), []
+    beyond.add_cbs([Scaled(2.0 ** 127), Callback(after_batch=lambda _: seen.append(same(weights_of(beyond.model), before)))])
+    run(beyond)
+    assert seen[0] and not seen[-1]
 
 
 def test_a_new_fit_trains_although_the_last_one_had_converged(tmp_path):

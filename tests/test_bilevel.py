@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from nni_darts_rnn.bilevel import WeightStep, architecture_gradient, norm, original_gradient
+from nni_darts_rnn.bilevel import RandomState, TrainingPass, WeightStep, architecture_gradient, norm, original_gradient
 from nni_darts_rnn.model import LanguageModel
 from nni_darts_rnn.supernet import MixedRNN
 
@@ -364,6 +364,32 @@ def test_same_masks_in_all_passes(kwargs, passes):
     # the weight step that follows draws them once more
     masks.loss([torch.ones(50)], [torch.ones(50)], "train")
     assert masks.train[-1] == masks.train[0]
+
+
+@pytest.mark.parametrize("kwargs, passes", [({}, 2), ({"neumann_terms": 2}, 6), ({"mode": "exact"}, 1), ({"mode": "first_order"}, 0)])
+def test_a_training_pass_that_was_run_is_not_run_again(kwargs, passes):
+    """The same gradient with a pass of the training batch less; exact mode alone needs it again, for its graph."""
+    alone, given = Masks(), Masks()
+    torch.manual_seed(0)
+    w, alpha = torch.randn(50), torch.randn(50)
+
+    def gradient(masks, **more):
+        return architecture_gradient(masks.loss, [w], [alpha], "train", "valid", WeightStep.sgd(1, 0.1, 1e-2, clip=0.1), **kwargs, **more)
+
+    start = RandomState()
+    expected = gradient(alone)
+    leaf = w.clone().requires_grad_()
+    loss = given.loss([leaf], [alpha], "train")
+    ran = TrainingPass(torch.autograd.grad(loss, [leaf]), loss.detach(), start)
+    after = RandomState()
+    found = gradient(given, ran=ran)
+    assert len(given.train) == 1 + passes and all(m == given.train[0] for m in given.train)
+    if kwargs.get("mode") != "first_order":  # which has the next masks, whichever these are
+        assert torch.equal(found.grads[0], expected.grads[0]) and given.train[0] == alone.train[0] and given.valid == alone.valid
+        assert found.train_loss == expected.train_loss and found.grad_norm == expected.grad_norm
+    # the generators stand where the training pass left them
+    assert torch.equal(torch.get_rng_state(), after.cpu) and random.getstate() == after.python
+    assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), after.numpy))
 
 
 def test_new_masks_where_asked():

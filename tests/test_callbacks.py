@@ -313,12 +313,12 @@ class Found(Callback):
     def __init__(self):
         self.grads = []
 
-    def before_batch(self):
+    def after_backward(self):
         self.grads.append(self.learn.arch_param_update.last.grads[0])
 
 
 @pytest.mark.parametrize("options", [{}, {"hvp": "exact"}, {"hvp": "first_order"}, {"reproduce_original": True}, {"neumann_terms": 1},
-                                     {"alpha_dropout": False}])
+                                     {"alpha_dropout": False}, {"own_gradient": True}])
 def test_alpha_gradient_is_bilevels_on_the_same_data(tmp_path, options):
     recipe = get_recipe(SMALL, {"search": options}).search
     dls = language_dls(corpus(300), recipe, 3, "cpu", tmp_path)

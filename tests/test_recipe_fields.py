@@ -14,7 +14,7 @@ from nni_darts_rnn.recipes import RetrainRecipe, SearchRecipe, get_recipe, overr
 SEARCH = dict(hidden_size=6, n_nodes=2, batch_size=4, eval_batch_size=3, bptt=7, short_bptt_probability=0.4, lr=3.0, weight_decay=1e-3, clip=0.7,
               dropout=0.11, dropout_h=0.12, dropout_x=0.13, dropout_i=0.14, dropout_e=0.15, init_range=0.5, ar=0.2, tar=0.3, anneal=0.8, epochs=9, arch_lr=0.02,
               arch_weight_decay=0.03, arch_beta1=0.4, arch_beta2=0.5, relaxation="node", hvp="exact", epsilon=0.06, unrolled_lr=0.07, neumann_terms=2, warmup_epochs=3,
-              alpha_dropout=False, reproduce_original=False)
+              alpha_dropout=False, own_gradient=True, reproduce_original=False)
 ORIGINAL = SEARCH | dict(hvp="finite_difference", neumann_terms=0, reproduce_original=True)  # which goes with no other gradient
 RETRAIN = dict(hidden_size=6, batch_size=4, eval_batch_size=3, test_batch_size=2, bptt=7, short_bptt_probability=0.4, bptt_std=1.5, min_bptt=3,
                max_bptt_above=2, lr=3.0, weight_decay=1e-3, clip=0.7, dropout=0.11, dropout_h=0.12, dropout_x=0.13, dropout_i=0.14, dropout_e=0.15,
@@ -68,7 +68,8 @@ def test_search_through_nni(settings):
         "clip": step.gradient_clip_val, "ar": evaluator.module.ar, "tar": evaluator.module.tar, "anneal": annealing.share, "epochs": evaluator.trainer.max_epochs,
         "arch_lr": adam["lr"], "arch_weight_decay": adam["weight_decay"], "arch_beta1": adam["betas"][0], "arch_beta2": adam["betas"][1],
         "hvp": step.hvp, "epsilon": step.epsilon, "unrolled_lr": step.unrolled_lr, "neumann_terms": step.neumann_terms,
-        "warmup_epochs": step.warmup_epochs, "alpha_dropout": evaluator.module.alpha_dropout, "reproduce_original": step.reproduce_original}
+        "warmup_epochs": step.warmup_epochs, "alpha_dropout": evaluator.module.alpha_dropout, "own_gradient": step.own_gradient,
+        "reproduce_original": step.reproduce_original}
     assert found == settings
     assert valid.rule == train.rule and valid.stream.shape[1] == 4 and evaluator.module.bptt == 7
     assert evaluator.module.hidden_train.shape == evaluator.module.hidden_valid.shape == (4, 6)

@@ -14,7 +14,7 @@ SHARED = dict(anneal=0, bptt=35, short_bptt_probability=0.05, lr=20, clip=0.25, 
               tar=1e-3, eval_batch_size=10)
 SEARCH = SHARED | dict(hidden_size=300, n_nodes=8, batch_size=256, weight_decay=5e-7, dropout_e=0, epochs=50, arch_lr=3e-3, arch_weight_decay=1e-3,
                        arch_beta1=0.9, arch_beta2=0.999, relaxation="edge", hvp="finite_difference", epsilon=3e-2, unrolled_lr=None, neumann_terms=0,
-                       warmup_epochs=0, alpha_dropout=True, reproduce_original=False)
+                       warmup_epochs=0, alpha_dropout=True, own_gradient=False, reproduce_original=False)
 RETRAIN = SHARED | dict(hidden_size=850, batch_size=64, test_batch_size=1, bptt_std=5, min_bptt=5, max_bptt_above=20, weight_decay=8e-7,
                         dropout_e=0.1, nonmono=5, epochs=3600, patience=None)
 

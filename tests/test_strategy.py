@@ -304,6 +304,38 @@ def test_warmup(spy):
     assert required == [{False}, {False}, {True}, {True}]
 
 
+@pytest.mark.parametrize("hvp", ["finite_difference", "exact"])
+def test_the_weights_take_the_step_that_was_unrolled_or_one_at_the_new_alpha(spy, hvp):
+    """Against the steps by hand: the same α gradient in both, and the weight step's at α before its move, or after it."""
+    (x, y), valid = next(branch_batches(1)), next(branch_batches(1, seed=1))
+    gradients, alphas = [], []
+
+    class Watch(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            alphas[:] = [torch.stack([a.detach().clone() for a in pl_module.arch_parameters()])]  # (2, 4)
+
+    for own in (False, True):
+        torch.manual_seed(0)
+        spy.clear()
+        module, _ = search(Branches(), Regression(lr=0.1), [(x, y)], [valid], make(hvp=hvp, own_gradient=own, gradient_clip_val=0.5),
+                           callbacks=[Watch()])
+        (step, found, weights), = spy
+        start, = alphas
+        moved = start - 0.1 * torch.stack(found.grads).sign()  # Adam's first step
+        at = moved if own else start
+        leaves = [w.requires_grad_() for w in weights]  # scale (2,), bias (2,)
+        candidates = torch.stack([x[:, :2], x[:, :2].abs(), torch.sin(2 * x[:, :2]), torch.zeros_like(x[:, :2])], -1)  # (B, 2, 4)
+        loss = ((leaves[0] * (candidates * at.softmax(-1)).sum(-1) + leaves[1] - y) ** 2).mean()
+        g = torch.autograd.grad(loss, leaves)
+        expected = step.apply(weights, g, step.coefficient(g))
+        named = dict(module.training_module.model.named_parameters())
+        for name, value in zip(("scale", "bias"), expected):
+            assert torch.allclose(named[name], value, atol=1e-6), (own, name)
+        assert (moved - start).abs().min() > 0.09
+        gradients.append(torch.stack(found.grads))
+    assert torch.allclose(*gradients, rtol=1e-5, atol=1e-8)
+
+
 def test_weight_step_has_no_gradient_for_alpha(spy):
     module, _ = search(Branches(), Regression(), branch_batches(2), branch_batches(2), make())
     for alpha, grad in zip(module.arch_parameters(), spy[-1][1].grads):

@@ -11,7 +11,7 @@ from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.torch_core import to_device
 from torch import Tensor, nn
 
-from ..bilevel import EPSILON, AlphaGradient, WeightStep, architecture_gradient, original_gradient, plain_sgd
+from ..bilevel import EPSILON, AlphaGradient, RandomState, TrainingPass, WeightStep, architecture_gradient, original_gradient, plain_sgd
 from ..health import check_finite
 from ..model import activation_regularisation, without_dropout
 from .fit_only import FitOnly
@@ -30,7 +30,10 @@ def weight_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 class ArchParamUpdate(FitOnly):
-    """Moves α before every weight step, by the gradient of the validation loss after that step (DARTS, eq. 6–8).
+    """Moves α with every weight step, by the gradient of the validation loss after that step (DARTS, eq. 6–8).
+
+    It comes after the backward pass, whose gradient it unrolls, and before the weights take their step; with `own_gradient`, before the forward
+    pass, as in the paper's Algorithm 1 (3 of 13 passes more).
 
     `valid_batches` yields (tokens (B, T), targets (B, T)) of a text that the weights do not learn; it is read from its beginning in each
     epoch, and again as often as the training text is longer. Hidden states (buffers named in the model's `carried`) run along the
@@ -44,19 +47,22 @@ class ArchParamUpdate(FitOnly):
 
     def __init__(self, valid_batches, arch_lr: float = 3e-3, arch_weight_decay: float = 1e-3, arch_betas: tuple[float, float] = (0.9, 0.999),
                  hvp: str = "finite_difference", epsilon: float = EPSILON, unrolled_lr: float | None = None, neumann_terms: int = 0,
-                 warmup_epochs: int = 0, alpha_dropout: bool = True, reproduce_original: bool = False):
+                 warmup_epochs: int = 0, alpha_dropout: bool = True, own_gradient: bool = False, reproduce_original: bool = False):
         self.valid_batches, self.hvp, self.epsilon, self.unrolled_lr = valid_batches, hvp, epsilon, unrolled_lr
         self.neumann_terms, self.warmup_epochs, self.alpha_dropout, self.reproduce_original = neumann_terms, warmup_epochs, alpha_dropout, reproduce_original
+        self.own_gradient = own_gradient or reproduce_original or hvp == "first_order"  # which unrolls no step: there is nothing to share
         self.adam: dict = dict(lr=arch_lr, betas=tuple(arch_betas), weight_decay=arch_weight_decay)
         self.arch_opt: torch.optim.Adam | None = None
         self.epochs_done = 0
         self.last: AlphaGradient | None = None
+        self.before: tuple[dict[str, Tensor], RandomState] | None = None  # buffers and generators before this batch, while α is to move with it
 
     @classmethod
     def of(cls, recipe, valid_batches) -> ArchParamUpdate:
         """With a SearchRecipe's settings."""
         return cls(valid_batches, recipe.arch_lr, recipe.arch_weight_decay, (recipe.arch_beta1, recipe.arch_beta2), recipe.hvp, recipe.epsilon,
-                   recipe.unrolled_lr, recipe.neumann_terms, recipe.warmup_epochs, recipe.alpha_dropout, recipe.reproduce_original)
+                   recipe.unrolled_lr, recipe.neumann_terms, recipe.warmup_epochs, recipe.alpha_dropout, recipe.own_gradient,
+                   recipe.reproduce_original)
 
     def start_fit(self):
         alphas = self._alphas()
@@ -115,10 +121,29 @@ class ArchParamUpdate(FitOnly):
                 raise ValueError("valid_batches holds no batch: the validation text is too short for this batch size")
 
     def before_batch(self):
+        self.before = None
         if self.only_looking or self.epochs_done < self.warmup_epochs:
             return
+        model = self.learn.model
+        self.before = {name: b.clone() for name, b in model.named_buffers()}, RandomState(list(model.parameters()))
+        if self.own_gradient:
+            self._move_alpha(None)
+
+    def after_backward(self):
+        if self.before is not None and not self.own_gradient:
+            scale = 1.0 if getattr(self.learn, "scaler", None) is None else self.learn.scaler.get_scale()  # of fastai's `MixedPrecision`
+            weights = [p for p in self.learn.model.parameters() if p.requires_grad]
+            gradients = [w.grad if w.grad is None or scale == 1 else w.grad / scale for w in weights]
+            if scale != 1 and not all(bool(g.isfinite().all()) for g in gradients if g is not None):
+                return  # beyond float16: the scaler leaves this step out
+            loss = self.learn.loss_grad.detach() / scale
+            check_finite(training_loss=loss, gradient_of_the_weights=gradients)
+            self._move_alpha(TrainingPass(gradients, loss, self.before[1]))
+
+    def _move_alpha(self, ran: TrainingPass | None) -> None:
         x, y = self._plain(next(self.stream))
-        self.last = self.gradient((self.learn.xb[0], self.learn.yb[0]), (x, y))
+        self.last = self.gradient((self.learn.xb[0], self.learn.yb[0]), (x, y), ran)
+        self.before = None
         check_finite(gradient_of_α=self.last.grads)
         optimizer = self.adam_optimizer()
         for alpha, grad in zip(self._alphas(), self.last.grads):
@@ -132,17 +157,21 @@ class ArchParamUpdate(FitOnly):
         x, y = to_device(tuple(batch), next(self.learn.model.parameters()).device)
         return x.as_subclass(Tensor), y.as_subclass(Tensor)
 
-    def gradient(self, train_batch, valid_batch) -> AlphaGradient:
-        """∇α at the present weights, α and hidden states; only the validation stream's hidden state moves on."""
+    def gradient(self, train_batch, valid_batch, ran: TrainingPass | None = None) -> AlphaGradient:
+        """∇α at the present weights and α, and the hidden states before this batch; only the validation stream's hidden state moves on.
+
+        `ran`: the training pass of this batch, where it has been run.
+        """
         model, optimizer = self.learn.model, self._sgd()
         alphas = architecture_parameters(model)
         weights = {name: p for name, p in model.named_parameters() if p.requires_grad and name not in alphas}
         regularizer, clipper = (next((cb for cb in self.learn.cbs if isinstance(cb, kind)), None) for kind in (RNNRegularizer, GradientClip))
         clip = None if clipper is None else clipper.max_norm
+        buffers = dict(model.named_buffers()) if self.before is None else self.before[0]
 
         def run(at_weights, at_alphas, batch, carried):
             # copies of the buffers: BatchNorm statistics and hidden states stay as they are
-            state = {name: b.clone() for name, b in model.named_buffers()} | carried
+            state = {name: b.clone() for name, b in buffers.items()} | carried
             state.update(zip(weights, at_weights))
             state.update(zip(alphas, at_alphas))
             decoded, raw, dropped = torch.func.functional_call(model, state, (batch[0],))
@@ -176,7 +205,8 @@ class ArchParamUpdate(FitOnly):
                                        tied=[i for i, name in enumerate(weights) if name in tied])
         else:
             step = None if self.hvp == "first_order" else WeightStep.of(optimizer, w, clip, self.unrolled_lr)
-            result = architecture_gradient(train_loss, w, a, train_batch, valid_batch, step, self.hvp, self.epsilon, self.neumann_terms, valid_loss)
+            result = architecture_gradient(train_loss, w, a, train_batch, valid_batch, step, self.hvp, self.epsilon, self.neumann_terms, valid_loss,
+                                           ran=ran)
         self.valid_state = moved_on
         return result
 
