@@ -190,7 +190,8 @@ def step() -> str:
     return "\n".join([
         "## Speed of a search step\n",
         "; ".join(f"{name}: " + ", ".join(f"{k} {v:,}" for k, v in at["size"].items()) for name, at in sizes) + f". {sizes[0][1]['threads']} threads. The share of the peak "
-        "counts each version's own arithmetic: NNI's first-order step has 6/13 of a second-order one's, a drawn cell's (`search.relaxation=gumbel`) six tenths.\n",
+        "counts each version's own arithmetic: of 13 forward passes in the published order of the two steps (`original`, `own-gradient`), 6 in NNI's first-order step, 10 in the "
+        "others, and two thirds of that where a cell is drawn (`search.relaxation=gumbel`).\n",
         table(("size", "version", "ms", "ratio", "share of the peak", "peak GB"), rows),
         "Growth of the fused step when one of them is doubled:\n",
         table(("", *axes), [("time", *(f"{grown[a]['ratio']:.2f} ×" for a in axes)), ("arithmetic", *(f"{grown[a]['flops_ratio']:.2f} ×" for a in axes))]),

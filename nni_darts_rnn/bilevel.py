@@ -121,7 +121,8 @@ class WeightStep:
         return [None if x is None else c * (x - along * g) for x, g in zip(u, grads)]
 
 
-class TrainingPass(NamedTuple):
+@dataclass(frozen=True)
+class TrainingPass:
     """A training pass at (w, α) that was just run: ∇w of its loss (None for a weight without one), its loss, and the generators before it."""
 
     grads: Sequence[Tensor | None]

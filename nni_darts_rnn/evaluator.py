@@ -166,7 +166,8 @@ class SupernetReport(pl.Callback):
         if learned is None:
             return
         tokens = learned[0]
-        left = (trainer.max_epochs - trainer.current_epoch) * trainer.num_training_batches - batch_idx - 1
+        costs = [self.recipe.passes(epoch, len(self.corpus.vocab)) for epoch in range(trainer.current_epoch, trainer.max_epochs)]
+        left = sum(costs) / costs[0] * trainer.num_training_batches - batch_idx - 1  # in batches of this epoch: those with α take longer
         self.counts.add(tokens.numel(), outputs["data_loss"], trainer.max_epochs, left)
         if trainer.progress_bar_callback is not None and batch_idx % 10 == 0:
             pl_module.log("perplexity", torch.exp(self.counts.nats / self.counts.tokens), prog_bar=True, logger=False)

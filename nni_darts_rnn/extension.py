@@ -62,7 +62,7 @@ def prepare(eager_seconds: float, device: torch.device | str = "cpu") -> bool:
 def eager_seconds(T: int, B: int, H: int, V: int, N: int, passes: float, edges: int | None = None) -> float:
     """Seconds that `passes` forward passes' worth of work take without the extension on two cores, from sizes alone; for `prepare`.
 
-    A search step is 13 of them, a training step 3. `edges` defaults to the mixed cell's N(N+1)/2; a discrete cell has N.
+    A training step is 3 of them (a search step: `SearchRecipe.passes`). `edges` defaults to the mixed cell's N(N+1)/2; a discrete cell has N.
     """
     edges = N * (N + 1) // 2 if edges is None else edges
     flops = 4 * T * B * H * H * (edges + 2) + 2 * T * B * H * V

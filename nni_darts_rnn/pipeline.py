@@ -67,9 +67,10 @@ def take_fast_path(corpus: Corpus, recipe: SearchRecipe | RetrainRecipe, device:
 
     search, n_nodes = (True, recipe.n_nodes) if isinstance(recipe, SearchRecipe) else (False, n_nodes)
     steps = recipe.epochs * len(corpus.train) / (recipe.batch_size * recipe.bptt)
-    # a search step is worth 13 forward passes (four gradients and one of the weights), a training step 3
-    work = fused.eager_seconds(recipe.bptt, recipe.batch_size, recipe.hidden_size, len(corpus.vocab), n_nodes,
-                               passes=steps * (13 if search else 3), edges=None if search else n_nodes)
+    words = len(corpus.vocab)
+    passes = sum(recipe.passes(epoch, words) for epoch in range(recipe.epochs)) / recipe.epochs if isinstance(recipe, SearchRecipe) else 3
+    work = fused.eager_seconds(recipe.bptt, recipe.batch_size, recipe.hidden_size, words, n_nodes, passes=steps * passes,
+                               edges=None if search else n_nodes)
     where = choose_device("cpu" if str(device) == "cpu" else "auto")
     fused.prepare(work, where)
     return fused.why_not(where)

@@ -75,6 +75,25 @@ class SearchRecipe:
             raise ValueError(f"search.warmup_epochs: {self.warmup_epochs} must be below search.epochs = {self.epochs}: α would never move")
 
 
+    def passes(self, epoch: int, words: int) -> float:
+        """The arithmetic of a step in that epoch (from 0), in forward passes of the mixed cell and the decoder of so many words (`docs/scale.md`).
+
+        The weights' gradient counts 3, and with α that at w′ another 3, those at w ± r 2 each, and a term of the Neumann series 6.
+        """
+        edges = self.n_nodes * (self.n_nodes + 1) // 2
+
+        def forward(edges: int) -> float:  # in products with a matrix (H, 2H), of which the decoder is worth V/2H
+            return edges + 2 + words / (2 * self.hidden_size)
+
+        run = forward(self.n_nodes if self.relaxation == "gumbel" else edges)
+        passes, mixed = 3, 0  # `mixed`: in which the edges that were not drawn run forward too, as α's gradient asks
+        if epoch >= self.warmup_epochs:
+            first_order = self.hvp == "first_order" or self.unrolled_lr == 0
+            passes += 2 if first_order else 7 + 6 * self.neumann_terms + 3 * (self.own_gradient or self.reproduce_original)
+            mixed = 1 if first_order else 3
+        return (passes * run + mixed * (forward(edges) - run)) / forward(edges)
+
+
 @dataclass(frozen=True)
 class RetrainRecipe:
     """How a genotype is trained from scratch."""

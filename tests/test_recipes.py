@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -181,3 +182,18 @@ def test_override_of_one_part():
     assert override(RetrainRecipe(), {"lr": "1"}) == RetrainRecipe(lr=1.0)
     with pytest.raises(ValueError, match="setting 'lrr' is no field"):
         override(RetrainRecipe(), {"lrr": "1"})
+
+
+@pytest.mark.parametrize("settings, expected", [
+    ({}, 10), ({"search.own_gradient": True}, 13), ({"search.reproduce_original": True}, 13), ({"search.hvp": "first_order"}, 5), ({"search.unrolled_lr": 0}, 5),
+    ({"search.neumann_terms": 2}, 22), ({"search.warmup_epochs": 3}, 3)], ids=str)
+def test_the_arithmetic_of_a_step(settings, expected):
+    """Beside the benchmark's count, which is made otherwise, from the operations of each part."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+    from step_size import Size
+
+    recipe = get_recipe("penn", settings).search
+    assert recipe.passes(2, 10_000) == pytest.approx(expected)
+    drawn = get_recipe("penn", {"search.relaxation": "gumbel"}).search
+    size = Size(35, 256, 300, 10_000)
+    assert drawn.passes(0, 10_000) * size.forward(36) == pytest.approx(size.drawn_flops())
