@@ -31,7 +31,8 @@ class ThroughNNI:
     def __init__(self, size, first_order: bool, fast: bool):
         self.size, self.first_order, self.fast = size, first_order, fast
         self.recipe = get_recipe("penn", {"search": {"hidden_size": size.H, "n_nodes": size.N, "batch_size": size.B, "eval_batch_size": size.B,
-                                                     "bptt": size.T, "short_bptt_probability": 0.0, "epochs": 1}}).search
+                                                     "bptt": size.T, "short_bptt_probability": 0.0, "epochs": 1,
+                                                     "lr": 1.0}}).search  # random words at the paper's 20 may end beyond what a search gives up at
         words = torch.randint(size.V, (size.B * (size.T * STEPS + 1),), device="cpu")
         few = words[:size.B * (size.T + 1)]
         self.corpus = Corpus("random words", Vocabulary(["<eos>", "<unk>", *(f"w{i}" for i in range(size.V - 2))]), words, few, few)
