@@ -20,8 +20,9 @@ from epsilon import CLIP, WEIGHT_DECAY, Supernet, error, parse, write_rows
 from torch import Tensor
 
 from nni_darts_rnn import fused
-from nni_darts_rnn.bilevel import EPSILON, RandomState, architecture_gradient, norm, original_gradient
+from nni_darts_rnn.bilevel import EPSILON, RandomState, architecture_gradient, norm
 from nni_darts_rnn.corpus import load_corpus
+from nni_darts_rnn.published import original_gradient
 
 
 def original(loss, weights, alphas, train, valid, step, mode, same_masks=False, tied=(0,)):

@@ -191,7 +191,7 @@ def architecture_gradient(loss: Loss, weights: Tensors, alphas: Tensors, train_b
     alphas = [a.detach().requires_grad_() for a in alphas]
     if mode == "first_order" or not any(step.rates):
         value = valid_loss(weights, alphas, valid_batch)
-        direct = reduce(_grad(value, alphas))
+        direct = reduce(gradients(value, alphas))
         end.restore()
         return AlphaGradient(direct, direct, None, None, value.detach())
 
@@ -212,17 +212,17 @@ def architecture_gradient(loss: Loss, weights: Tensors, alphas: Tensors, train_b
     c = step.coefficient(gd)
     unrolled = [w.detach().requires_grad_() for w in step.apply(leaves, gd, c)]
     valid_value = valid_loss(unrolled, alphas, valid_batch)
-    *direct, v = _grad(valid_value, [*alphas, *unrolled], split=len(alphas))
+    *direct, v = gradients(valid_value, [*alphas, *unrolled], split=len(alphas))
     q = _neumann(train, leaves, reduce(v), step, gd, c, neumann_terms, epsilon, g if again else None, reduce)
     if again:
-        implicit = _grad(sum(((x * y).sum() for x, y in zip(g, q) if x is not None and y is not None), torch.zeros(())), alphas)
+        implicit = gradients(sum(((x * y).sum() for x, y in zip(g, q) if x is not None and y is not None), torch.zeros(())), alphas)
     else:
-        plus, minus, scale = _ends(leaves, q, epsilon)
+        plus, minus, scale = two_ends(leaves, q, epsilon)
         if scale == 0:
             implicit = [torch.zeros_like(a) for a in alphas]
         else:
             with all_digits():
-                up, down = _grad(train(plus), alphas), _grad(train(minus), alphas)
+                up, down = gradients(train(plus), alphas), gradients(train(minus), alphas)
             implicit = [(a - b) / scale for a, b in zip(up, down)]
     end.restore()
     direct, implicit = reduce(direct), reduce(implicit)
@@ -230,14 +230,14 @@ def architecture_gradient(loss: Loss, weights: Tensors, alphas: Tensors, train_b
     return AlphaGradient(grads, direct, implicit, train_value.detach(), valid_value.detach(), float(norm(gd)), float(c))
 
 
-def _grad(value: Tensor, inputs: Tensors, split: int | None = None) -> list:
+def gradients(value: Tensor, inputs: Tensors, split: int | None = None) -> list:
     """Gradients; zeros for an α that takes no part. With `split`, the inputs from there on come back as one list that keeps None."""
     grads = torch.autograd.grad(value, inputs, allow_unused=True) if value.requires_grad else [None] * len(inputs)
     head = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs[:split], grads)]
     return head if split is None else [*head, list(grads[split:])]
 
 
-def _ends(weights: Tensors, direction: Sequence[Tensor | None], epsilon: float) -> tuple[list[Tensor], list[Tensor], float]:
+def two_ends(weights: Tensors, direction: Sequence[Tensor | None], epsilon: float) -> tuple[list[Tensor], list[Tensor], float]:
     """w ± r·q/‖q‖ without a graph, and 2r/‖q‖, by which a difference of two gradients is divided; 0 where q is 0."""
     length = float(norm(direction))
     if length == 0 or math.isinf(length):  # squares beyond float32
@@ -260,7 +260,7 @@ def _neumann(train, weights, v, step, gd, c, terms, epsilon, g, reduce) -> list[
             dot = sum((x * y).sum() for x, y in zip(g, q) if x is not None and y is not None)
             product = torch.autograd.grad(dot, weights, retain_graph=True, allow_unused=True)
         else:
-            plus, minus, scale = _ends(weights, q, epsilon)
+            plus, minus, scale = two_ends(weights, q, epsilon)
             if scale == 0:
                 break
             ends = [[w.requires_grad_() for w in end] for end in (plus, minus)]
@@ -272,42 +272,3 @@ def _neumann(train, weights, v, step, gd, c, terms, epsilon, g, reduce) -> list[
         q = step.pull_back(v, gd, c)
         total = [None if s is None else s + t for s, t in zip(total, q)]
     return total
-
-
-def plain_sgd(optimizer: torch.optim.Optimizer) -> dict:
-    """The only group of the optimizer that `original_gradient` unrolls; `ValueError` where it is another one than the published code has."""
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper holds the real one
-    group, *others = optimizer.param_groups
-    if type(optimizer) is not torch.optim.SGD or others or group["momentum"]:
-        raise ValueError(f"reproduce_original: the published code has plain SGD, one group of weights without momentum; this is {type(optimizer).__name__}"
-                         f" with {1 + len(others)}")
-    return group
-
-
-def original_gradient(loss: Loss, weights: Tensors, alphas: Tensors, train_batch, valid_batch, lr: float, weight_decay: float, clip: float,
-                      epsilon: float = 1e-2, valid_loss: Loss | None = None, tied: Sequence[int] = ()) -> AlphaGradient:
-    """The estimate that quark0/darts `rnn/architect.py` computes, kept for reproduction and for comparison.
-
-    It draws new masks in each pass, clips ∇w′ L_val before it becomes a direction, and multiplies by clip/‖g‖ even where that is above 1.
-    `tied` are the indices of weights that have two names, the embedding that is the decoder's matrix too: its w′ leaves them at w, because
-    `_construct_model_from_theta` writes the new one into a state dict in which the old one, under its second name, is loaded last.
-    """
-    start = RandomState([*weights, *alphas])
-    alphas = [a.detach().requires_grad_() for a in alphas]
-    leaves = [w.detach().requires_grad_() for w in weights]
-    train_value = loss(leaves, alphas, train_batch)
-    g = torch.autograd.grad(train_value, leaves, allow_unused=True)
-    factor = float(clip / (norm(g) + 1e-6))
-    unrolled = [w.detach() if x is None or i in tied else (w - lr * (min(factor, 1.0) * x + weight_decay * w)).detach()
-                for i, (w, x) in enumerate(zip(leaves, g))]
-    unrolled = [w.requires_grad_() for w in unrolled]
-    valid_value = (valid_loss or loss)(unrolled, alphas, valid_batch)
-    *direct, v = _grad(valid_value, [*alphas, *unrolled], split=len(alphas))
-    shrink = min(float(clip / (norm(v) + 1e-6)), 1.0)
-    v = [None if x is None else shrink * x for x in v]
-    plus, minus, scale = _ends(leaves, v, epsilon)
-    up, down = _grad(loss(plus, alphas, train_batch), alphas), _grad(loss(minus, alphas, train_batch), alphas)
-    implicit = [lr * factor * (a - b) / scale for a, b in zip(up, down)]
-    start.restore()
-    return AlphaGradient([d - i for d, i in zip(direct, implicit)], direct, implicit, train_value.detach(), valid_value.detach(),
-                         float(norm(g)), factor)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,11 +15,11 @@ from nni.nas.strategy import DARTS
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .bilevel import EPSILON, MODES, RandomState, TrainingPass, WeightStep, architecture_gradient, original_gradient, plain_sgd
+from .auxiliary import Before
+from .bilevel import EPSILON, MODES, TrainingPass, WeightStep, architecture_gradient
 from .genotype import one_of
 from .health import check_finite
-
-OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # parameters, buffers, hooks: no attributes that a training step assigns
+from .published import original_gradient, plain_sgd
 
 
 class _TrainingStep(nn.Module):
@@ -61,27 +60,6 @@ def _mean_over_processes(tensors: Sequence[Tensor | None]) -> list[Tensor | None
     torch.distributed.all_reduce(flat)
     parts = iter((flat / torch.distributed.get_world_size()).split([t.numel() for t in present]))
     return [None if t is None else next(parts).view_as(t).to(t.dtype) for t in tensors]
-
-
-class _Before:
-    """What a user's modules were before a training step: their buffers, their own attributes, the state of the random generators."""
-
-    def __init__(self, module: nn.Module):
-        self.buffers = {name: b.clone() for name, b in module.named_buffers()}
-        self.attributes = [(m, _copies(vars(m))) for m in module.modules()]
-        self.generators = RandomState(list(module.parameters()))
-
-
-def _copies(attributes: dict) -> dict:
-    """A module's own attributes; what can be changed in place is a copy."""
-    return {name: value.clone() if type(value) is Tensor else copy.copy(value) if type(value) in (list, dict, set) else value
-            for name, value in attributes.items() if name not in OF_EVERY_MODULE}
-
-
-def _replace(module: nn.Module, attributes: dict) -> None:
-    for name in vars(module).keys() - attributes.keys() - OF_EVERY_MODULE:
-        del vars(module)[name]
-    vars(module).update(attributes)
 
 
 def alpha_in_order(module: DartsLightningModule) -> list[nn.Parameter]:
@@ -140,7 +118,7 @@ class SecondOrderDartsModule(DartsLightningModule):
         move_alpha = None
         if self.warmup_epochs == 0 or self.trainer.current_epoch >= self.warmup_epochs:
             self.resample()
-            move_alpha = partial(self._architecture_step, batch["train"], batch["val"], batch_idx, _Before(self._step_module[0]))
+            move_alpha = partial(self._architecture_step, batch["train"], batch["val"], batch_idx, Before(self._step_module[0]))
             if self.own_gradient:
                 move_alpha()
 
@@ -165,7 +143,7 @@ class SecondOrderDartsModule(DartsLightningModule):
         if self._move_alpha is not None:
             self._move_alpha(self._loss)
 
-    def _architecture_step(self, train_batch, valid_batch, batch_idx: int, before: _Before, ran: Tensor | None = None) -> None:
+    def _architecture_step(self, train_batch, valid_batch, batch_idx: int, before: Before, ran: Tensor | None = None) -> None:
         gradient = self.architecture_gradient(train_batch, valid_batch, batch_idx, before, ran)
         check_finite(gradient_of_α=gradient)
         arc_optim = self.architecture_optimizers()
@@ -174,7 +152,7 @@ class SecondOrderDartsModule(DartsLightningModule):
             alpha.grad = grad
         arc_optim.step()
 
-    def architecture_gradient(self, train_batch, valid_batch, batch_idx: int, before: _Before, ran: Tensor | None = None) -> list[Tensor]:
+    def architecture_gradient(self, train_batch, valid_batch, batch_idx: int, before: Before, ran: Tensor | None = None) -> list[Tensor]:
         """∇α of the validation loss after the weight step that is about to be taken; one tensor for each of `arch_parameters()`.
 
         `before`: the modules before that step. `ran`: the loss of its training pass, where that has been run and left the weights their gradients.
@@ -197,7 +175,8 @@ class SecondOrderDartsModule(DartsLightningModule):
             state = {name: b.clone() for name, b in before.buffers.items()}
             state.update(zip(weight_names, at_weights))
             state.update(zip(alpha_names, at_alphas))
-            with self._aside(before):
+            with before.again():
+                self.training_module.log = self.training_module.log_dict = lambda *args, **kwargs: None
                 output = torch.func.functional_call(step_module, state, (data, index))
             carried.update(state)
             return _loss_of(output, part)
@@ -240,20 +219,6 @@ class SecondOrderDartsModule(DartsLightningModule):
     def _optimizers(self) -> list:
         optimizers = self.optimizers()
         return optimizers if isinstance(optimizers, list) else [optimizers]
-
-    @contextlib.contextmanager
-    def _aside(self, before: _Before):
-        """An auxiliary pass is no part of the training: nothing is logged, and attributes that the user's modules assign in it (counters,
-        the states of torchmetrics) are at first what they were before the step, and in the end what they are now."""
-        now = [dict(vars(module)) for module, _ in before.attributes]
-        for module, attributes in before.attributes:
-            _replace(module, _copies(attributes))
-        self.training_module.log = self.training_module.log_dict = lambda *args, **kwargs: None
-        try:
-            yield
-        finally:
-            for (module, _), attributes in zip(before.attributes, now):
-                _replace(module, attributes)
 
 
 class SecondOrderDARTS(DARTS):

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from nni_darts_rnn.bilevel import RandomState, TrainingPass, WeightStep, architecture_gradient, norm, original_gradient
+from nni_darts_rnn.bilevel import RandomState, TrainingPass, WeightStep, architecture_gradient, norm
 from nni_darts_rnn.model import LanguageModel
+from nni_darts_rnn.published import original_gradient
 from nni_darts_rnn.supernet import MixedRNN
 
 SMOOTH = ("none", "tanh", "sigmoid", "identity")

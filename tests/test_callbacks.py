@@ -13,13 +13,14 @@ from fastai.learner import ValueMetric
 from fastai.optimizer import SGD
 
 from nni_darts_rnn import epoch_counts
-from nni_darts_rnn.bilevel import WeightStep, architecture_gradient, original_gradient
+from nni_darts_rnn.bilevel import WeightStep, architecture_gradient
 from nni_darts_rnn.callbacks import NTASGD, ActivationRegularizer, ArchParamUpdate, EpochReport, NNIReporter, PrintGenotype, ScaleLRByLength
 from nni_darts_rnn.corpus import EOS, UNK, Corpus, Vocabulary
 from nni_darts_rnn.epoch_counts import EpochCounts
 from nni_darts_rnn.genotype import Genotype
 from nni_darts_rnn.learner import language_dls, lm_learner, search_learner
 from nni_darts_rnn.model import activation_regularisation
+from nni_darts_rnn.published import original_gradient
 from nni_darts_rnn.recipes import get_recipe
 
 CELL = Genotype((("tanh", 0), ("relu", 1), ("sigmoid", 0)))

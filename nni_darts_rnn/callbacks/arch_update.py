@@ -11,9 +11,11 @@ from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.torch_core import to_device
 from torch import Tensor, nn
 
-from ..bilevel import EPSILON, AlphaGradient, RandomState, TrainingPass, WeightStep, architecture_gradient, original_gradient, plain_sgd
+from ..auxiliary import Before
+from ..bilevel import EPSILON, AlphaGradient, TrainingPass, WeightStep, architecture_gradient
 from ..health import check_finite
 from ..model import activation_regularisation, without_dropout
+from ..published import original_gradient, plain_sgd
 from .fit_only import FitOnly
 from .step import ScaleLRByLength
 
@@ -55,7 +57,7 @@ class ArchParamUpdate(FitOnly):
         self.arch_opt: torch.optim.Adam | None = None
         self.epochs_done = 0
         self.last: AlphaGradient | None = None
-        self.before: tuple[dict[str, Tensor], RandomState] | None = None  # buffers and generators before this batch, while α is to move with it
+        self.before: Before | None = None  # this batch, while α is to move with it
 
     @classmethod
     def of(cls, recipe, valid_batches) -> ArchParamUpdate:
@@ -124,8 +126,7 @@ class ArchParamUpdate(FitOnly):
         self.before = None
         if self.only_looking or self.epochs_done < self.warmup_epochs:
             return
-        model = self.learn.model
-        self.before = {name: b.clone() for name, b in model.named_buffers()}, RandomState(list(model.parameters()))
+        self.before = Before(self.learn.model)
         if self.own_gradient:
             self._move_alpha(None)
 
@@ -138,7 +139,7 @@ class ArchParamUpdate(FitOnly):
                 return  # beyond float16: the scaler leaves this step out
             loss = self.learn.loss_grad.detach() / scale
             check_finite(training_loss=loss, gradient_of_the_weights=gradients)
-            self._move_alpha(TrainingPass(gradients, loss, self.before[1]))
+            self._move_alpha(TrainingPass(gradients, loss, self.before.generators))
 
     def _move_alpha(self, ran: TrainingPass | None) -> None:
         x, y = self._plain(next(self.stream))
@@ -167,14 +168,15 @@ class ArchParamUpdate(FitOnly):
         weights = {name: p for name, p in model.named_parameters() if p.requires_grad and name not in alphas}
         regularizer, clipper = (next((cb for cb in self.learn.cbs if isinstance(cb, kind)), None) for kind in (RNNRegularizer, GradientClip))
         clip = None if clipper is None else clipper.max_norm
-        buffers = dict(model.named_buffers()) if self.before is None else self.before[0]
+        before = self.before or Before(model)
 
         def run(at_weights, at_alphas, batch, carried):
             # copies of the buffers: BatchNorm statistics and hidden states stay as they are
-            state = {name: b.clone() for name, b in buffers.items()} | carried
+            state = {name: b.clone() for name, b in before.buffers.items()} | carried
             state.update(zip(weights, at_weights))
             state.update(zip(alphas, at_alphas))
-            decoded, raw, dropped = torch.func.functional_call(model, state, (batch[0],))
+            with before.again():
+                decoded, raw, dropped = torch.func.functional_call(model, state, (batch[0],))
             return self.learn.loss_func(decoded, batch[1]), raw, dropped, state
 
         def data_loss(at_weights, at_alphas, batch):

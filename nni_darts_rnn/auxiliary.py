@@ -1,0 +1,46 @@
+"""Passes over a user's modules that are no part of their training: each sees what was there before the training step, and leaves no trace."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+
+from torch import Tensor, nn
+
+from .bilevel import RandomState
+
+OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # parameters, buffers, hooks: no attributes that a training step assigns
+
+
+class Before:
+    """What a module was before a training step: its `buffers` by name (copies), its modules' own attributes, and the random `generators`."""
+
+    def __init__(self, module: nn.Module):
+        self.buffers = {name: b.clone() for name, b in module.named_buffers()}
+        self.attributes = [(m, _copies(vars(m))) for m in module.modules()]
+        self.generators = RandomState(list(module.parameters()))
+
+    @contextlib.contextmanager
+    def again(self):
+        """Attributes that the modules assign in a step (counters, the states of torchmetrics) are at first what they were before it, and in the
+        end what they are now. Buffers are for `torch.func.functional_call` to replace."""
+        now = [dict(vars(module)) for module, _ in self.attributes]
+        for module, attributes in self.attributes:
+            _replace(module, _copies(attributes))
+        try:
+            yield
+        finally:
+            for (module, _), attributes in zip(self.attributes, now):
+                _replace(module, attributes)
+
+
+def _copies(attributes: dict) -> dict:
+    """A module's own attributes; what can be changed in place is a copy."""
+    return {name: value.clone() if type(value) is Tensor else copy.copy(value) if type(value) in (list, dict, set) else value
+            for name, value in attributes.items() if name not in OF_EVERY_MODULE}
+
+
+def _replace(module: nn.Module, attributes: dict) -> None:
+    for name in vars(module).keys() - attributes.keys() - OF_EVERY_MODULE:
+        del vars(module)[name]
+    vars(module).update(attributes)

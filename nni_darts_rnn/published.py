@@ -1,0 +1,48 @@
+"""The architecture gradient as the published code computes it, for reproduction and for comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .bilevel import AlphaGradient, Loss, RandomState, Tensors, gradients, norm, two_ends
+
+
+def plain_sgd(optimizer: torch.optim.Optimizer) -> dict:
+    """The only group of the optimizer that `original_gradient` unrolls; `ValueError` where it is another one than the published code has."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper holds the real one
+    group, *others = optimizer.param_groups
+    if type(optimizer) is not torch.optim.SGD or others or group["momentum"]:
+        raise ValueError(f"reproduce_original: the published code has plain SGD, one group of weights without momentum; this is {type(optimizer).__name__}"
+                         f" with {1 + len(others)}")
+    return group
+
+
+def original_gradient(loss: Loss, weights: Tensors, alphas: Tensors, train_batch, valid_batch, lr: float, weight_decay: float, clip: float,
+                      epsilon: float = 1e-2, valid_loss: Loss | None = None, tied: Sequence[int] = ()) -> AlphaGradient:
+    """The estimate that quark0/darts `rnn/architect.py` computes, kept for reproduction and for comparison.
+
+    It draws new masks in each pass, clips ∇w′ L_val before it becomes a direction, and multiplies by clip/‖g‖ even where that is above 1.
+    `tied` are the indices of weights that have two names, the embedding that is the decoder's matrix too: its w′ leaves them at w, because
+    `_construct_model_from_theta` writes the new one into a state dict in which the old one, under its second name, is loaded last.
+    """
+    start = RandomState([*weights, *alphas])
+    alphas = [a.detach().requires_grad_() for a in alphas]
+    leaves = [w.detach().requires_grad_() for w in weights]
+    train_value = loss(leaves, alphas, train_batch)
+    g = torch.autograd.grad(train_value, leaves, allow_unused=True)
+    factor = float(clip / (norm(g) + 1e-6))
+    unrolled = [w.detach() if x is None or i in tied else (w - lr * (min(factor, 1.0) * x + weight_decay * w)).detach()
+                for i, (w, x) in enumerate(zip(leaves, g))]
+    unrolled = [w.requires_grad_() for w in unrolled]
+    valid_value = (valid_loss or loss)(unrolled, alphas, valid_batch)
+    *direct, v = gradients(valid_value, [*alphas, *unrolled], split=len(alphas))
+    shrink = min(float(clip / (norm(v) + 1e-6)), 1.0)
+    v = [None if x is None else shrink * x for x in v]
+    plus, minus, scale = two_ends(leaves, v, epsilon)
+    up, down = gradients(loss(plus, alphas, train_batch), alphas), gradients(loss(minus, alphas, train_batch), alphas)
+    implicit = [lr * factor * (a - b) / scale for a, b in zip(up, down)]
+    start.restore()
+    return AlphaGradient([d - i for d, i in zip(direct, implicit)], direct, implicit, train_value.detach(), valid_value.detach(),
+                         float(norm(g)), factor)
