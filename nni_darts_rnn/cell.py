@@ -36,6 +36,8 @@ def register_primitive(name: str, function) -> None:
     """
     if not isinstance(name, str) or not name.isidentifier() or name == "none":
         raise ValueError(f"primitive name {name!r} must be an identifier other than 'none'")
+    if not callable(function):
+        raise ValueError(f"primitive {name!r}: {function!r} must be a function of a tensor")
     ACTIVATIONS[name] = function
     register_op(name)
 

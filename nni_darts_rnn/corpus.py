@@ -93,7 +93,7 @@ def load_corpus(name_or_folder: str | Path, *, folder: str | Path | None = None,
 def _published(name: str, folder: str | Path | None, mirror: str | None) -> Corpus:
     cached = download.cache_folder() / name
     if folder is None and mirror is None and not cached.is_dir():
-        raise ValueError(f"corpus {name!r} is not on this machine: give folder=, where its texts lie, or mirror=, a URL to download them from")
+        raise ValueError(f"corpus {name!r} is not on this machine: give folder= (--corpus-folder), where its texts lie, or mirror= (--corpus-mirror), a URL to download them from")
     if folder is not None:
         path = Path(folder).expanduser()
     else:

@@ -193,6 +193,12 @@ def test_the_registered_primitive_is_gone_after_its_tests():
         Genotype((("sine", 0),))
 
 
+def test_register_primitive_refuses_what_cannot_be_called():
+    with pytest.raises(ValueError, match="primitive 'three': 3 must be a function"):
+        register_primitive("three", 3)
+    assert "three" not in ACTIVATIONS
+
+
 @pytest.mark.parametrize("name", ["none", "", "two words", "1st", None])
 def test_register_primitive_refuses_names(name):
     with pytest.raises(ValueError, match="identifier other than 'none'"):
