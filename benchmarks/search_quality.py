@@ -19,16 +19,19 @@
 
 An interrupted `run` goes on where it was when it is given again: finished trials are kept in --work, and an unfinished phase has its checkpoints there.
 
+What is stored under names without "shared step" is of the published order of the two steps, when there was no other: their commands want
+`--set search.own_gradient=true` now. The names "…, ξ = 2, shared step" (both studies' last searches) are the same commands without it.
+
 Arms: `second-order`, the package's own; `original`, with quark0/darts' numerics; `first-order`; `shared`, random search with weight sharing (Li and
 Talwalkar 2019: weights of all cells trained on a random one each step, then the best of random cells on validation text); `random`, random search
 (each cell trained for the short retraining, the best on validation text is kept); `one`, a random cell as it comes; a named cell, such as `DARTS_V2`.
 
-The budget is arithmetic: that of the recipe's second-order search. A step is 13 forward passes of the mixed cell in second order (`step_size.py`
+The budget is arithmetic: that of the recipe's second-order search in the published order. A step is 13 forward passes of the mixed cell (`step_size.py`
 has the formula), 5 in first order (α: forward and backward to the data; weights: 3), 3 while α waits, and 3 of the discrete cell in
 training. The other arms get as many epochs, or cells, as come nearest; α's warm-up of 4 epochs and one with α cost 25 passes in place of 26. With
 `search.relaxation=gumbel` the passes that α learns nothing from are of the discrete cell, at 1/2.09 of a mixed one at this size: 4 epochs in which α waits and
 2 in which it learns cost 25.5 in second order, 3 and 6 24.9 in first order. (The fast path has since become cheaper than this counts: it runs the edges that
-were not drawn forward only, which makes 21.3 of the 25.5.)
+were not drawn forward only, which makes 21.3 of the 25.5, and with a shared step 18.4.)
 
 The study `penn` searches on the first half of the training text and its validation text, and retrains on all of it; `example` does both on all of it.
 """

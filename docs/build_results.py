@@ -66,7 +66,7 @@ def quality() -> str:
         f"Penn Treebank with its {settings['words']:,} most frequent words, {settings['search.hidden_size']} units, batches of "
         f"{settings['search.batch_size']} streams, the paper's learning rate (20), in the search a clip of {settings['search.clip']} where nothing else is said. Weights start in ±{settings['search.init_range']} in the searches whose cells were "
         f"retrained from ±{settings['retrain.init_range']}, but for `original` (±0.04). Arms have one budget of arithmetic (the head of `benchmarks/search_quality.py` says "
-        "which arm does what). Every cell is retrained from scratch from each of the retraining seeds; a cell's figure is their "
+        "which arm does what), and the published order of their two steps, but for those that are called *shared step*, the default now. Every cell is retrained from scratch from each of the retraining seeds; a cell's figure is their "
         "mean, ± the standard deviation over search seeds. Differences are paired by seed, and p is the exact two-sided sign-flip test's. Seconds are of two searches at a time on two cores, of one machine or another, that "
         "other work often shared, so they do not compare arms; the budget does. *Supernet*: the median of its validation perplexities at the end. *Agreement*: the share of nodes, function and predecessor, "
         "that the cells of two seeds have in common, mean over pairs.\n"))
@@ -88,7 +88,7 @@ def shared_weights() -> str:
     rows = [(way, r["seeds"], spread(r["rank_correlation"], r["rank_correlation_sd"]), *(f"{r[k]:,.1f}" for k in ("best", "median", "worst", "perplexity")), f"{r['depth']:.2f}")
             for way, r in found["ways"].items()]
     parts = ["## What a search's shared weights say of a cell\n",
-             f"On the example's text, with drawn cells. The {found['rows'][-1]['cells']} different cells of the section above, each judged by its validation perplexity with the weights that a search ends "
+             f"On the example's text, with drawn cells. The {found['rows'][-1]['cells']} different cells that the searches of the section above in the published order found, each judged by its validation perplexity with the weights that a search ends "
              "with. *Agreement*: the rank correlation of that with the perplexity after a training of its own, mean ± standard deviation over searches. Each way of searching "
              "has what the one above it has; the last is the recipe `small`.\n",
              table(("search", "searches", "agreement", "best of the cells", "median", "worst", "α's own cell", "its depth"), rows)]
