@@ -1,0 +1,63 @@
+"""What it changes that the weights learn from the α before its move: their gradient at the two α, beside another draw of the dropout masks.
+
+    python benchmarks/shared_step.py --corpus FOLDER        (a minute; writes benchmarks/results/shared_step.json)
+
+α moves by Adam's first step, 3e-3 in every number, up or down at random. Differences are relative to the gradient's norm, the median over draws of
+batches, masks and moves.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from datetime import date
+
+import torch
+from epsilon import CELL_DROPOUT, Supernet, error, parse
+from hardware import machine
+
+from nni_darts_rnn import fused
+from nni_darts_rnn.corpus import load_corpus
+from nni_darts_rnn.supernet import MixedRNN
+
+MOVE = 3e-3
+
+
+def gradient(supernet: Supernet, alphas, draw: int, masks: int):
+    """The weights' gradient on training batch number `draw` with masks number `masks`, a drawn cell's draw among them."""
+    weights = [w.detach().requires_grad_() for w in supernet.weights]
+    torch.manual_seed(masks)
+    return torch.autograd.grad(supernet.loss(weights, alphas, supernet.batch("train", supernet.steps + draw)), weights)
+
+
+def main() -> None:
+    args = parse(__doc__, sizes=[48], moments=[0, 100, 300], draws=12)
+    fused.enable()
+    corpus, rows = load_corpus(args.corpus), []
+    for relaxation in ("edge", "gumbel"):
+        for size in args.sizes:
+            supernet = Supernet(corpus, size, args.batch_size, args.length)
+            torch.manual_seed(0)
+            supernet.module.lm.rnn = MixedRNN(size, size, 8, **CELL_DROPOUT, relaxation=relaxation)
+            for moment in sorted(args.moments):
+                supernet.train(moment - supernet.steps, args.lr)
+                moved, masks = [], []
+                for draw in range(args.draws):
+                    alphas = [a.detach() for a in supernet.alphas]
+                    first = [g.double() for g in gradient(supernet, alphas, draw, draw)]
+                    torch.manual_seed(2000 + draw)
+                    after = [a + MOVE * torch.randn_like(a).sign() for a in alphas]
+                    moved.append(error(gradient(supernet, after, draw, draw), first))
+                    masks.append(error(gradient(supernet, alphas, draw, 1000 + draw), first))
+                row = {"relaxation": relaxation, "hidden_size": size, "steps": moment, "alpha_moved": statistics.median(moved), "alpha_moved_most": max(moved),
+                       "other_masks": statistics.median(masks)}
+                rows.append({name: float(f"{value:.3g}") if isinstance(value, float) else value for name, value in row.items()})
+                print(rows[-1], flush=True)
+    found = {"command": "python benchmarks/shared_step.py " + " ".join(["--corpus FOLDER"] if "--corpus" in sys.argv else []), "date": date.today().isoformat(),
+             "machine": machine(), "corpus": corpus.name, "draws": args.draws, "batch_size": args.batch_size, "length": args.length, "move": MOVE, "rows": rows}
+    (args.out / "shared_step.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
