@@ -54,7 +54,7 @@ def main() -> None:
                        "other_masks": statistics.median(masks)}
                 rows.append({name: float(f"{value:.3g}") if isinstance(value, float) else value for name, value in row.items()})
                 print(rows[-1], flush=True)
-    found = {"command": "python benchmarks/shared_step.py " + " ".join(["--corpus FOLDER"] if "--corpus" in sys.argv else []), "date": date.today().isoformat(),
+    found = {"command": "python benchmarks/shared_step.py " + "--corpus FOLDER" * ("--corpus" in sys.argv), "date": date.today().isoformat(),
              "machine": machine(), "corpus": corpus.name, "draws": args.draws, "batch_size": args.batch_size, "length": args.length, "move": MOVE, "rows": rows}
     (args.out / "shared_step.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 

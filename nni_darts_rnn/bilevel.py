@@ -162,6 +162,11 @@ def norm(tensors: Sequence[Tensor | None]) -> Tensor:
     return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
 
 
+def is_first_order(mode: str, lr: float | None) -> bool:
+    """Whether no step is unrolled: by `mode`, or because its learning rate ξ is 0 (None: the optimizer's own)."""
+    return mode == "first_order" or lr == 0
+
+
 def architecture_gradient(loss: Loss, weights: Tensors, alphas: Tensors, train_batch, valid_batch, step: WeightStep | None,
                           mode: str = "finite_difference", epsilon: float = EPSILON, neumann_terms: int = 0,
                           valid_loss: Loss | None = None, same_masks: bool = True, reduce: Reduce = list,

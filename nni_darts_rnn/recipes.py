@@ -68,12 +68,17 @@ class SearchRecipe:
         if self.reproduce_original and (self.hvp == "exact" or self.neumann_terms):
             raise ValueError(f"search.reproduce_original: the published code has a finite difference and no series; hvp = {self.hvp} and neumann_terms = "
                              f"{self.neumann_terms} would change nothing; give finite_difference or first_order, and 0")
-        if self.neumann_terms and (self.hvp == "first_order" or self.unrolled_lr == 0):
+        if self.neumann_terms and self.first_order:
             raise ValueError(f"search.neumann_terms: {self.neumann_terms} terms of the second-order gradient go with no first-order one "
                              f"(hvp = {self.hvp}, unrolled_lr = {self.unrolled_lr}); give 0")
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"search.warmup_epochs: {self.warmup_epochs} must be below search.epochs = {self.epochs}: α would never move")
 
+
+    @property
+    def first_order(self) -> bool:
+        """Whether α's gradient unrolls no step."""
+        return self.hvp == "first_order" or self.unrolled_lr == 0
 
     def passes(self, epoch: int, words: int) -> float:
         """The arithmetic of a step in that epoch (from 0), in forward passes of the mixed cell and the decoder of so many words (`docs/scale.md`).
@@ -88,9 +93,8 @@ class SearchRecipe:
         run = forward(self.n_nodes if self.relaxation == "gumbel" else edges)
         passes, mixed = 3, 0  # `mixed`: in which the edges that were not drawn run forward too, as α's gradient asks
         if epoch >= self.warmup_epochs:
-            first_order = self.hvp == "first_order" or self.unrolled_lr == 0
-            passes += 2 if first_order else 7 + 6 * self.neumann_terms + 3 * (self.own_gradient or self.reproduce_original)
-            mixed = 1 if first_order else 3
+            passes += 2 if self.first_order else 7 + 6 * self.neumann_terms + 3 * (self.own_gradient or self.reproduce_original)
+            mixed = 1 if self.first_order else 3
         return (passes * run + mixed * (forward(edges) - run)) / forward(edges)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .auxiliary import Before
-from .bilevel import EPSILON, MODES, TrainingPass, WeightStep, architecture_gradient
+from .bilevel import EPSILON, MODES, TrainingPass, WeightStep, architecture_gradient, is_first_order
 from .genotype import one_of
 from .health import check_finite
 from .published import original_gradient, plain_sgd
@@ -82,7 +82,7 @@ class SecondOrderDartsModule(DartsLightningModule):
         self.arc_weight_decay, self.arc_betas = arc_weight_decay, arc_betas
         self.epsilon, self.hvp, self.unrolled_lr = epsilon, hvp, unrolled_lr
         self.neumann_terms, self.reproduce_original = neumann_terms, reproduce_original
-        self.own_gradient = own_gradient or reproduce_original or hvp == "first_order"  # which unrolls no step: there is nothing to share
+        self.own_gradient = own_gradient or reproduce_original or is_first_order(hvp, unrolled_lr)  # in which there is no step to share
         self._move_alpha: Callable[[Tensor], None] | None = None  # what is to follow the weights' backward pass, given the training loss
         self._step_module = (_TrainingStep(training_module),)  # in a tuple: not a submodule, or every weight would have two names
 
@@ -272,7 +272,7 @@ class SecondOrderDARTS(DARTS):
         if not all(0 <= beta < 1 for beta in arc_betas):
             raise ValueError(f"arc_betas: {arc_betas!r} must be at least 0 and below 1")
         one_of("hvp", hvp, MODES)
-        if neumann_terms and (hvp == "first_order" or unrolled_lr == 0):
+        if neumann_terms and is_first_order(hvp, unrolled_lr):
             raise ValueError(f"neumann_terms: {neumann_terms} terms of the second-order gradient go with no first-order one; give 0")
         if reproduce_original and (hvp == "exact" or neumann_terms):
             raise ValueError(f"reproduce_original: the published code has a finite difference and no series; hvp={hvp!r} and neumann_terms={neumann_terms} go without it")

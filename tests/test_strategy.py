@@ -336,6 +336,16 @@ def test_the_weights_take_the_step_that_was_unrolled_or_one_at_the_new_alpha(spy
     assert torch.allclose(*gradients, rtol=1e-5, atol=1e-8)
 
 
+def test_a_step_of_length_nought_is_first_order_to_the_last_bit():
+    """Which shares no step."""
+    found = []
+    for options in ({"hvp": "first_order"}, {"unrolled_lr": 0}):
+        torch.manual_seed(0)
+        module, _ = search(Branches(), Regression(lr=0.1), branch_batches(5), branch_batches(5, seed=1), make(**options))
+        found.append([p.detach() for p in module.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_weight_step_has_no_gradient_for_alpha(spy):
     module, _ = search(Branches(), Regression(), branch_batches(2), branch_batches(2), make())
     for alpha, grad in zip(module.arch_parameters(), spy[-1][1].grads):

@@ -12,7 +12,7 @@ from fastai.torch_core import to_device
 from torch import Tensor, nn
 
 from ..auxiliary import Before
-from ..bilevel import EPSILON, AlphaGradient, TrainingPass, WeightStep, architecture_gradient
+from ..bilevel import EPSILON, AlphaGradient, TrainingPass, WeightStep, architecture_gradient, is_first_order
 from ..health import check_finite
 from ..model import activation_regularisation, without_dropout
 from ..published import original_gradient, plain_sgd
@@ -52,7 +52,7 @@ class ArchParamUpdate(FitOnly):
                  warmup_epochs: int = 0, alpha_dropout: bool = True, own_gradient: bool = False, reproduce_original: bool = False):
         self.valid_batches, self.hvp, self.epsilon, self.unrolled_lr = valid_batches, hvp, epsilon, unrolled_lr
         self.neumann_terms, self.warmup_epochs, self.alpha_dropout, self.reproduce_original = neumann_terms, warmup_epochs, alpha_dropout, reproduce_original
-        self.own_gradient = own_gradient or reproduce_original or hvp == "first_order"  # which unrolls no step: there is nothing to share
+        self.own_gradient = own_gradient or reproduce_original or is_first_order(hvp, unrolled_lr)  # in which there is no step to share
         self.adam: dict = dict(lr=arch_lr, betas=tuple(arch_betas), weight_decay=arch_weight_decay)
         self.arch_opt: torch.optim.Adam | None = None
         self.epochs_done = 0
@@ -133,8 +133,7 @@ class ArchParamUpdate(FitOnly):
     def after_backward(self):
         if self.before is not None and not self.own_gradient:
             scale = 1.0 if getattr(self.learn, "scaler", None) is None else self.learn.scaler.get_scale()  # of fastai's `MixedPrecision`
-            weights = [p for p in self.learn.model.parameters() if p.requires_grad]
-            gradients = [w.grad if w.grad is None or scale == 1 else w.grad / scale for w in weights]
+            gradients = [w.grad if w.grad is None or scale == 1 else w.grad / scale for w in weight_parameters(self.learn.model)]
             if scale != 1 and not all(bool(g.isfinite().all()) for g in gradients if g is not None):
                 return  # beyond float16: the scaler leaves this step out
             loss = self.learn.loss_grad.detach() / scale
