@@ -43,11 +43,11 @@ class LossOf(nn.Module):
 class Supernet:
     """A supernet of H units on a corpus at some moment of its training, as arguments of `bilevel`."""
 
-    def __init__(self, corpus, hidden_size: int, batch_size: int, length: int, n_nodes: int = 8, seed: int = 0):
+    def __init__(self, corpus, hidden_size: int, batch_size: int, length: int, n_nodes: int = 8, seed: int = 0, relaxation: str = "edge"):
         torch.manual_seed(seed)
         self.length, self.batch_size = length, batch_size
         self.texts = {"train": streams(corpus.train, batch_size), "valid": streams(corpus.valid, batch_size)}  # (n, B) each
-        self.module = LossOf(LanguageModel(len(corpus.vocab), MixedRNN(hidden_size, hidden_size, n_nodes, **CELL_DROPOUT), **DROPOUT))
+        self.module = LossOf(LanguageModel(len(corpus.vocab), MixedRNN(hidden_size, hidden_size, n_nodes, relaxation=relaxation, **CELL_DROPOUT), **DROPOUT))
         self.names = [name for name, _ in self.module.named_parameters() if name != "lm.rnn.alpha"]
         self.steps = 0
 

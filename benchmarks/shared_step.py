@@ -14,12 +14,11 @@ import sys
 from datetime import date
 
 import torch
-from epsilon import CELL_DROPOUT, Supernet, error, parse
+from epsilon import Supernet, error, parse
 from hardware import machine
 
 from nni_darts_rnn import fused
 from nni_darts_rnn.corpus import load_corpus
-from nni_darts_rnn.supernet import MixedRNN
 
 MOVE = 3e-3
 
@@ -37,9 +36,7 @@ def main() -> None:
     corpus, rows = load_corpus(args.corpus), []
     for relaxation in ("edge", "gumbel"):
         for size in args.sizes:
-            supernet = Supernet(corpus, size, args.batch_size, args.length)
-            torch.manual_seed(0)
-            supernet.module.lm.rnn = MixedRNN(size, size, 8, **CELL_DROPOUT, relaxation=relaxation)
+            supernet = Supernet(corpus, size, args.batch_size, args.length, relaxation=relaxation)
             for moment in sorted(args.moments):
                 supernet.train(moment - supernet.steps, args.lr)
                 moved, masks = [], []
