@@ -32,7 +32,7 @@ def run_forward(graph: Graph, x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tens
     (T, B, _), H, N, E = x_proj.shape, h0.shape[1], graph.n_nodes, graph.n_edges
     steps, new = (T if keep else 1), x_proj.new_empty
     inputs = {name: t.contiguous() for name, t in (("x_proj", x_proj), ("h0", h0), ("W0_h", W0_h), ("Ws", Ws))}
-    workspace, large = take({"pre": steps * B * E * 2 * H, "states": (N + 1) * steps * B * H, "scale": steps * (N + 1) * H, "packed": (N + 1) * H * padded(2 * H)}
+    workspace, large = take({"pre": (T * E if keep else 1) * B * 2 * H, "states": (N + 1) * steps * B * H, "scale": steps * (N + 1) * H, "packed": (N + 1) * H * padded(2 * H)}
                              | ({"packed_back": (N + 1) * 2 * H * padded(H)} if keep else {})
                              | ({} if mask is None else {"masked": N * steps * B * H, "previous": steps * B * H}), x_proj.dtype)
     buffers = {
@@ -54,7 +54,7 @@ def run_backward(run: Run, d_outputs: Tensor, needs: tuple[bool, ...]) -> list[T
     N, (B, H), new = run.graph.n_nodes, d_outputs.shape[1:], d_outputs.new_empty
     d_h0, d_W0_h, d_Ws = (new(shape) if need else None for need, shape in zip(needs[1:4], ((B, H), (H, 2 * H), (N, H, 2 * H))))
     d_p = new(N * (N + 1) // 2, 5, dtype=torch.float64).zero_() if needs[4] else None
-    scratch = {"d_outputs": d_outputs.contiguous(), "d_states": new(N + 1, B, H), "scratch": new(B, H), "carry": new(B, H).zero_(), "d_h": new(B, H)}
+    scratch = {"d_outputs": d_outputs.contiguous(), "d_states": new(N + 1, B, H), "d_masked": new(N, B, H), "carry": new(B, H).zero_(), "d_h": new(B, H)}
     arguments = _arguments(run, True, **scratch, d_h0=d_h0, d_W0_h=d_W0_h, d_Ws=d_Ws, d_p=d_p)
     State.loaded.backward[d_outputs.dtype](ctypes.byref(arguments))
     give(run.workspace)
@@ -66,7 +66,7 @@ def _arguments(run: Run, keep: bool, **more: Tensor | None) -> CellStruct:
     tensors = {**run.buffers, "outputs": run.outputs, **more}
     graph, (T, B, H) = run.graph, run.outputs.shape
     return CellStruct(T, B, H, graph.n_nodes, graph.n_edges, torch.get_num_threads(), graph.normalise, keep, supernet.BATCHNORM_EPS,
-                      **{name: ctypes.addressof(array) for name, array in graph.arrays.items()},
+                      **{name: ctypes.addressof(graph.arrays[name]) for name in ("incoming", "source", "op")},
                       **{name: t.data_ptr() for name, t in tensors.items() if t is not None})
 
 

@@ -138,10 +138,10 @@ class CellStruct(ctypes.Structure):
     _fields_ = ([(name, ctypes.c_int64) for name in ("steps", "batch", "hidden", "nodes", "edges", "threads", "normalise", "keep")]
                 + [("eps", ctypes.c_double)]
                 + [(name, ctypes.c_void_p) for name in (
-                    "order", "first", "count", "incoming", "source", "slot", "op",
+                    "incoming", "source", "op",
                     "x_proj", "h0", "W0_h", "Ws", "mask", "p", "present", "average",
                     "pre0", "pre", "states", "masked", "previous", "outputs", "scale", "packed", "packed_back",
-                    "d_outputs", "d_states", "scratch", "carry", "d_h", "d_h0", "d_W0_h", "d_Ws", "d_p")])
+                    "d_outputs", "d_states", "d_masked", "carry", "d_h", "d_h0", "d_W0_h", "d_Ws", "d_p")])
 
 
 class CrossEntropyStruct(ctypes.Structure):

@@ -13,7 +13,7 @@ MIX = len(OPS)
 
 
 class Graph(NamedTuple):
-    """The edges of a cell as csrc/cell.h has them."""
+    """The edges of a cell: `incoming`, `source` and `op` as csrc/cell.h has them, and for gpu/ the places of the nodes that read one state side by side."""
 
     n_nodes: int
     normalise: bool

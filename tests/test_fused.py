@@ -113,6 +113,16 @@ def test_drawn_cell_equals_the_mixed_one_at_its_corner(n_nodes, masked):
 
 
 @needs_extension
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_batch_of_several_blocks_of_rows(masked):
+    *inputs, mask = tensors(2, 601, 64, 3)  # a thread has 300 of these rows, and a block 126 at most (csrc/sequence.h)
+    mask = mask if masked else None
+    assert_close(*both_mixed(inputs, [True] * 5, mask), TOLERANCE[torch.float64])
+    assert_close(*both_discrete(inputs[:4], Genotype((("relu", 0), ("sigmoid", 0), ("tanh", 1))), [True] * 4, mask), TOLERANCE[torch.float64])
+    assert_close(*both_drawn(inputs, [True] * 5, mask), TOLERANCE[torch.float64])
+
+
+@needs_extension
 def test_a_drawn_cell_is_run_alone(monkeypatch):
     """With and without a gradient of the probabilities."""
     *inputs, p, mask = tensors(3, 4, 8, 2)
@@ -229,6 +239,9 @@ def test_extreme_and_undefined_numbers():
     for value in (30.0, 100.0, 1e4):
         big = x * value
         assert_close([fused.mixed_cell(big, h, W0, Ws, p)], [supernet.mixed_cell(big, h, W0, Ws, p)], 1e-4)
+    x[0, 0, 0], x[1, 0, 1], x[1, 1, -1] = float("inf"), -float("inf"), float("inf")  # two gates, and what goes through tanh
+    genotype = Genotype((("tanh", 0), ("sigmoid", 1)))
+    assert_close([fused.discrete_cell(x, h, W0, Ws, genotype)], [cell.discrete_cell(x, h, W0, Ws, genotype)], TOLERANCE[torch.float32])
     x[0, 0, 0] = float("nan")
     assert fused.mixed_cell(x, h, W0, Ws, p).isnan().any()
     assert fused.discrete_cell(x, h, W0, Ws, Genotype((("relu", 0), ("relu", 1)))).isnan().any()

@@ -8,21 +8,18 @@ extern "C" {
 struct Cell {  // mirrored, field by field, in extension.py
   int64_t steps, batch, hidden, nodes, edges, threads;
   int64_t normalise;  // 1: with the batch's statistics, 0: not at all
-  int64_t keep;       // 1: pre0, pre, states, masked have all time steps, for the backward pass; 0: one step, used again and again
+  int64_t keep;       // 1: pre0, pre, states, masked have all time steps, for the backward pass; 0: one step, and pre one edge, used again and again
   double eps;
-  const int64_t *order;            // (N): the nodes, counted from 0, in the order in which their weights lie side by side
-  const int64_t *first, *count;    // (N): the nodes that read state j have the places first[j] … first[j] + count[j] in that order
   const int64_t *incoming;         // (N+1): node i's edges are incoming[i-1] … incoming[i]
-  const int64_t *source, *slot;    // (E): the state an edge reads, and its place among the `count` of that state
-  const int64_t *op;               // (E): MIX or one nonlinearity
+  const int64_t *source, *op;      // (E): the state an edge reads; MIX or one nonlinearity
   const void *x_proj, *h0, *W0_h, *Ws, *mask;     // (T,B,2H) (B,H) (H,2H) (N,H,2H) (B,H) or null
   const void *p, *present, *average;              // (E,4) in the order tanh relu sigmoid identity; (E); (N+1)
-  void *pre0, *pre, *states, *masked, *previous;  // (T,B,2H); one block (T,B,count·2H) a state; (N+1,T,B,H); (N,T,B,H), (T,B,H) or null without mask
+  void *pre0, *pre, *states, *masked, *previous;  // (T,B,2H); (E,T,B,2H); (N+1,T,B,H); (N,T,B,H), (T,B,H) or null without mask
   void *outputs, *scale;                          // (T,B,H); 1/√(v + eps) (T,N+1,H)
-  void *packed, *packed_back;                     // W0_h and the W_i in `order`, N+1 matrices (H,2H) in panels; the same transposed, if `keep`
+  void *packed, *packed_back;                     // W0_h and the W_i, N+1 matrices (H,2H) in panels; the same transposed, if `keep`
   // backward only; a null pointer is a gradient that nobody asked for
   const void* d_outputs;                          // (T,B,H)
-  void *d_states, *scratch, *carry, *d_h;         // (N+1,B,H); (B,H); (B,H); (B,H)
+  void *d_states, *d_masked, *carry, *d_h;        // (N+1,B,H); (N,B,H); (B,H); (B,H)
   void *d_h0, *d_W0_h, *d_Ws;                     // as the inputs
   double* d_p;                                    // (N(N+1)/2,5), a row a pair of node and earlier state: Σ dr∘s_j∘(1−σ), then Σ dr∘σ∘f_k
 };

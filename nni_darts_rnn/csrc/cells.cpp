@@ -11,11 +11,12 @@
 //   s_i   = norm(r_i),  norm(r) = (r − μ)/√(v + eps) with μ, v the batch's mean and biased variance of each column
 //   h'    = Σ_i a_i s_i      (a_i: 1/len(concat) for the states that are averaged, else 0)
 //
-// All edges that leave state j share one block of pre-activations, (s_j∘m) times the W_i of all nodes that read s_j, side by side.
+// A node takes its edges one after the other, and each a few rows at a time, so that what a product has left is still in cache for the edge, and what the edge
+// leaves in the backward pass for the product.
 //
 // Backward, from dh' (the gradient of h' from outside plus what the next step sends back), nodes i = N … 0. Write ds_i for the gradient of s_i:
 //
-//   ds_i = a_i dh' + Σ_{edges i -> k} ( dr_k∘P∘(1 − σ(c)) + m∘(dpre W_k^T) )        the last for all k at once
+//   ds_i = a_i dh' + Σ_{edges i -> k} ( dr_k∘P∘(1 − σ(c)) + m∘(dpre W_k^T) )
 //   dr_i = (ds_i − mean(ds_i) − s_i mean(ds_i∘s_i)) / √(v + eps)
 //          since ∂s_b/∂r_a = (δ_ab − 1/B − s_a s_b/B)/√(v + eps)
 //   and for each edge (j -> i), with σ = σ(c):
@@ -25,7 +26,7 @@
 // A drawn cell is a discrete one of which dp is asked for, over all pairs j < i: where p is zero an edge adds nothing to r_i and sends nothing back,
 // so it costs the product forward, of which dp_k is the same sum.
 //
-// Weight gradients wait until the loop over time is done: those of the nodes that read s_j are (s_j∘m)^T dpre over all T·B rows, one product.
+// Weight gradients wait until the loop over time is done: an edge's is (s_j∘m)^T dpre over all T·B rows, one product.
 // Kept from the forward pass: σ(c) in c's place, z, states, 1/√(v + eps). What the mixture needs of z is computed again: one exp serves tanh and sigmoid.
 //
 // One parallel region runs the whole sequence, and a thread owns a part of the batch: its rows of every pre-activation and state, which it alone

@@ -45,9 +45,10 @@ template <class T> double softmax_row(int64_t n, T* __restrict x, const T* __res
 #pragma omp simd reduction(max : top)
     for (int64_t v = 0; v < n; v++) top = x[v] > top ? x[v] : top;
   const T at = x[target];
+  const Range<T> range = exp_range<T>();
 #pragma omp simd reduction(+ : sum)
   for (int64_t v = 0; v < n; v++) {
-    x[v] = exp_<T>(x[v] - top);
+    x[v] = exp_<T>(range(x[v] - top));
     sum += x[v];
   }
   const double nll = std::log(double(sum)) - double(at - top);

@@ -5,36 +5,53 @@
 #include <cstdint>
 #include <type_traits>
 
-template <class T> struct Limits;
-template <> struct Limits<float> {
+#define ALWAYS_INLINE inline __attribute__((always_inline))  // or loops over these are not vectorised
+
+template <class T> struct Format;
+template <> struct Format<float> {
   using Int = int32_t;
-  static constexpr float low = -87.f, gate = -87.f, both = -29.f;  // below these exp, σ and (σ, tanh) are taken at them: no overflow
-  static constexpr int degree = 7, bias = 127, shift = 23;         // of the Taylor polynomial on |r| <= ln2/2; of the number format
+  static constexpr int degree = 7, bias = 127, shift = 23;  // of the Taylor polynomial on |r| <= ln2/2; of the number format
+  static constexpr float low = -87.f, both = -29.f;         // where exp and σ stay as they are, and where the two do that tanh_sigmoid multiplies: no overflow
 };
-template <> struct Limits<double> {
+template <> struct Format<double> {
   using Int = int64_t;
-  static constexpr double low = -708., gate = -700., both = -230.;
   static constexpr int degree = 13, bias = 1023, shift = 52;
+  static constexpr double low = -700., both = -230.;
 };
 
-#define ALWAYS_INLINE inline __attribute__((always_inline))  // or loops over these are not vectorised
+// An argument's range, made before a loop. What it is, the compiler must not see: it would carry constants through the arithmetic, in many
+// instructions where a minimum and a maximum do (GCC 12).
+template <class T> class Range {
+  T low, high;
+
+ public:
+  Range(T from, T to) : low(from), high(to) { asm("" : "+m"(low), "+m"(high)); }
+  ALWAYS_INLINE T operator()(T x) const {  // NaN stays NaN
+    x = low > x ? low : x;
+    return x > high ? high : x;
+  }
+};
+template <class T> ALWAYS_INLINE Range<T> exp_range() { return {Format<T>::low, -Format<T>::low}; }
+template <class T> ALWAYS_INLINE Range<T> both_range() { return {Format<T>::both, -Format<T>::both}; }
 
 constexpr double inverse_factorial(int k) { return k < 2 ? 1.0 : inverse_factorial(k - 1) / k; }
 
 template <class T, int k> ALWAYS_INLINE T taylor(T r) {
-  if constexpr (k == Limits<T>::degree) return T(inverse_factorial(k));
+  if constexpr (k == Format<T>::degree) return T(inverse_factorial(k));
   else return T(inverse_factorial(k)) + r * taylor<T, k + 1>(r);
 }
 
-// x = n ln2 + r with |r| <= ln2/2 -> r, and 2^n in `scale`; branch-free so that loops over it vectorise. NaN stays NaN. x must not overflow exp.
+// x = n ln2 + r with |r| <= ln2/2 -> r, and 2^n in `scale`; branch-free so that loops over it vectorise. NaN stays NaN. x must be in range.
 template <class T> ALWAYS_INLINE T reduce(T x, T& scale) {
-  using L = Limits<T>;
-  x = x < L::low ? L::low : x;
+  using F = Format<T>;
   const T n = __builtin_rint(x * T(1.4426950408889634074));
+  typename F::Int bits = (typename F::Int(int32_t(n)) + F::bias) << F::shift;
+  __builtin_memcpy(&scale, &bits, sizeof scale);
+#ifdef __FP_FAST_FMAF
+  if constexpr (std::is_same<T, float>::value) return __builtin_fmaf(n, T(-0.6931471805599453), x);  // ln2 is off by 2e-9 in float: n times less than a digit
+#endif
   const T high = std::is_same<T, float>::value ? T(0.693359375) : T(6.93145751953125e-1);
   const T rest = std::is_same<T, float>::value ? T(-2.12194440054690581e-4) : T(1.42860682030941723e-6);
-  typename L::Int bits = (typename L::Int(int32_t(n)) + L::bias) << L::shift;
-  __builtin_memcpy(&scale, &bits, sizeof scale);
   return (x - n * high) - n * rest;
 }
 
@@ -51,21 +68,18 @@ template <class T> ALWAYS_INLINE T expm1_(T x) {
   return taylor<T, 1>(r) * r * scale + (scale - T(1));
 }
 
-template <class T> ALWAYS_INLINE T gate(T c) {
-  c = c < Limits<T>::gate ? Limits<T>::gate : c;
-  return T(1) / (T(1) + exp_<T>(-c));
-}
+// σ(c) for c in exp_range
+template <class T> ALWAYS_INLINE T gate(T c) { return T(1) / (T(1) + exp_<T>(-c)); }
 
-// tanh and sigmoid from one exp and one division: with e = exp(−z), σ = 1/(1+e) and tanh = (1−e)(1+e)/(1+e²), where 1−e must not cancel near 0
+// tanh and σ of z in both_range, from one exp and one division: with e = exp(−z), σ = 1/(1+e) and tanh = (1−e)(1+e)/(1+e²), where 1−e must not cancel near 0
 template <class T> ALWAYS_INLINE void tanh_sigmoid(T z, T& t, T& s) {
-  z = z < Limits<T>::both ? Limits<T>::both : z;
   const T m = expm1_<T>(-z), up = T(2) + m, e = T(1) + m, both = T(1) + e * e, q = T(1) / (up * both);  // up = 1 + e
   s = q * both;
   t = -m * up * up * q;
 }
 
+// tanh z for z in both_range
 template <class T> ALWAYS_INLINE T tanh_(T z) {
-  z = z < Limits<T>::both ? Limits<T>::both : z;
   const T m = expm1_<T>(T(-2) * z);
   return -m / (T(2) + m);
 }

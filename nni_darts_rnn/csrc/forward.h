@@ -2,8 +2,8 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cmath>
-#include <cstring>
 
 #include "sequence.h"
 
@@ -13,8 +13,8 @@ template <class T> struct Forward : Sequence<T> {
   using Base = Sequence<T>;
   using typename Base::Edge;
   using Base::d, Base::team, Base::thread, Base::S, Base::B, Base::H, Base::N, Base::BH, Base::lo, Base::n, Base::mask, Base::mean, Base::spread;
-  using Base::kept, Base::state, Base::masked, Base::pre0, Base::pre, Base::output, Base::masked_before, Base::a, Base::edges_into, Base::packed,
-      Base::packed_back, Base::exchange, Base::mine;
+  using Base::kept, Base::state, Base::masked, Base::pre0, Base::output, Base::a, Base::edges_into, Base::few, Base::packed, Base::packed_back, Base::exchange,
+      Base::mine;
 
   using Base::Base;
 
@@ -23,40 +23,36 @@ template <class T> struct Forward : Sequence<T> {
     if (mask)
       for (int64_t u = lo * H; u < (lo + n) * H; u++) static_cast<T*>(d.previous)[u] = static_cast<const T*>(d.h0)[u] * mask[u];
     team.meeting.wait();
-    for (int64_t t = 0; t < S; t++) {
-      std::memcpy(pre0(t) + lo * 2 * H, static_cast<const T*>(d.x_proj) + (t * B + lo) * 2 * H, sizeof(T) * n * 2 * H);
-      multiply<T>(n, 2 * H, H, masked_before(t) + lo * H, H, packed(0), true, pre0(t) + lo * 2 * H, 2 * H);
-      node_forward(0, t);
-      for (int64_t j = 0; j < N; j++) {
-        const int64_t width = d.count[j] * 2 * H;
-        for (int64_t k = 0; k < d.count[j]; k++)
-          multiply<T>(n, 2 * H, H, masked(j, t) + lo * H, H, packed(1 + d.first[j] + k), false, pre(j, t) + lo * width + k * 2 * H, width);
-        node_forward(j + 1, t);
-      }
-    }
+    for (int64_t t = 0; t < S; t++)
+      for (int64_t i = 0; i <= N; i++) node_forward(i, t);
   }
 
   void node_forward(int64_t i, int64_t t) const {
     const std::vector<Edge> edges = edges_into(i, t);
     T* const r = state(i, t);
     Share& share = mine();
-    for (int64_t b = lo; b < lo + n; b++) {
-      T* const row = r + b * H;
-      std::fill(row, row + H, T(0));
+    const int64_t rows = few();
+    for (int64_t from = lo; from < lo + n; from += rows) {
+      const int64_t to = std::min(from + rows, lo + n);
+      std::fill(r + from * H, r + to * H, T(0));
+      if (i == 0) std::copy_n(static_cast<const T*>(d.x_proj) + (t * B + from) * 2 * H, (to - from) * 2 * H, pre0(t) + from * 2 * H);
       for (const Edge& e : edges) {
-        T *const c = e.c + b * e.stride;
-        const T *z = c + H, *sj = e.state + b * H;
-        if (b + 1 < lo + n) fetch(c + e.stride, 2 * H);
-        switch (e.op) {
-          case TANH: edge_forward<T, TANH>(H, c, z, sj, e.p, row); break;
-          case RELU: edge_forward<T, RELU>(H, c, z, sj, e.p, row); break;
-          case SIGMOID: edge_forward<T, SIGMOID>(H, c, z, sj, e.p, row); break;
-          case IDENTITY: edge_forward<T, IDENTITY>(H, c, z, sj, e.p, row); break;
-          default: edge_forward<T, MIX>(H, c, z, sj, e.p, row);
+        multiply<T>(to - from, 2 * H, H, e.masked + from * H, H, e.packed, i == 0, e.pre + from * 2 * H, 2 * H);
+        for (int64_t b = from; b < to; b++) {
+          T *const c = e.pre + b * 2 * H, *const row = r + b * H;
+          const T *const z = c + H, *const s = e.state + b * H;
+          switch (e.op) {
+            case TANH: edge_forward<T, TANH>(H, c, z, s, e.p, row); break;
+            case RELU: edge_forward<T, RELU>(H, c, z, s, e.p, row); break;
+            case SIGMOID: edge_forward<T, SIGMOID>(H, c, z, s, e.p, row); break;
+            case IDENTITY: edge_forward<T, IDENTITY>(H, c, z, s, e.p, row); break;
+            default: edge_forward<T, MIX>(H, c, z, s, e.p, row);
+          }
         }
       }
-      if (d.normalise) {
+      for (int64_t b = from; b < to && d.normalise; b++) {
         double* __restrict sum = share.first.data();
+        const T* __restrict row = r + b * H;
 #pragma omp simd
         for (int64_t u = 0; u < H; u++) sum[u] += row[u];
       }
@@ -116,7 +112,7 @@ template <class T> struct Forward : Sequence<T> {
     constexpr int64_t C = Tile<T>::columns;
     int64_t panel = 0;
     for (int64_t k = 0; k <= N; k++) {
-      const T* const W = k ? static_cast<const T*>(d.Ws) + d.order[k - 1] * H * 2 * H : static_cast<const T*>(d.W0_h);
+      const T* const W = k ? static_cast<const T*>(d.Ws) + (k - 1) * H * 2 * H : static_cast<const T*>(d.W0_h);
       for (int64_t v = 0; v < 2 * H; v += C)
         if (panel++ % team.threads() == thread) pack<T>(H, 2 * H - v, W + v, 2 * H, 1, packed(k) + v * H);
       for (int64_t v = 0; v < H && d.keep; v += C)

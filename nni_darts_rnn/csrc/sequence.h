@@ -13,14 +13,9 @@
 
 namespace {
 
-constexpr int64_t ROWS = 4;      // of the batch for which another thread pays
-constexpr int64_t GRAIN = 4096;  // numbers for which another thread pays
-
-// What the next row needs, fetched while this one is computed: rows lie pages apart, and the hardware does not look across pages.
-template <class T> inline void fetch(const T* from, int64_t n) {
-  for (int64_t u = 0; u < n; u += int64_t(64 / sizeof(T))) __builtin_prefetch(from + u);
-  __builtin_prefetch(from + n - 1);
-}
+constexpr int64_t ROWS = 4;          // of the batch for which another thread pays
+constexpr int64_t GRAIN = 4096;      // numbers for which another thread pays
+constexpr int64_t CACHED = 1 << 17;  // bytes: a quarter of a second cache
 
 // What threads tell each other of a node: two numbers a unit, and of how many rows. Two of these are used in turn, so that one thread may write
 // the next node's while another still reads this one's. In double precision, as torch's BatchNorm sums: Σ dr = 0 over the batch must hold to more digits
@@ -60,21 +55,24 @@ template <class T> struct Sequence {
   const T* mask;
   mutable int64_t turn = 0;
   mutable std::vector<T> mean, spread;  // (H) each: of the node at hand, over the whole batch
+  std::vector<int64_t> last_reader;     // (N+1): the last node that reads a state; 0: none
 
   Sequence(const Cell& cell, Team<T>& all, int64_t k)
       : d(cell), team(all), thread(k), S(cell.steps), B(cell.batch), H(cell.hidden), N(cell.nodes), BH(B * H), lo(all.bounds[k]), n(all.bounds[k + 1] - lo),
-        mask(static_cast<const T*>(cell.mask)), mean(H), spread(H) {}
+        mask(static_cast<const T*>(cell.mask)), mean(H), spread(H), last_reader(N + 1) {
+    for (int64_t i = 1; i <= N; i++)
+      for (int64_t e = d.incoming[i - 1]; e < d.incoming[i]; e++) last_reader[d.source[e]] = i;
+  }
+
+  // Rows whose pre-activations stay in the second cache between a product and its edge: whole tiles
+  int64_t few() const { return std::max<int64_t>(1, CACHED / (Tile<T>::rows * 2 * H * int64_t(sizeof(T)))) * Tile<T>::rows; }
 
   int64_t kept(int64_t t) const { return d.keep ? t : 0; }
   int64_t kept_steps() const { return d.keep ? S : 1; }
   T* state(int64_t i, int64_t t) const { return static_cast<T*>(d.states) + (i * kept_steps() + kept(t)) * BH; }
   T* masked(int64_t i, int64_t t) const { return mask ? static_cast<T*>(d.masked) + (i * kept_steps() + kept(t)) * BH : state(i, t); }
   T* pre0(int64_t t) const { return static_cast<T*>(d.pre0) + kept(t) * B * 2 * H; }
-  T* pre(int64_t j, int64_t t) const {  // the block of state j at step t, (B, count·2H)
-    int64_t before = 0;
-    for (int64_t k = 0; k < j; k++) before += d.count[k];
-    return static_cast<T*>(d.pre) + (before * kept_steps() + d.count[j] * kept(t)) * B * 2 * H;
-  }
+  T* pre(int64_t e, int64_t t) const { return static_cast<T*>(d.pre) + (d.keep ? e * S + t : 0) * B * 2 * H; }
   T* output(int64_t t) const { return static_cast<T*>(d.outputs) + t * BH; }
   const T* before(int64_t t) const { return t ? output(t - 1) : static_cast<const T*>(d.h0); }
   const T* masked_before(int64_t t) const { return mask ? static_cast<const T*>(d.previous) + kept(t) * BH : before(t); }
@@ -84,30 +82,31 @@ template <class T> struct Sequence {
     return {p[0], p[1], p[2], p[3], static_cast<const T*>(d.present)[e]};
   }
 
-  // The edges into node i at step t, as addresses of row 0
+  // An edge into node i at step t, as addresses of the batch's row 0
   struct Edge {
-    T* c;            // z follows, H later
-    int64_t stride;  // from row to row of c
-    T *state, *d_state;
+    T* pre;                         // c, and z H later
+    const T *state, *masked;        // what the gate lets through, and what W multiplies
+    const T *packed, *packed_back;  // W
+    T *d_state, *d_masked;          // what the two hear of this node
+    bool add;                       // another node has written to d_masked
     Mix<T> p;
     int64_t op;
   };
   std::vector<Edge> edges_into(int64_t i, int64_t t) const {
+    if (i == 0)  // reads h, and has x in its pre-activations
+      return {{pre0(t), before(t), masked_before(t), packed(0), packed_back(0), static_cast<T*>(d.carry), static_cast<T*>(d.d_h), false, {1, 0, 0, 0, 1}, TANH}};
     std::vector<Edge> edges;
-    if (i == 0) {
-      edges.push_back({pre0(t), 2 * H, const_cast<T*>(before(t)), static_cast<T*>(d.carry), {1, 0, 0, 0, 1}, TANH});
-      return edges;
-    }
     for (int64_t e = d.incoming[i - 1]; e < d.incoming[i]; e++) {
       const int64_t j = d.source[e];
-      edges.push_back({pre(j, t) + d.slot[e] * 2 * H, d.count[j] * 2 * H, state(j, t), static_cast<T*>(d.d_states) + j * BH, mix(e), d.op[e]});
+      edges.push_back({pre(e, t), state(j, t), masked(j, t), packed(i), packed_back(i), static_cast<T*>(d.d_states) + j * BH, static_cast<T*>(d.d_masked) + j * BH,
+                       last_reader[j] > i, mix(e), d.op[e]});
     }
     return edges;
   }
 
-  // the k-th packed matrix: W0_h, then the W_i in `order`
-  T* packed(int64_t k) const { return static_cast<T*>(d.packed) + k * Tile<T>::packed(H, 2 * H); }
-  T* packed_back(int64_t k) const { return static_cast<T*>(d.packed_back) + k * Tile<T>::packed(2 * H, H); }
+  // W0_h, then the W_i
+  T* packed(int64_t i) const { return static_cast<T*>(d.packed) + i * Tile<T>::packed(H, 2 * H); }
+  T* packed_back(int64_t i) const { return static_cast<T*>(d.packed_back) + i * Tile<T>::packed(2 * H, H); }
 
   // `mine` filled in by every thread -> all threads' shares
   const std::vector<Share>& exchange() const {
