@@ -10,6 +10,7 @@ Cell (DARTS, section 3.2 and appendix A.1.2; quark0/darts `rnn/model.py`), for o
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -96,6 +97,13 @@ def variational_mask(like: Tensor, p: float, training: bool) -> Tensor | None:
     return torch.empty_like(like).bernoulli_(1 - p).div_(1 - p)
 
 
+def check_rates(**rates: float) -> None:
+    """`ValueError` with one line for a dropout rate that is none."""
+    for name, rate in rates.items():
+        if not isinstance(rate, numbers.Real) or not 0 <= rate < 1:
+            raise ValueError(f"{name}: {rate!r} must be a number of at least 0 and below 1")
+
+
 class RecurrentWeights(nn.Module):
     """What one recurrent layer of N nodes owns: W0 (I+H, 2H), Ws (N, H, 2H), uniform in ±`init_range` at first, and its two variational dropout rates."""
 
@@ -105,9 +113,7 @@ class RecurrentWeights(nn.Module):
         for name, value in (("input_size", input_size), ("hidden_size", hidden_size), ("n_nodes", n_nodes)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: {value!r} must be a whole number of at least 1")
-        for name, rate in (("dropout_x", dropout_x), ("dropout_h", dropout_h)):
-            if not 0 <= rate < 1:
-                raise ValueError(f"{name}: {rate!r} must be at least 0 and below 1")
+        check_rates(dropout_x=dropout_x, dropout_h=dropout_h)
         if not 0 < init_range < math.inf:
             raise ValueError(f"init_range: {init_range!r} must be above 0")
         self.input_size, self.hidden_size, self.n_nodes, self.init_range = input_size, hidden_size, n_nodes, init_range

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cell import INIT_RANGE, DiscreteRNN, RecurrentWeights, variational_mask
+from .cell import INIT_RANGE, DiscreteRNN, RecurrentWeights, check_rates, variational_mask
 from .corpus import BpttBatches, fixed_length, streams
 from .cross_entropy import linear_cross_entropy
 from .genotype import Genotype
@@ -42,9 +42,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 1:
             raise ValueError(f"vocab_size: {vocab_size!r} must be a whole number of at least 1")
-        for name, value in (("dropout", dropout), ("dropout_i", dropout_i), ("dropout_e", dropout_e)):
-            if not 0 <= value < 1:
-                raise ValueError(f"{name}: {value!r} must be at least 0 and below 1")
+        check_rates(dropout=dropout, dropout_i=dropout_i, dropout_e=dropout_e)
         if rnn.input_size != rnn.hidden_size:
             raise ValueError(f"rnn: input_size {rnn.input_size} and hidden_size {rnn.hidden_size} must be equal: "
                              "the decoder's weights are the embedding's")

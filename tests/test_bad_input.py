@@ -261,7 +261,7 @@ CALLS = {  # Python alone
     "layer fed another size": (lambda: package.DartsRNN(8, 8)(torch.zeros(3, 2, 9)), "built for input_size 8"),
     "layer with another state": (lambda: package.DartsRNN(8, 8)(torch.zeros(3, 2, 8), torch.zeros(1, 5, 8)), "expected (layers·directions, B, H)"),
     "space of no nodes": (lambda: package.DartsRnnSpace(100, 8, n_nodes=0), "n_nodes: 0 must be a whole number of at least 1"),
-    "space with a rate of 1": (lambda: package.DartsRnnSpace(100, 8, dropout=1.0), "dropout: 1.0 must be at least 0 and below 1"),
+    "space with a rate of 1": (lambda: package.DartsRnnSpace(100, 8, dropout=1.0), "dropout: 1.0 must be a number of at least 0 and below 1"),
     "model of no words": (lambda: package.LanguageModel.from_genotype(0, 8, DARTS_V2), "vocab_size: 0"),
     "strategy with a negative rate": (lambda: package.SecondOrderDARTS(arc_learning_rate=-1), "arc_learning_rate: -1 must be at least 0"),
     "strategy with a NaN": (lambda: package.SecondOrderDARTS(epsilon=float("nan")), "epsilon: nan must be above 0"),

@@ -81,7 +81,7 @@ def test_drop_mult_scales_every_rate_and_a_rate_of_one_is_refused(dls, tmp_path)
 
     assert rates(text_learner(dls, tmp_path, 1.0)) == [0.1, 0.2, 0.25, 0.75, 0.25, 0.75]
     assert rates(text_learner(dls, tmp_path, 0.5)) == [0.05, 0.1, 0.125, 0.375, 0.125, 0.375]
-    with pytest.raises(ValueError, match="dropout_x: 1.5 must be at least 0 and below 1"):
+    with pytest.raises(ValueError, match="dropout_x: 1.5 must be a number of at least 0 and below 1"):
         text_learner(dls, tmp_path, 2.0)
     with pytest.raises(ValueError, match="hidden_p: 1.25"):
         text_learner(dls, tmp_path, 5.0, cell_input_p=0)
