@@ -38,8 +38,8 @@ def give(workspace: Tensor) -> None:
 
 
 def in_large_pages(fresh: Tensor) -> Tensor:
-    """The same tensor, for whose memory the kernel was asked for pages of 2 MiB where it is large and the kernel offers them: a cell's rows lie whole
-    small pages apart, so that each would need a translation of its own (at the paper's size 5 to 8 % of a search step). Advice: a refusal changes nothing."""
+    """The same tensor, for whose memory the kernel was asked for pages of 2 MiB where it is large and the kernel offers them: each small page would need
+    a translation of its own (at the paper's size 5 to 8 % of a search step, when a cell's rows lay whole pages apart). Advice: a refusal changes nothing."""
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
     size = fresh.numel() * fresh.element_size()
     if advice is not None and size >= LARGE:
