@@ -74,7 +74,6 @@ class SearchRecipe:
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"search.warmup_epochs: {self.warmup_epochs} must be below search.epochs = {self.epochs}: α would never move")
 
-
     @property
     def first_order(self) -> bool:
         """Whether α's gradient unrolls no step."""

@@ -19,7 +19,7 @@ template <> struct Format<double> {
   static constexpr double low = -700., both = -230.;
 };
 
-// An argument's range, made before a loop. What it is, the compiler must not see: it would carry constants through the arithmetic, in many
+// An argument's range, made before a loop. Its ends are hidden from the compiler, which would carry them through the arithmetic as constants, in many
 // instructions where a minimum and a maximum do (GCC 12).
 template <class T> class Range {
   T low, high;
@@ -48,7 +48,7 @@ template <class T> ALWAYS_INLINE T reduce(T x, T& scale) {
   typename F::Int bits = (typename F::Int(int32_t(n)) + F::bias) << F::shift;
   __builtin_memcpy(&scale, &bits, sizeof scale);
 #ifdef __FP_FAST_FMAF
-  if constexpr (std::is_same<T, float>::value) return __builtin_fmaf(n, T(-0.6931471805599453), x);  // ln2 is off by 2e-9 in float: n times less than a digit
+  if constexpr (std::is_same<T, float>::value) return __builtin_fmaf(n, T(-0.6931471805599453), x);  // float's ln2 is off by 2e-9, the result by n times that: no digit to |x| = 20
 #endif
   const T high = std::is_same<T, float>::value ? T(0.693359375) : T(6.93145751953125e-1);
   const T rest = std::is_same<T, float>::value ? T(-2.12194440054690581e-4) : T(1.42860682030941723e-6);
