@@ -88,7 +88,7 @@ def _compiled(x: Tensor, w: Tensor, b: Tensor | None, targets: Tensor, needs) ->
     if needs[0]:
         scratch["packed_back"] = x.new_empty(V, padded(H))
     if needs[1]:
-        scratch["d_w_transposed"] = x.new_empty(H, V)
+        scratch["d_w_transposed"] = x.new_empty(padded(V), H)
     tensors = {"x": x, "w": w, "b": b, "targets": y, "nll": nll, **dict(zip(("d_x", "d_w", "d_b"), grads)), **scratch}
     arguments = CrossEntropyStruct(R, H, V, torch.get_num_threads(), 1 / R if any(needs[:3]) else 0.0,
                                    **{name: t.data_ptr() for name, t in tensors.items() if t is not None})

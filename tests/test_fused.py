@@ -348,9 +348,9 @@ def test_a_gpu_without_triton_is_told_of_it(monkeypatch):
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("needs", [(1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0)])
 @pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("R, H, V", [(150, 7, 31), (600, 19, 301)])
+@pytest.mark.parametrize("R, H, V", [(150, 7, 31), (600, 19, 301), (601, 19, 530)])
 def test_linear_cross_entropy(R, H, V, compiled, needs, with_bias, monkeypatch):
-    """The larger size is shared by threads, in more than one block of rows, and more words than are added up at a time."""
+    """The larger sizes are shared by threads, in more than one block of rows, and have more words than are added up at a time; the last in unequal shares."""
     monkeypatch.setattr(extension.State, "on", compiled)
     monkeypatch.setitem(cross_entropy._CHUNK, "cpu", 1)  # blocks of 64 rows
     g = torch.Generator().manual_seed(3)

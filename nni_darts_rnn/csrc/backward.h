@@ -54,9 +54,12 @@ template <class T> struct Backward : Sequence<T> {
       if (i && d.d_p && d.op[d.incoming[i - 1]] != MIX) drawn_sums(i, t, from, to, edges.front());
       for (size_t k = 0; k < edges.size(); k++) {
         const Edge& e = edges[k];
+        // what is taken up next, in memory since the forward pass and too short a piece for the processor to see it coming
+        const T* const next = k + 1 < edges.size() ? edges[k + 1].pre + from * 2 * H : to < lo + n ? edges[0].pre + to * 2 * H : nullptr;
         for (int64_t b = from; b < to; b++) {
           T *const c = e.pre + b * 2 * H, *const z = c + H, *const ds = e.d_state + b * H;
           const T *const s = e.state + b * H, *const row = dr + b * H;
+          for (int64_t v = 0; v < 2 * H && next; v += 64 / int64_t(sizeof(T))) __builtin_prefetch(next + (b - from) * 2 * H + v, 0, 2);
           switch (e.op) {
             case TANH: edge_backward<T, TANH, false>(H, c, z, s, row, e.p, ds, nullptr); break;
             case RELU: edge_backward<T, RELU, false>(H, c, z, s, row, e.p, ds, nullptr); break;

@@ -1,15 +1,18 @@
 // The cross-entropy of a linear layer and its gradients on the CPU, by blocks of rows; `cross_entropy.py` calls it, and what it must equal is torch's
 // F.cross_entropy(F.linear(x, w, b), y). Only a block's logits are ever there, and its share of the gradients is taken at once:
 //
-//   logits = x w^T + b     nll_r = log Σ_v exp(logits_rv) − logits_ry     d = scale (softmax(logits) − onehot(y)), in the logits' place
-//   dx = d w               dw += d^T x                                    db += Σ_r d_r
+//   logits = x w^T + b     e_rv = exp(logits_rv − max_v logits_rv), in the logits' place     nll_r = log Σ_v e_rv − log e_ry
+//   g_rv = e_rv − [v = y_r] Σ_v e_rv, in the same place     q_r = scale / Σ_v e_rv
+//   dx_r = q_r Σ_v g_rv w_v     dw_v = Σ_r q_r g_rv x_r     db_v = Σ_r q_r g_rv
 //
-// A thread owns a part of a block's rows for everything but dw and db, of which it owns words. dw is kept transposed, (H,V), until the end: the tile of
-// product.h then runs along the words, as the logits do.
+// A thread owns a part of a block's rows for everything but dw and db, of which it owns words. Its logits lie a few words of all its rows at a time, in
+// the order in which products make and read them. dw is kept transposed, a panel of words after the other, until the end: the tile of product.h then
+// runs along the words, as the logits do.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "elementary.h"
@@ -25,7 +28,7 @@ struct LinearCrossEntropy {  // mirrored, field by field, in extension.py
   double* nll;                           // (R)
   void *d_x, *d_w, *d_b;                 // (R,H); (V,H); (V); a null pointer is a gradient that nobody asked for
   void *logits, *packed, *packed_back;   // (block,V); w^T (H,V) and, for d_x, w (V,H) in panels
-  void* d_w_transposed;                  // (H,V), for d_w
+  void* d_w_transposed;                  // panels of (H,columns), for d_w
 };
 int64_t cross_entropy_struct_size() { return sizeof(LinearCrossEntropy); }
 int64_t cross_entropy_block() { return 256; }
@@ -35,34 +38,33 @@ namespace {
 
 constexpr int64_t GRAIN = 8192;  // logits for which another thread pays
 
-// n logits without their bias -> −log softmax of the target; with a scale the logits become scale·(softmax − onehot)
-template <class T> double softmax_row(int64_t n, T* __restrict x, const T* __restrict bias, int64_t target, double scale) {
-  T top = bias ? x[0] + bias[0] : x[0], sum = 0;
+// n logits of a row get their bias -> the largest of them and `top`
+template <class T> T add_bias(int64_t n, T* __restrict x, const T* __restrict bias, T top) {
   if (bias)
 #pragma omp simd reduction(max : top)
     for (int64_t v = 0; v < n; v++) x[v] += bias[v], top = x[v] > top ? x[v] : top;
   else
 #pragma omp simd reduction(max : top)
     for (int64_t v = 0; v < n; v++) top = x[v] > top ? x[v] : top;
-  const T at = x[target];
+  return top;
+}
+
+// n logits of a row become exp(x − top) -> their sum
+template <class T> T exponentials(int64_t n, T* __restrict x, T top) {
+  T sum = 0;
   const Range<T> range = exp_range<T>();
 #pragma omp simd reduction(+ : sum)
   for (int64_t v = 0; v < n; v++) {
     x[v] = exp_<T>(range(x[v] - top));
     sum += x[v];
   }
-  const double nll = std::log(double(sum)) - double(at - top);
-  if (scale == 0) return nll;
-  const T share = T(scale / double(sum));
-#pragma omp simd
-  for (int64_t v = 0; v < n; v++) x[v] *= share;
-  x[target] -= T(scale);
-  return nll;
+  return sum;
 }
 
 template <class T> struct Share {
   const LinearCrossEntropy& d;
   Meeting& meeting;
+  std::vector<T>& q;  // of a block's rows
   const int64_t threads, thread, R = d.rows, H = d.hidden, V = d.words;
   static constexpr int64_t C = Tile<T>::columns;
   const T *const x = static_cast<const T*>(d.x), *const w = static_cast<const T*>(d.w), *const b = static_cast<const T*>(d.b);
@@ -82,42 +84,70 @@ template <class T> struct Share {
     std::vector<T> left(d_w ? H * block : 0), panel(d_w || d_b ? block * C : 0);
     for (int64_t r = 0; r < R; r += block) {
       // the same place for a thread's logits in every block: without dw and db nobody waits for the others
-      const int64_t m = std::min(block, R - r), lo = std::min(m, share * thread), n = std::min(m, share * (thread + 1)) - lo;
-      rows(r + lo, n, logits + lo * V);
+      const int64_t m = std::min(block, R - r), lo = std::min(m, share * thread);
+      rows(r, lo, std::min(m, lo + share) - lo);
       if (!d_w && !d_b) continue;
       meeting.wait();
-      columns(r, m, left.data(), panel.data());
+      columns(r, m, share, left.data(), panel.data());
       meeting.wait();
     }
-    if (d_w)
-      for (int64_t v = first; v < last; v += C)
-        for (int64_t u = 0; u < H; u++)
-          for (int64_t k = v; k < std::min(v + C, last); k++) d_w[k * H + u] = d_w_transposed[u * V + k];
+    for (int64_t v = first; v < last && d_w; v += C)
+      for (int64_t k = v; k < std::min(v + C, last); k++)
+        for (int64_t u = 0; u < H; u++) d_w[k * H + u] = d_w_transposed[v * H + u * C + k - v];
   }
 
-  // logits, nll and dx of rows r … r + n
-  void rows(int64_t r, int64_t n, T* own) const {
-    multiply<T>(n, V, H, x + r * H, H, packed, false, own, V);
-    for (int64_t k = 0; k < n; k++) d.nll[r + k] = softmax_row<T>(V, own + k * V, b, d.targets[r + k], d.scale);
+  // logits, nll, q and dx of n rows from r + lo, of the block that starts at r
+  void rows(int64_t r, int64_t lo, int64_t n) const {
+    T* const own = logits + lo * V;
+    const T* const from = x + (r + lo) * H;
+    const int64_t* const y = d.targets + r + lo;
+    std::vector<T> top(n, -std::numeric_limits<T>::infinity()), at(n);
+    for (int64_t v = 0; v < V; v += DEPTH) {
+      const int64_t width = std::min(DEPTH, V - v);
+      T* const part = own + v * n;  // (n,width)
+      multiply<T>(n, width, H, from, H, packed + v * H, false, part, width);
+      for (int64_t k = 0; k < n; k++) {
+        top[k] = add_bias<T>(width, part + k * width, b ? b + v : nullptr, top[k]);
+        if (y[k] >= v && y[k] < v + width) at[k] = part[k * width + y[k] - v];
+      }
+    }
+    std::vector<double> sum(n);
+    for (int64_t v = 0; v < V; v += DEPTH) {
+      const int64_t width = std::min(DEPTH, V - v);
+      for (int64_t k = 0; k < n; k++) sum[k] += exponentials<T>(width, own + v * n + k * width, top[k]);
+    }
+    for (int64_t k = 0; k < n; k++) {
+      d.nll[r + lo + k] = std::log(sum[k]) - double(at[k] - top[k]);
+      q[lo + k] = T(d.scale / sum[k]);
+      const int64_t v = y[k] / DEPTH * DEPTH;
+      own[v * n + k * std::min(DEPTH, V - v) + y[k] - v] -= T(sum[k]);
+    }
     if (!d_x) return;
+    T* const dx = d_x + (r + lo) * H;
     for (int64_t v = 0; v < V; v += DEPTH)
-      for (int64_t u = 0; u < H; u += C)
-        multiply_panel<T>(n, std::min(C, H - u), std::min(DEPTH, V - v), own + v, V, 1, packed_back + u * V + v * C, v > 0, d_x + r * H + u, H);
+      for (int64_t u = 0; u < H; u += C) {
+        const int64_t width = std::min(DEPTH, V - v);
+        multiply_panel<T>(n, std::min(C, H - u), width, own + v * n, width, 1, packed_back + u * V + v * C, v > 0, dx + u, H);
+      }
+    for (int64_t k = 0; k < n; k++)
+      for (int64_t u = 0; u < H; u++) dx[k * H + u] *= q[lo + k];
   }
 
-  // what rows r … r + m add to dw and db of this thread's words
-  void columns(int64_t r, int64_t m, T* left, T* panel) const {
+  // what rows r … r + m, `share` of them a thread, add to dw and db of this thread's words
+  void columns(int64_t r, int64_t m, int64_t share, T* left, T* panel) const {
     if (d_w) pack_left<T>(H, m, x + r * H, 1, H, left);
     for (int64_t v = first; v < last; v += C) {
-      const int64_t n = std::min(C, V - v);
-      pack<T>(m, n, logits + v, V, 1, panel);
-      if (d_w) multiply_packed<T>(H, n, m, left, panel, r > 0, d_w_transposed + v, V);
-      if (d_b)
-        for (int64_t u = 0; u < n; u++) {
-          T sum = r ? d_b[v + u] : T(0);
-          for (int64_t k = 0; k < m; k++) sum += panel[k * C + u];
-          d_b[v + u] = sum;
-        }
+      const int64_t n = std::min(C, V - v), part = v / DEPTH * DEPTH, width = std::min(DEPTH, V - part);
+      for (int64_t lo = 0; lo < m; lo += share) {
+        const int64_t own = std::min(share, m - lo);
+        pack<T>(own, n, logits + lo * V + part * own + v - part, width, 1, panel + lo * C);
+      }
+      T sums[C] = {};
+      for (int64_t k = 0; k < m; k++)
+#pragma omp simd
+        for (int64_t u = 0; u < C; u++) sums[u] += panel[k * C + u] *= q[k];
+      if (d_w) multiply_packed<T>(H, n, m, left, panel, r > 0, d_w_transposed + v * H, C);
+      for (int64_t u = 0; u < n && d_b; u++) d_b[v + u] = r ? d_b[v + u] + sums[u] : sums[u];
     }
   }
 };
@@ -128,7 +158,8 @@ template <class T> int64_t cross_entropy(const LinearCrossEntropy& d) {
     if (d.targets[r] < 0 || d.targets[r] >= d.words) return r;
   const int64_t threads = std::max<int64_t>(1, std::min({d.threads, d.rows, d.rows * d.words / GRAIN}));
   Meeting meeting(threads);
-  together(threads, [&](int64_t k) { Share<T>{d, meeting, threads, k}.run(); });
+  std::vector<T> q(cross_entropy_block());
+  together(threads, [&](int64_t k) { Share<T>{d, meeting, q, threads, k}.run(); });
   return -1;
 }
 
