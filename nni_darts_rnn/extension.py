@@ -1,8 +1,8 @@
 """The compiled extension, `csrc/`: when a process uses it, and how it is built, cached, loaded and checked.
 
 Which cells a process uses must not depend on what an earlier one left in the cache, so the extension is used only once `enable` or `prepare` was
-called, or with NNI_DARTS_RNN_FUSED=1; NNI_DARTS_RNN_FUSED=0 turns it off. It is compiled on first use (about five seconds) and kept in the user's
-cache folder.
+called, or with NNI_DARTS_RNN_FUSED=1; NNI_DARTS_RNN_FUSED=0 turns it off. It is compiled on first use (six seconds on new machines, up to twenty on older ones)
+and kept in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -28,8 +29,8 @@ from torch import Tensor
 from .files import digest, hold
 
 SOURCES = Path(__file__).with_name("csrc")
-BUILD_SECONDS = 8.0
-"""What a build costs at most on two cores, and so what the fast path must save before `prepare` turns it on."""
+BUILD_SECONDS = 12.0
+"""What a build costs on two cores of middle age, and so what the fast path must save before `prepare` turns it on."""
 
 SWITCH = "NNI_DARTS_RNN_FUSED"
 
@@ -251,16 +252,9 @@ def _compile(place: Path, name: str) -> _Library:
     compiler = _compiler()
     with tempfile.TemporaryDirectory(prefix=".build-", dir=place) as folder:
         linked, compiled = Path(folder, "cells.so"), {path: Path(folder, f"{path.stem}.o") for path in sorted(SOURCES.glob("*.cpp"))}
-        for command in (*([*compiler, *_flags(), "-c", str(path), "-o", str(result)] for path, result in compiled.items()),
-                        [*compiler, "-shared", *map(str, compiled.values()), *_openmp(), "-o", str(linked)]):
-            try:
-                run = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300)
-            except (OSError, subprocess.TimeoutExpired) as error:
-                raise _Unavailable(f"compiling the fast cells failed ({_last_line(str(error))})", unexpected=True) from None
-            if run.returncode:
-                lines = run.stderr.splitlines()
-                errors = [line for line in lines if "cannot find" in line] or [line for line in lines if "error" in line] or lines or ["no message"]
-                raise _Unavailable(f"compiling the fast cells failed ({_last_line(errors[0])})", unexpected=True)
+        with ThreadPoolExecutor() as both:
+            list(both.map(_run, ([*compiler, *_flags(), "-c", str(path), "-o", str(result)] for path, result in compiled.items())))
+        _run([*compiler, "-shared", *map(str, compiled.values()), *_openmp(), "-o", str(linked)])
         try:
             library = _checked(_Library(linked))
         except OSError as error:
@@ -269,6 +263,18 @@ def _compile(place: Path, name: str) -> _Library:
             os.fsync(file.fileno())
         os.replace(linked, place / f"{name}-{digest(linked)[:16]}.so")
         return library
+
+
+def _run(command: list[str]) -> None:
+    """A command of the compiler's."""
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise _Unavailable(f"compiling the fast cells failed ({_last_line(str(error))})", unexpected=True) from None
+    if run.returncode:
+        lines = run.stderr.splitlines()
+        errors = [line for line in lines if "cannot find" in line] or [line for line in lines if "error" in line] or lines or ["no message"]
+        raise _Unavailable(f"compiling the fast cells failed ({_last_line(errors[0])})", unexpected=True)
 
 
 def _last_line(text: str) -> str:

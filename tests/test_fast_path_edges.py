@@ -19,7 +19,7 @@ from nni_darts_rnn.cross_entropy import linear_cross_entropy
 from nni_darts_rnn.genotype import DARTS_V2
 from nni_darts_rnn.layer import DartsRNN
 
-from test_fused import each_engine, ends, engine, needs_extension, process, switch, tensors  # isort: skip # noqa: F401 (fixtures)
+from test_fused import each_engine, ends, engine, needs_extension, process, quick_compiler, switch, tensors  # isort: skip # noqa: F401 (fixtures)
 
 V = 40
 
@@ -168,11 +168,9 @@ def test_a_cached_library_that_cannot_be_read_goes(tmp_path):
 @needs_extension
 def test_a_library_that_cannot_be_loaded_is_not_kept(tmp_path):
     """As clang's, which asks for functions that torch's OpenMP library lacks; the next compiler starts afresh."""
-    other = tmp_path / "other"
-    other.write_text('#!/bin/sh\necho "extern \\"C\\" int __kmpc_not_there(); int use() { return __kmpc_not_there(); }" > "$0.cpp"\n'
-                     'case "$*" in *-shared*) exec g++ -fPIC "$0.cpp" "$@";; *) exec g++ "$@";; esac\n')
-    other.chmod(0o755)
-    out, err = ends(process(XDG_CACHE_HOME=str(tmp_path), CXX=str(other)))
+    other = quick_compiler(tmp_path, 'echo "extern \\"C\\" int __kmpc_not_there(); int use() { return __kmpc_not_there(); }" > "$0.cpp"\n'
+                                     'case "$*" in *-shared*) exec g++ -fPIC "$0.cpp" "$@";; *) exec g++ "$@";; esac\n')
+    out, err = ends(process(XDG_CACHE_HOME=str(tmp_path), CXX=other))
     assert out.startswith("False") and "cannot be loaded" in err and "__kmpc_not_there" in err and not list(tmp_path.glob("*/*.so"))
     assert ends(process(XDG_CACHE_HOME=str(tmp_path), CXX="g++"))[0].startswith("True")
 
