@@ -30,7 +30,7 @@ of epochs, for which these machines are too slow.
 
 
 def page() -> str:
-    parts = [HEAD, *(section() for section in (quality, example, shared_weights, all_words, lstm, gradient, step, layer)), published()]
+    parts = [HEAD, *(section() for section in (quality, example, shared_weights, all_words, lstm, gradient, steps, layer)), published()]
     return "\n".join(part for part in parts if part)
 
 
@@ -178,8 +178,12 @@ def gradient() -> str:
         "`python benchmarks/gradient_quality.py --corpus FOLDER`.\n"])
 
 
-def step() -> str:
-    found = stored("search_step.json")
+def steps() -> str:
+    return step("search_step.json", "## Speed of a search step") + "\n" + step("search_step_avx512.json", "### The same with AVX-512")
+
+
+def step(file: str, title: str) -> str:
+    found = stored(file)
     sizes = [(name, made_) for name, made_ in found.items() if isinstance(made_, dict) and "versions" in made_]
     rows = []
     for name, at in sizes:
@@ -188,7 +192,7 @@ def step() -> str:
     grown = found["growth"]
     axes = [axis for axis, r in grown.items() if isinstance(r, dict) and "flops_ratio" in r]
     return "\n".join([
-        "## Speed of a search step\n",
+        f"{title}\n",
         "; ".join(f"{name}: " + ", ".join(f"{k} {v:,}" for k, v in at["size"].items()) for name, at in sizes) + f". {sizes[0][1]['threads']} threads. The share of the peak "
         "counts each version's own arithmetic: of 13 forward passes in the published order of the two steps (`original`, `own-gradient`), 6 in NNI's first-order step, 10 in the "
         "others, and two thirds of that where a cell is drawn (`search.relaxation=gumbel`).\n",
