@@ -69,7 +69,8 @@ def quality() -> str:
         "which arm does what), and the published order of their two steps, but for those that are called *shared step*, the default now. Every cell is retrained from scratch from each of the retraining seeds; a cell's figure is their "
         "mean, ± the standard deviation over search seeds. Differences are paired by seed, and p is the exact two-sided sign-flip test's. Seconds are of two searches at a time on two cores, of one machine or another, that "
         "other work often shared, so they do not compare arms; the budget does. *Supernet*: the median of its validation perplexities at the end. *Agreement*: the share of nodes, function and predecessor, "
-        "that the cells of two seeds have in common, mean over pairs.\n"))
+        "that the cells of two seeds have in common, mean over pairs. *Temperature to 0.1*: what α is divided by before its softmax is taken falls from 1 to 0.1, geometrically, while α moves; "
+        "in the Gumbel softmax, α with its noise. It made no difference beyond chance, and is no setting of a recipe.\n"))
 
 
 def example() -> str:
