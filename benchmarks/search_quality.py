@@ -20,8 +20,9 @@
 An interrupted `run` goes on where it was when it is given again: finished trials are kept in --work, and an unfinished phase has its checkpoints there.
 
 What is stored under names without "shared step" is of the published order of the two steps, when there was no other: their commands want
-`--set search.own_gradient=true` now. The names "…, ξ = 2, shared step" (both studies' last searches) are the same commands without it. "…, temperature to 0.1" are of a setting that was tried and dropped: in the epochs in which
-α moves, logits were divided by a temperature 0.1**(the share of those epochs that is over), in the softmax of a mixture and in the Gumbel softmax.
+`--set search.own_gradient=true` now. The names "…, ξ = 2, shared step" (both studies' last searches) are the same commands without it.
+"…, temperature to 0.1" are of a setting that was tried and dropped: in the epochs in which α moves, logits were divided by a temperature
+0.1**(the share of those epochs that is over), in the softmax of a mixture and in the Gumbel softmax.
 
 Arms: `second-order`, the package's own; `original`, with quark0/darts' numerics; `first-order`; `shared`, random search with weight sharing (Li and
 Talwalkar 2019: weights of all cells trained on a random one each step, then the best of random cells on validation text); `random`, random search

@@ -180,10 +180,14 @@ def gradient() -> str:
 
 
 def steps() -> str:
-    return step("search_step.json", "## Speed of a search step") + "\n" + step("search_step_avx512.json", "### The same with AVX-512")
+    return "\n".join([
+        "## Speed of a search step\n",
+        "The share of the peak counts each version's own arithmetic: of 13 forward passes in the published order of the two steps (`original`, `own-gradient`), 6 in NNI's first-order "
+        "step, 10 in the others, and two thirds of that where a cell is drawn (`search.relaxation=gumbel`).\n",
+        step("search_step.json"), "### The same with AVX-512\n", step("search_step_avx512.json")])
 
 
-def step(file: str, title: str) -> str:
+def step(file: str) -> str:
     found = stored(file)
     sizes = [(name, made_) for name, made_ in found.items() if isinstance(made_, dict) and "versions" in made_]
     rows = []
@@ -193,10 +197,7 @@ def step(file: str, title: str) -> str:
     grown = found["growth"]
     axes = [axis for axis, r in grown.items() if isinstance(r, dict) and "flops_ratio" in r]
     return "\n".join([
-        f"{title}\n",
-        "; ".join(f"{name}: " + ", ".join(f"{k} {v:,}" for k, v in at["size"].items()) for name, at in sizes) + f". {sizes[0][1]['threads']} threads. The share of the peak "
-        "counts each version's own arithmetic: of 13 forward passes in the published order of the two steps (`original`, `own-gradient`), 6 in NNI's first-order step, 10 in the "
-        "others, and two thirds of that where a cell is drawn (`search.relaxation=gumbel`).\n",
+        "; ".join(f"{name}: " + ", ".join(f"{k} {v:,}" for k, v in at["size"].items()) for name, at in sizes) + f". {sizes[0][1]['threads']} threads.\n",
         table(("size", "version", "ms", "ratio", "share of the peak", "peak GB"), rows),
         "Growth of the fused step when one of them is doubled:\n",
         table(("", *axes), [("time", *(f"{grown[a]['ratio']:.2f} ×" for a in axes)), ("arithmetic", *(f"{grown[a]['flops_ratio']:.2f} ×" for a in axes))]),

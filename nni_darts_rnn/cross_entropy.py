@@ -101,7 +101,8 @@ def _compiled(x: Tensor, w: Tensor, b: Tensor | None, targets: Tensor, needs) ->
 def _by_blocks(x: Tensor, w: Tensor, b: Tensor | None, targets: Tensor, needs, x_dtype: torch.dtype, w_dtype: torch.dtype) -> list[Tensor | None]:
     """Loss and gradients for x, w and b of the dtype to compute in; the gradients come in the dtypes of what those were made of.
 
-    Can go once every torch that is allowed has `F.linear_cross_entropy`, as 2.14 has: in one process on two cores the shortest of four took 494 ms there and 508 here (8,960 rows, 300 units, 10,000 words).
+    Can go once every torch that is allowed has `F.linear_cross_entropy`, as 2.14 has: in one process on two cores the shortest of four took 494 ms there and
+    508 here (8,960 rows, 300 units, 10,000 words).
     """
     (R, H), V, dtype = x.shape, len(w), x.dtype
     rows = max(64, _CHUNK.get(x.device.type, _CHUNK["cuda"]) // V)

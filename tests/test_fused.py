@@ -434,10 +434,10 @@ def ends(started):
     return out, err
 
 
-def quick_compiler(tmp_path, then="") -> str:
+def quick_compiler(tmp_path, then='exec g++ "$@"\n') -> str:
     """g++ without optimising, in a third of the time."""
     script = tmp_path / "quick"
-    script.write_text('#!/bin/sh\nfor option; do shift; [ "$option" = -O3 ] || set -- "$@" "$option"; done\n' + (then or 'exec g++ "$@"\n'))
+    script.write_text('#!/bin/sh\nfor option; do shift; [ "$option" = -O3 ] || set -- "$@" "$option"; done\n' + then)
     script.chmod(0o755)
     return str(script)
 

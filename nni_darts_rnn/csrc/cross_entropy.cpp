@@ -106,11 +106,13 @@ template <class T> struct Share {
       const int64_t width = std::min(DEPTH, V - v);
       T* const part = own + v * n;  // (n,width)
       multiply<T>(n, width, H, from, H, packed + v * H, false, part, width);
-      for (int64_t k = 0; k < n; k++) {
-        top[k] = add_bias<T>(width, part + k * width, b ? b + v : nullptr, top[k]);
-        if (y[k] >= v && y[k] < v + width) at[k] = part[k * width + y[k] - v];
-      }
+      for (int64_t k = 0; k < n; k++) top[k] = add_bias<T>(width, part + k * width, b ? b + v : nullptr, top[k]);
     }
+    const auto target = [&](int64_t k) -> T& {
+      const int64_t v = y[k] / DEPTH * DEPTH;
+      return own[v * n + k * std::min(DEPTH, V - v) + y[k] - v];
+    };
+    for (int64_t k = 0; k < n; k++) at[k] = target(k);
     std::vector<double> sum(n);
     for (int64_t v = 0; v < V; v += DEPTH) {
       const int64_t width = std::min(DEPTH, V - v);
@@ -119,16 +121,14 @@ template <class T> struct Share {
     for (int64_t k = 0; k < n; k++) {
       d.nll[r + lo + k] = std::log(sum[k]) - double(at[k] - top[k]);
       q[lo + k] = T(d.scale / sum[k]);
-      const int64_t v = y[k] / DEPTH * DEPTH;
-      own[v * n + k * std::min(DEPTH, V - v) + y[k] - v] -= T(sum[k]);
+      target(k) -= T(sum[k]);
     }
     if (!d_x) return;
     T* const dx = d_x + (r + lo) * H;
-    for (int64_t v = 0; v < V; v += DEPTH)
-      for (int64_t u = 0; u < H; u += C) {
-        const int64_t width = std::min(DEPTH, V - v);
-        multiply_panel<T>(n, std::min(C, H - u), width, own + v * n, width, 1, packed_back + u * V + v * C, v > 0, dx + u, H);
-      }
+    for (int64_t v = 0; v < V; v += DEPTH) {
+      const int64_t width = std::min(DEPTH, V - v);
+      for (int64_t u = 0; u < H; u += C) multiply_panel<T>(n, std::min(C, H - u), width, own + v * n, width, 1, packed_back + u * V + v * C, v > 0, dx + u, H);
+    }
     for (int64_t k = 0; k < n; k++)
       for (int64_t u = 0; u < H; u++) dx[k * H + u] *= q[lo + k];
   }
