@@ -4,7 +4,8 @@
 
 "layer": forward and backward of the recurrent layer alone, T·B tokens of random numbers; LSTM and GRU have as many recurrent parameters as the cell,
 4H² + 2NH², so their H is larger (all of one time step's arithmetic is then equal: two operations a parameter and token).
-"model": the same with embedding, decoder, loss, clipping and SGD, for the three forms of the cell.
+"bfloat16" is "fused" with `retrain.precision=bfloat16`, which the compiled cell gains from on a processor with AMX.
+"model": the same with embedding, decoder, loss, clipping and SGD, for the forms of the cell.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from nni_darts_rnn.model import LanguageModel
 RESULTS = Path(__file__).parent / "results" / "retrain_step.json"
 SIZES = {"small": Size(35, 32, 64, 2000), "paper": Size(35, 64, 850, 10000)}
 DROPOUT_X, DROPOUT_H = 0.75, 0.25
+FORMS = ("readable", "fused", "bfloat16")
 
 
 class OriginalLayer(nn.Module):
@@ -62,6 +64,7 @@ class TorchLayer(nn.Module):
 
     def __init__(self, kind: str, target: int):
         super().__init__()
+        kind = kind.split(",")[0]
         gates = {"LSTM": 4, "GRU": 3}[kind]
         self.hidden_size = round((target / (2 * gates)) ** 0.5)
         self.rnn = getattr(nn, kind)(self.hidden_size, self.hidden_size)
@@ -72,16 +75,23 @@ class TorchLayer(nn.Module):
 
 def layers(size: Size, genotype: Genotype) -> dict[str, nn.Module]:
     count = 4 * size.H**2 + 2 * genotype.n_nodes * size.H**2
-    ours = {name: DiscreteRNN(size.H, size.H, genotype, DROPOUT_X, DROPOUT_H) for name in ("readable", "fused")}
-    return {"original": OriginalLayer(size.H, genotype), **ours, "LSTM": TorchLayer("LSTM", count), "GRU": TorchLayer("GRU", count)}
+    ours = {name: DiscreteRNN(size.H, size.H, genotype, DROPOUT_X, DROPOUT_H) for name in FORMS}
+    return {"original": OriginalLayer(size.H, genotype), **ours, **{name: TorchLayer(name, count) for name in ("LSTM", "LSTM, bfloat16", "GRU")}}
+
+
+def precision(name: str):
+    """Turns the compiled cell on or off -> the context of a forward pass."""
+    fused.enable(name in ("fused", "bfloat16"))
+    return torch.autocast(torch.get_default_device().type, torch.bfloat16, enabled="bfloat16" in name)
 
 
 def layer_step(name: str, layer: nn.Module, size: Size):
     x, h = torch.randn(size.T, size.B, layer.hidden_size, requires_grad=True), torch.zeros(size.B, layer.hidden_size)
 
     def step():
-        fused.enable(name == "fused")
-        layer(x, h).sum().backward()
+        with precision(name):
+            out = layer(x, h)
+        out.sum().backward()
 
     return step
 
@@ -92,13 +102,13 @@ def model_step(name: str, layer: nn.Module, size: Size):
     x, y, h = size.batch()
 
     def step():
-        fused.enable(name == "fused")
         optimizer.zero_grad()
-        if name == "original":
-            decoded, _, _, _ = model(x, h)
-            loss = F.nll_loss(F.log_softmax(decoded.view(-1, size.V), -1), y.view(-1))
-        else:
-            loss = model.loss(x, y, h)[0]
+        with precision(name):
+            if name == "original":
+                decoded, _, _, _ = model(x, h)
+                loss = F.nll_loss(F.log_softmax(decoded.view(-1, size.V), -1), y.view(-1))
+            else:
+                loss = model.loss(x, y, h)[0]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.25)
         optimizer.step()
@@ -107,9 +117,9 @@ def model_step(name: str, layer: nn.Module, size: Size):
 
 
 def report(title: str, best: dict[str, float], size: Size) -> dict:
-    print(f"{title:>8} {'tokens/s':>10} {'ratio':>8}")
+    print(f"{title:>14} {'tokens/s':>10} {'ratio':>8}")
     for name, seconds in best.items():
-        print(f"{name:>8} {size.T * size.B / seconds:>10,.0f} {best['original'] / seconds:>7.2f}x")
+        print(f"{name:>14} {size.T * size.B / seconds:>10,.0f} {best['original'] / seconds:>7.2f}x")
     return {name: {"tokens_per_second": size.T * size.B / s, "ratio": best["original"] / s} for name, s in best.items()}
 
 
@@ -134,7 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"\n{name}: {size._asdict()}, layer {flops / 1e9:,.1f} GFLOP a step, GEMM peak {peak / 1e9:,.0f} GFLOP/s, "
               f"fast layer at {flops / best['fused'] / peak:.0%} of it, load average at the start {load:.1f}")
         rows = report("layer", best, size)
-        models = {n: model_step(n, built[n], size) for n in ("original", "readable", "fused")}
+        models = {n: model_step(n, built[n], size) for n in ("original", *FORMS)}
         result["sizes"][name] = {"size": size._asdict(), "gemm_peak_flops": peak, "load_average": load, "layer_flops": flops, "layer": rows,
                                  "layer_hidden_sizes": {n: layer.hidden_size for n, layer in built.items()},
                                  "model": report("model", shortest(models, options.rounds), size)}

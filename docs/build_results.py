@@ -30,7 +30,7 @@ of epochs, for which these machines are too slow.
 
 
 def page() -> str:
-    parts = [HEAD, *(section() for section in (quality, example, shared_weights, all_words, lstm, gradient, steps, layer)), published()]
+    parts = [HEAD, *(section() for section in (quality, example, shared_weights, all_words, lstm, gradient, steps, layers)), published()]
     return "\n".join(part for part in parts if part)
 
 
@@ -204,11 +204,15 @@ def step(file: str) -> str:
         *dict.fromkeys(made(at) for _, at in sizes)])
 
 
-def layer() -> str:
-    found = stored("retrain_step.json")
+def layers() -> str:
+    return "\n".join(["## Speed of the recurrent layer in training\n", layer("retrain_step.json"), "### The same with AMX\n", layer("retrain_step_amx.json")])
+
+
+def layer(file: str) -> str:
+    found = stored(file)
     rows = [(name, f"H {at['size']['H']}, B {at['size']['B']}", version, f"{r['tokens_per_second']:,.0f}", f"{r['ratio']:.2f} ×")
             for name, at in found["sizes"].items() for version, r in at["layer"].items()]
-    return "\n".join(["## Speed of the recurrent layer in training\n", table(("size", "", "version", "tokens/s", "ratio"), rows), made(found)])
+    return "\n".join([table(("size", "", "version", "tokens/s", "ratio"), rows), made(found)])
 
 
 def published() -> str:

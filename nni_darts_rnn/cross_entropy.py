@@ -11,6 +11,7 @@ from torch import Tensor
 from .compiled import padded
 from .extension import CrossEntropyStruct, State, enabled
 from .fused import again, differentiable, plain, subclassed
+from .workspace import give, take
 
 _CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}  # numbers in one block of logits: the CPU's cache, and enough for a GPU to be busy
 _FEW = 128  # rows from which packing the weights pays
@@ -70,29 +71,28 @@ def _cross_entropy(dropped: Tensor, weight: Tensor, bias: Tensor | None, targets
     device = dropped.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dropped.dtype
     with torch.autocast(device, enabled=False):
+        compiles = device == "cpu" and weight.dtype in (torch.float32, torch.float64) and len(dropped) >= _FEW and enabled()
+        if compiles and (dtype == dropped.dtype == weight.dtype or dtype == torch.bfloat16 and weight.dtype == torch.float32):
+            return _compiled(dropped.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype), targets, needs, dtype == torch.bfloat16)
         x, w = dropped.to(dtype), weight.to(dtype)
         b = None if bias is None else bias.to(dtype)
-        if device == "cpu" and dtype == dropped.dtype == weight.dtype and dtype in (torch.float32, torch.float64) and targets.dtype == torch.int64 \
-                and len(x) >= _FEW and enabled():
-            return _compiled(x, w, b, targets, needs)
         return _by_blocks(x, w, b, targets, needs, dropped.dtype, weight.dtype)
 
 
-def _compiled(x: Tensor, w: Tensor, b: Tensor | None, targets: Tensor, needs) -> list[Tensor | None]:
-    """`_by_blocks` in C++ (csrc/cross_entropy.cpp)."""
+def _compiled(x: Tensor, w: Tensor, b: Tensor | None, targets: Tensor, needs, rounded: bool) -> list[Tensor | None]:
+    """`_by_blocks` in C++ (csrc/cross_entropy.cpp), `rounded` as in `compiled.run_forward`."""
     (R, H), V = x.shape, len(w)
+    rounded = rounded and State.loaded.rounds and min(H, V) >= 16  # smaller ones, in tiles of 32 terms, would outgrow the room below
     x, w, b, y = x.contiguous(), w.contiguous(), None if b is None else b.contiguous(), targets.contiguous()
     nll = x.new_empty(R, dtype=torch.float64)
     grads = [x.new_empty(shape) if need else None for shape, need in zip(((R, H), (V, H), (V,)), needs)]
-    scratch = {"logits": x.new_empty(State.loaded.block, V), "packed": x.new_empty(H, padded(V))}
-    if needs[0]:
-        scratch["packed_back"] = x.new_empty(V, padded(H))
-    if needs[1]:
-        scratch["d_w_transposed"] = x.new_empty(padded(V), H)
+    workspace, scratch = take("loss", {"logits": State.loaded.block * V, "packed": H * padded(V)} | ({"packed_back": V * padded(H)} if needs[0] else {})
+                              | ({"d_w_transposed": padded(V) * H} if needs[1] else {}), x.dtype)
     tensors = {"x": x, "w": w, "b": b, "targets": y, "nll": nll, **dict(zip(("d_x", "d_w", "d_b"), grads)), **scratch}
-    arguments = CrossEntropyStruct(R, H, V, torch.get_num_threads(), 1 / R if any(needs[:3]) else 0.0,
+    arguments = CrossEntropyStruct(R, H, V, torch.get_num_threads(), rounded, 1 / R if any(needs[:3]) else 0.0,
                                    **{name: t.data_ptr() for name, t in tensors.items() if t is not None})
     bad = State.loaded.cross_entropy[x.dtype](ctypes.byref(arguments))
+    give("loss", workspace)
     if bad >= 0:
         raise IndexError(f"Target {int(y[bad])} is out of bounds.")
     return [nll.mean().to(x.dtype), *grads]

@@ -94,11 +94,11 @@ def _sources(graph: Graph, blocks: list[Tensor], p: Tensor, at_once: int) -> lis
     return sources
 
 
-def run_forward(graph: Graph, x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, p: Tensor, mask: Tensor | None, keep: bool) -> Run:
-    """As `compiled.run_forward`, of a mixed cell."""
+def run_forward(graph: Graph, x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, p: Tensor, mask: Tensor | None, keep: bool, rounded: bool = False) -> Run:
+    """As `compiled.run_forward`, of a mixed cell, whose products are never rounded."""
     (T, B, _), H, N, new = x_proj.shape, h0.shape[1], graph.n_nodes, x_proj.new_empty
     steps, at_once = T if keep else 1, max(1, min(N, GRAIN // (B * H)))
-    workspace, large = take({"states": (N + 1) * steps * H * B, **{str(j): steps * (N - j) * 2 * H * B for j in range(N)}}, x_proj.dtype)
+    workspace, large = take("cell", {"states": (N + 1) * steps * H * B, **{str(j): steps * (N - j) * 2 * H * B for j in range(N)}}, x_proj.dtype)
     blocks = [large[str(j)].view(steps, (N - j) * 2 * H, B) for j in range(N)]
     mask = None if mask is None else mask.t().contiguous()
     run = Run(graph, new(T, B, H), (W0_h, Ws, mask), workspace, new(steps + 1, H, B), new(steps, 2 * H, B), _sources(graph, blocks, p, at_once),
@@ -130,7 +130,7 @@ def run_forward(graph: Graph, x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tens
         torch.mm(average, run.states[:, k].flatten(1), out=h.view(1, -1))  # (1, N+1) (N+1, H·B)
         output.copy_(h.t())
     if not keep:
-        give(workspace)
+        give("cell", workspace)
     return run
 
 
@@ -185,7 +185,7 @@ def run_backward(run: Run, d_outputs: Tensor, needs: tuple[bool, ...]) -> list[T
         if d_W0_h is not None:
             d_W0_h.addmm_(_masked(h, mask, masked), d_pre0.t())  # (H, B) (B, 2H)
 
-    give(run.workspace)
+    give("cell", run.workspace)
     d_Ws = None if d_W is None else d_W.view(N, 2 * H, H).transpose(1, 2).contiguous()
     return [run.pre0.transpose(1, 2).contiguous() if needs[0] else None, dh.t().contiguous() if needs[1] else None, d_W0_h, d_Ws, d_p]
 

@@ -136,7 +136,7 @@ class _Unavailable(Exception):
 class CellStruct(ctypes.Structure):
     """struct Cell of cell.h; shapes are given there."""
 
-    _fields_ = ([(name, ctypes.c_int64) for name in ("steps", "batch", "hidden", "nodes", "edges", "threads", "normalise", "keep")]
+    _fields_ = ([(name, ctypes.c_int64) for name in ("steps", "batch", "hidden", "nodes", "edges", "threads", "normalise", "keep", "rounded")]
                 + [("eps", ctypes.c_double)]
                 + [(name, ctypes.c_void_p) for name in (
                     "incoming", "source", "op",
@@ -148,7 +148,7 @@ class CellStruct(ctypes.Structure):
 class CrossEntropyStruct(ctypes.Structure):
     """struct LinearCrossEntropy of cross_entropy.cpp; shapes are given there."""
 
-    _fields_ = ([(name, ctypes.c_int64) for name in ("rows", "hidden", "words", "threads")]
+    _fields_ = ([(name, ctypes.c_int64) for name in ("rows", "hidden", "words", "threads", "rounded")]
                 + [("scale", ctypes.c_double)]
                 + [(name, ctypes.c_void_p) for name in ("x", "w", "b", "targets", "nll", "d_x", "d_w", "d_b", "logits", "packed", "packed_back", "d_w_transposed")])
 
@@ -162,7 +162,8 @@ class _Library:
             getattr(library, size).restype = ctypes.c_int64
             if getattr(library, size)() != ctypes.sizeof(struct):
                 raise OSError(f"{path.name} does not fit this version of extension.py")
-        library.cross_entropy_block.restype = ctypes.c_int64
+        library.cross_entropy_block.restype = library.cell_rounds.restype = ctypes.c_int64
+        self.rounds = bool(library.cell_rounds())
         self.block = library.cross_entropy_block()
         self.forward, self.backward, self.cross_entropy = {}, {}, {}
         for dtype, name in ((torch.float32, "float"), (torch.float64, "double")):

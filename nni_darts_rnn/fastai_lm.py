@@ -5,6 +5,8 @@ Tokens and targets are batch-first as fastai's are, (B, T). Losses are nats per 
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -18,14 +20,19 @@ from .genotype import Genotype
 from .model import LanguageModel
 
 
+def _products(precision: str, tokens: Tensor):
+    """A context in which matrix products are computed in bfloat16 or as they are. fastai's `MixedPrecision` knows CUDA alone (2.8)."""
+    return torch.autocast(tokens.device.type, torch.bfloat16) if precision == "bfloat16" else contextlib.nullcontext()
+
+
 class DeferredLogits:
     """In training, what logits are made of: dropped (T, B, H), and the decoder's weight (V, H) and bias (V).
 
     The loss takes them in row chunks, so the (T·B, V) logits, the largest tensor of a training step, are never kept.
     """
 
-    def __init__(self, dropped: Tensor, weight: Tensor, bias: Tensor):
-        self.dropped, self.weight, self.bias = dropped, weight, bias
+    def __init__(self, dropped: Tensor, weight: Tensor, bias: Tensor, precision: str = "float32"):
+        self.dropped, self.weight, self.bias, self.precision = dropped, weight, bias, precision
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -36,7 +43,7 @@ class DeferredLogits:
 class StatefulLM(nn.Module):
     """A `LanguageModel` (`lm`) as fastai wants it: tokens (B, T) -> decoded (B, T, V), raw and dropped (B, T, H), all views of time-major memory.
 
-    In training `decoded` is `DeferredLogits`, which `SequenceLoss` knows.
+    In training `decoded` is `DeferredLogits`, which `SequenceLoss` knows, and products are of that `precision`.
 
     The hidden state (B, H) is a buffer outside the state dict, carried from batch to batch without its history; `reset()` makes it
     zero, and a batch of another B starts from zeros. `carried` names the buffers that belong to a stream of text and not to the model.
@@ -44,9 +51,9 @@ class StatefulLM(nn.Module):
 
     carried = ("hidden",)
 
-    def __init__(self, lm: LanguageModel):
+    def __init__(self, lm: LanguageModel, precision: str = "float32"):
         super().__init__()
-        self.lm = lm
+        self.lm, self.precision = lm, precision
         self.register_buffer("hidden", lm.init_hidden(1), persistent=False)
 
     def reset(self) -> None:
@@ -54,10 +61,11 @@ class StatefulLM(nn.Module):
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         hidden = self.hidden if len(self.hidden) == len(tokens) else self.lm.init_hidden(len(tokens))
-        raw, dropped = self.lm.encode(tokens.t(), hidden)  # (T, B, H) each
+        with _products(self.precision, tokens) if self.training else contextlib.nullcontext():
+            raw, dropped = self.lm.encode(tokens.t(), hidden)  # (T, B, H) each
         self.hidden = raw[-1].detach().clone()  # a new tensor: the old one may be in a graph, and a view would keep all of `raw`
         decoder = self.lm.decoder
-        decoded = DeferredLogits(dropped, decoder.weight, decoder.bias) if self.training else decoder(dropped).transpose(0, 1)
+        decoded = DeferredLogits(dropped, decoder.weight, decoder.bias, self.precision) if self.training else decoder(dropped).transpose(0, 1)
         return decoded, raw.transpose(0, 1), dropped.transpose(0, 1)
 
     def genotype(self) -> Genotype:
@@ -71,7 +79,8 @@ class SequenceLoss(CrossEntropyLossFlat):
 
     def __call__(self, decoded: Tensor | DeferredLogits, targets: Tensor, **kwargs) -> Tensor:
         if isinstance(decoded, DeferredLogits):
-            return linear_cross_entropy(decoded.dropped.flatten(0, 1), decoded.weight, decoded.bias, targets.t().flatten())  # (T·B, H), (T·B)
+            with _products(decoded.precision, targets):
+                return linear_cross_entropy(decoded.dropped.flatten(0, 1), decoded.weight, decoded.bias, targets.t().flatten())  # (T·B, H), (T·B)
         if self.reduction != "mean":
             return super().__call__(decoded, targets, **kwargs)  # somebody wants the losses one by one, batch first
         return F.cross_entropy(decoded.transpose(0, 1).flatten(0, 1), targets.t().flatten())

@@ -26,13 +26,15 @@ GPU_BATCH = 4096
 
 def discrete_cell(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, genotype: Genotype, mask: Tensor | None = None) -> Tensor:
     """`cell.discrete_cell`, the fast way where it applies."""
-    compiled_or_gpu = on_gpu(x_proj) or enabled()
+    compiled_or_gpu, half = on_gpu(x_proj) or enabled(), _autocast(x_proj)
+    if half and compiled_or_gpu:  # states stay whole numbers; what autocast is for is done to the operands of products, where that gains something
+        x_proj, h0, mask = (t if t is None or t.dtype == torch.float64 else t.float() for t in (x_proj, h0, mask))
     if not (compiled_or_gpu and _applies(x_proj, h0, W0_h, Ws, mask) and len(Ws) == genotype.n_nodes and all(_built_in(op) for op, _ in genotype.recurrent)):
         return cell.discrete_cell(x_proj, h0, W0_h, Ws, genotype, mask)
     if _needs_graph(x_proj, h0, W0_h, Ws):
         readable = functools.partial(_readable_discrete, genotype)
-        return _CellFunction.apply(discrete_graph(genotype), None, readable, x_proj, h0, W0_h, Ws, None, mask)
-    return _forward(discrete_graph(genotype), x_proj, h0, W0_h, Ws, None, mask)
+        return _CellFunction.apply(discrete_graph(genotype), None, readable, half == torch.bfloat16, x_proj, h0, W0_h, Ws, None, mask)
+    return _forward(discrete_graph(genotype), x_proj, h0, W0_h, Ws, None, mask, half == torch.bfloat16)
 
 
 def mixed_cell(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, probabilities: Tensor, mask: Tensor | None = None,
@@ -43,7 +45,7 @@ def mixed_cell(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, probabiliti
     graph, places = mixed_graph(len(Ws), normalise), _places(primitives)
     if _needs_graph(x_proj, h0, W0_h, Ws, probabilities):
         readable = functools.partial(_readable_mixed, tuple(primitives), normalise)
-        return _CellFunction.apply(graph, places, readable, x_proj, h0, W0_h, Ws, probabilities, mask)
+        return _CellFunction.apply(graph, places, readable, False, x_proj, h0, W0_h, Ws, probabilities, mask)
     return _forward(graph, x_proj, h0, W0_h, Ws, _mixture(probabilities, places), mask)
 
 
@@ -61,7 +63,7 @@ def drawn_cell(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, probabiliti
     if not (enabled() and _applies_mixed(x_proj, h0, W0_h, Ws, mask, probabilities, primitives)):
         return mixed_cell(x_proj, h0, W0_h, Ws, probabilities, mask, primitives, normalise=False)
     readable = functools.partial(_readable_mixed, tuple(primitives), False)
-    return _CellFunction.apply(discrete_graph(genotype), _places(primitives), readable, x_proj, h0, W0_h, Ws, probabilities, mask)
+    return _CellFunction.apply(discrete_graph(genotype), _places(primitives), readable, False, x_proj, h0, W0_h, Ws, probabilities, mask)
 
 
 def _readable_discrete(genotype, x_proj, h0, W0_h, Ws, probabilities, mask):
@@ -83,6 +85,8 @@ def _applies_mixed(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, mask: T
     names, n = [name for name in primitives if name != "none"], len(Ws)
     if normalise and len(h0) < 2:
         return False  # a batch of one has no variance
+    if _autocast(x_proj):
+        return False
     return (_applies(x_proj, h0, W0_h, Ws, mask, probabilities) and bool(names) and all(map(_built_in, names)) and len(set(names)) == len(names)
             and probabilities.shape == (n * (n + 1) // 2, len(primitives)))
 
@@ -98,7 +102,7 @@ def _applies(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, mask: Tensor 
     if State.forced_off or not plain() or not (gpu_ready(x_proj) if on_gpu(x_proj) else x_proj.device.type == "cpu"):
         return False
     tensors = [x_proj, h0, W0_h, Ws, *others, *([] if mask is None else [mask])]
-    if x_proj.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(x_proj.device.type) or subclassed(tensors):
+    if x_proj.dtype not in (torch.float32, torch.float64) or subclassed(tensors):
         return False
     if any(t.device != x_proj.device or t.dtype != x_proj.dtype or t.layout != torch.strided or t.numel() == 0 for t in tensors):
         return False
@@ -134,6 +138,12 @@ def _mixture(probabilities: Tensor, places: tuple[tuple[int, int], ...]) -> Tens
     return p
 
 
+def _autocast(x_proj: Tensor) -> torch.dtype | None:
+    """What autocast would compute products in on this tensor's device, or None where there is none."""
+    device = x_proj.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
 def _engine(x_proj: Tensor):
     """The module whose `run_forward` and `run_backward` are for this tensor."""
     if on_gpu(x_proj):
@@ -143,17 +153,18 @@ def _engine(x_proj: Tensor):
     return compiled if enabled() else eager
 
 
-def _forward(graph: Graph, x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, p: Tensor | None, mask: Tensor | None) -> Tensor:
+def _forward(graph: Graph, x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, p: Tensor | None, mask: Tensor | None, rounded: bool = False) -> Tensor:
     """The outputs (T, B, H), without what a backward pass needs."""
-    return _engine(x_proj).run_forward(graph, *(t.detach() for t in (x_proj, h0, W0_h, Ws)), p, mask, keep=False).outputs
+    with torch.autocast(x_proj.device.type, enabled=False):
+        return _engine(x_proj).run_forward(graph, *(t.detach() for t in (x_proj, h0, W0_h, Ws)), p, mask, keep=False, rounded=rounded).outputs
 
 
 class _CellFunction(torch.autograd.Function):
-    """Either cell: (graph, places, readable form, x_proj, h0, W0_h, Ws, probabilities, mask) -> outputs."""
+    """Either cell: (graph, places, readable form, whether products may round to bfloat16, x_proj, h0, W0_h, Ws, probabilities, mask) -> outputs."""
 
     @staticmethod
-    def forward(ctx, graph, places, readable, *tensors):
-        ctx.graph, ctx.places, ctx.readable, ctx.engine = graph, places, readable, _engine(tensors[0])
+    def forward(ctx, graph, places, readable, rounded, *tensors):
+        ctx.graph, ctx.places, ctx.readable, ctx.rounded, ctx.engine = graph, places, readable, rounded, _engine(tensors[0])
         run = _CellFunction.run(ctx, tensors)
         ctx.run = run._replace(outputs=None)  # saved with the other tensors, where a change in place is noticed and no cycle is made
         ctx.save_for_backward(*tensors, run.outputs)
@@ -164,16 +175,17 @@ class _CellFunction(torch.autograd.Function):
     def run(ctx, tensors):
         *others, probabilities, mask = tensors
         p = _mixture(probabilities.detach(), ctx.places) if ctx.graph.mixed else None
-        return ctx.engine.run_forward(ctx.graph, *(t.detach() for t in others), p, mask, keep=True)
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            return ctx.engine.run_forward(ctx.graph, *(t.detach() for t in others), p, mask, keep=True, rounded=ctx.rounded)
 
     @staticmethod
     def backward(ctx, d_outputs):
         if d_outputs is None:
-            return (None,) * 9
+            return (None,) * 10
         *tensors, outputs = ctx.saved_tensors
-        needs = ctx.needs_input_grad[3:]
+        needs = ctx.needs_input_grad[4:]
         if again(d_outputs):
-            return (None,) * 3 + differentiable(ctx.readable, tensors, needs, d_outputs)
+            return (None,) * 4 + differentiable(ctx.readable, tensors, needs, d_outputs)
         # a second backward pass through the same graph finds the buffers used up
         run, ctx.run = ctx.run or _CellFunction.run(ctx, tensors), None
         *grads, d_p = ctx.engine.run_backward(run._replace(outputs=outputs), d_outputs, needs)
@@ -182,7 +194,7 @@ class _CellFunction(torch.autograd.Function):
             d_probabilities = torch.zeros_like(tensors[4], memory_format=torch.contiguous_format)
             for k, place in ctx.places:
                 d_probabilities[:, k] = d_p[:, 0] + d_p[:, 1 + place]
-        return (None,) * 3 + (*grads, d_probabilities, None)
+        return (None,) * 4 + (*grads, d_probabilities, None)
 
 
 def again(d_output: Tensor) -> bool:

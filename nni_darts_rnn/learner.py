@@ -57,7 +57,7 @@ def _learner(dls, lm: LanguageModel, recipe, path, cbs, metrics_file: str | None
     own.append(FiniteNumbers())
     if metrics_file is not None:
         own.append(MetricsCSV(metrics_file))
-    learn = ResumableLearner(dls, StatefulLM(lm), loss_func=SequenceLoss(), opt_func=partial(OptimWrapper, opt=torch.optim.SGD), lr=recipe.lr,
+    learn = ResumableLearner(dls, StatefulLM(lm, getattr(recipe, "precision", "float32")), loss_func=SequenceLoss(), opt_func=partial(OptimWrapper, opt=torch.optim.SGD), lr=recipe.lr,
                              wd=recipe.weight_decay, metrics=TokenPerplexity(), path=path, cbs=[*own, *cbs], **kwargs)
     learn.recorder.loss, learn.recorder.smooth_loss = TokenLoss(), SmoothLoss()
     return learn

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import mmap
 
@@ -14,17 +13,15 @@ LARGE = 2**26
 
 
 class Spare:
-    """One workspace of a finished pass, for the next one."""
+    """The workspace of the last pass that is over, of the cell and of the loss, for the next one."""
 
-    workspaces: list[Tensor] = []
+    workspaces: dict[str, Tensor] = {}
 
 
-def take(sizes: dict[str, int], dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
-    """Uninitialised buffers of these many numbers, one after the other in one piece of memory: the spare one if that is large enough."""
+def take(owner: str, sizes: dict[str, int], dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+    """Uninitialised buffers of these many numbers, one after the other in one piece of memory: `owner`'s spare one if that is large enough."""
     lengths = [-(-size // 16) * 16 for size in sizes.values()]  # whole cache lines
-    spare = None
-    with contextlib.suppress(IndexError):  # also where another thread is quicker
-        spare = Spare.workspaces.pop()
+    spare = Spare.workspaces.pop(owner, None)  # at once, since another thread may want it too
     if spare is None or spare.dtype != dtype or spare.numel() < sum(lengths):
         del spare
         with torch.inference_mode(False):  # a later pass may be one that such memory is not for
@@ -32,9 +29,9 @@ def take(sizes: dict[str, int], dtype: torch.dtype) -> tuple[Tensor, dict[str, T
     return spare, {name: piece[:size] for (name, size), piece in zip(sizes.items(), spare[:sum(lengths)].split(lengths))}
 
 
-def give(workspace: Tensor) -> None:
-    """For the next `take`; nobody may use its buffers any more."""
-    Spare.workspaces[:] = [workspace]
+def give(owner: str, workspace: Tensor) -> None:
+    """For `owner`'s next `take`; nobody may use its buffers any more."""
+    Spare.workspaces[owner] = workspace
 
 
 def in_large_pages(fresh: Tensor) -> Tensor:

@@ -175,13 +175,12 @@ def test_a_library_that_cannot_be_loaded_is_not_kept(tmp_path):
     assert ends(process(XDG_CACHE_HOME=str(tmp_path), CXX="g++"))[0].startswith("True")
 
 
-def test_a_workspace_that_another_thread_took_first(monkeypatch):
-    class Emptied(list):
-        def __bool__(self):
-            return True
-
-    monkeypatch.setattr(workspace.Spare, "workspaces", Emptied())
-    assert len(workspace.take({"pre": 5}, torch.float32)[1]["pre"]) == 5
+def test_nobody_shares_a_workspace(monkeypatch):
+    monkeypatch.setattr(workspace.Spare, "workspaces", {})
+    first, _ = workspace.take("cell", {"pre": 5}, torch.float32)
+    workspace.give("cell", first)
+    taken = [workspace.take(owner, {"pre": 5}, torch.float32) for owner in ("loss", "cell", "cell")]
+    assert taken[1][0] is first and len({pieces["pre"].data_ptr() for _, pieces in taken}) == 3 and all(len(pieces["pre"]) == 5 for _, pieces in taken)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")

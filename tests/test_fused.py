@@ -504,5 +504,5 @@ def test_a_large_workspace_asks_for_large_pages():
     small = workspace.in_large_pages(torch.empty(numbers // 2))
     assert (advised(plain), advised(small), advised(large)) == (False, False, True)
     workspace.Spare.workspaces.clear()
-    taken, _ = workspace.take({"pre": numbers}, torch.float32)
+    taken, _ = workspace.take("cell", {"pre": numbers}, torch.float32)
     assert advised(taken)

@@ -263,3 +263,20 @@ def test_devices():
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="no CUDA device"):
             torch_device("gpu")
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_training_in_bfloat16_keeps_weights_and_measures_perplexity_in_float32(fast, tmp_path):
+    losses, was = [], fused.enabled()
+    fused.enable(fast)
+    try:
+        for precision in ("float32", "bfloat16"):
+            recipe = get_recipe(TINY, {"retrain.precision": precision, "retrain.hidden_size": 32}).retrain
+            learn = quiet_fit(lm_learner(language_dls(corpus(2000), recipe), CELL, recipe, seed=1, path=tmp_path))
+            assert {p.dtype for p in learn.model.parameters()} == {torch.float32} and not torch.is_autocast_enabled("cpu")
+            decoded, _, dropped = learn.model.eval()(learn.dls.valid.one_batch()[0])
+            assert decoded.dtype == torch.float32 and torch.allclose(decoded, learn.model.lm.decoder(dropped), rtol=0, atol=1e-5)
+            losses.append([float(loss) for loss in learn.recorder.losses])
+    finally:
+        fused.enable(was)
+    assert losses[0] != losses[1] and np.allclose(*losses, rtol=1e-2)

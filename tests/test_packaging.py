@@ -53,7 +53,7 @@ def distributions(tmp_path_factory):
     return sdist, build("wheel", next((folder / "unpacked").iterdir()), folder)
 
 
-COMPILED = {f"nni_darts_rnn/csrc/{name}" for name in ("backward.h", "cell.h", "cells.cpp", "cross_entropy.cpp", "edges.h", "elementary.h", "forward.h", "product.h", "sequence.h", "team.h")}
+COMPILED = {f"nni_darts_rnn/csrc/{name}" for name in ("backward.h", "bfloat.h", "cell.h", "cells.cpp", "cross_entropy.cpp", "edges.h", "elementary.h", "forward.h", "product.h", "sequence.h", "team.h")}
 
 
 def test_sdist_holds_what_the_tests_and_the_documentation_need(distributions):

@@ -9,19 +9,19 @@
 
 namespace {
 
-template <class T> struct Backward : Sequence<T> {
-  using Base = Sequence<T>;
+template <class T, class P> struct Backward : Sequence<T, P> {
+  using Base = Sequence<T, P>;
   using typename Base::Edge;
   using Base::d, Base::team, Base::thread, Base::S, Base::B, Base::H, Base::N, Base::BH, Base::lo, Base::n, Base::mask, Base::mean, Base::spread;
   using Base::state, Base::masked, Base::pre0, Base::pre, Base::output, Base::before, Base::a, Base::edges_into, Base::few, Base::last_reader,
-      Base::packed, Base::exchange, Base::mine;
+      Base::multiply, Base::packed, Base::exchange, Base::mine;
 
   double* const sums;                  // this thread's share of d_p
-  mutable std::vector<T> left, panel;  // a weight gradient's operands
+  mutable typename P::Buffer left, panel;  // a weight gradient's operands
   mutable std::vector<T> undrawn;      // (few(),2H): pre-activations of an edge that the drawn cell has not
 
   Backward(const Cell& cell, Team<T>& all, int64_t k, double* s)
-      : Base(cell, all, k), sums(s), left(d.d_Ws || d.d_W0_h ? H * DEPTH : 0), panel(DEPTH * Tile<T>::columns), undrawn(d.d_p && d.edges == N ? few() * 2 * H : 0) {}
+      : Base(cell, all, k), sums(s), panel(P::depth * P::columns), undrawn(d.d_p && d.edges == N ? few() * 2 * H : 0) {}
 
   void run() const {
     T *const carry = static_cast<T*>(d.carry), *const dh = static_cast<T*>(d.d_h);
@@ -70,7 +70,7 @@ template <class T> struct Backward : Sequence<T> {
               else edge_backward<T, MIX, false>(H, c, z, s, row, e.p, ds, nullptr);
           }
         }
-        multiply<T>(to - from, H, 2 * H, e.pre + from * 2 * H, 2 * H, e.packed_back, e.add, e.d_masked + from * H, H);
+        multiply(to - from, H, 2 * H, e.pre + from * 2 * H, e.packed_back, e.add, e.d_masked + from * H);
       }
     }
   }
@@ -89,7 +89,7 @@ template <class T> struct Backward : Sequence<T> {
     for (int64_t j = 0; j < i; j++) {
       double* const sum = sums + (i * (i - 1) / 2 + j) * 5;
       const bool there = j == d.source[d.incoming[i - 1]];
-      if (!there) multiply<T>(to - from, 2 * H, H, masked(j, t) + from * H, H, packed(i), false, undrawn.data(), 2 * H);
+      if (!there) multiply(to - from, 2 * H, H, masked(j, t) + from * H, packed(i), false, undrawn.data());
       for (int64_t b = from; b < to; b++) {
         const T *const c = there ? drawn.pre + b * 2 * H : undrawn.data() + (b - from) * 2 * H, *const s = state(j, t) + b * H;
         if (there) edge_sums<T, true>(H, c, c + H, s, dr + b * H, sum);
@@ -159,17 +159,17 @@ template <class T> struct Backward : Sequence<T> {
     const T* G;
   };
 
-  // dW (H,2H) = [dW +] A^T G for all matrices that read the state A (m,H); DEPTH rows are packed at a time
+  // dW (H,2H) = [dW +] A^T G for all matrices that read the state A (m,H); `depth` rows are packed at a time
   void add_gradients(int64_t m, const T* A, const std::vector<Reader>& readers, bool add) const {
-    constexpr int64_t C = Tile<T>::columns;
-    const int64_t panels = Tile<T>::panels(2 * H), from = panels * thread / team.threads() * C, to = std::min(2 * H, panels * (thread + 1) / team.threads() * C);
-    for (int64_t r = 0; r < m && !readers.empty(); r += DEPTH) {
-      const int64_t k = std::min(DEPTH, m - r);
-      pack_left<T>(H, k, A + r * H, 1, H, left.data());
+    constexpr int64_t C = P::columns;
+    const int64_t panels = P::panels(2 * H), from = panels * thread / team.threads() * C, to = std::min(2 * H, panels * (thread + 1) / team.threads() * C);
+    for (int64_t r = 0; r < m && !readers.empty(); r += P::depth) {
+      const int64_t k = std::min(P::depth, m - r);
+      const auto transposed = P::columns_of(H, k, A + r * H, H, left);
       for (const Reader& reader : readers)
         for (int64_t v = from; v < to; v += C) {
-          pack<T>(k, 2 * H - v, reader.G + r * 2 * H + v, 2 * H, 1, panel.data());
-          multiply_packed<T>(H, std::min(C, 2 * H - v), k, left.data(), panel.data(), add || r, reader.dW + v, 2 * H);
+          P::pack(k, 2 * H - v, reader.G + r * 2 * H + v, 2 * H, 1, panel.data());
+          P::multiply(H, std::min(C, 2 * H - v), transposed, panel.data(), 0, add || r, reader.dW + v, 2 * H);
         }
     }
   }

@@ -44,17 +44,21 @@
 
 namespace {
 
-template <class T> void run_forward(const Cell& d) {
+template <class T, class P> void run_forward(const Cell& d) {
   Team<T> team(d);
-  together(team.threads(), [&](int64_t k) { Forward<T>(d, team, k).run(); });
+  together(team.threads(), [&](int64_t k) {
+    const typename P::Ready ready;
+    Forward<T, P>(d, team, k).run();
+  });
 }
 
-template <class T> void run_backward(const Cell& d) {
+template <class T, class P> void run_backward(const Cell& d) {
   Team<T> team(d);
   const int64_t threads = team.threads(), pairs = d.nodes * (d.nodes + 1) / 2, width = (pairs * 5 + 15) / 8 * 8;  // no two threads in one cache line
   std::vector<double> sums(threads * width, 0.0);
   together(threads, [&](int64_t k) {
-    const Backward<T> part(d, team, k, &sums[k * width]);
+    const typename P::Ready ready;
+    const Backward<T, P> part(d, team, k, &sums[k * width]);
     part.run();
     team.meeting.wait();
     part.weight_gradients();
@@ -68,8 +72,9 @@ template <class T> void run_backward(const Cell& d) {
 
 extern "C" {
 int64_t cell_struct_size() { return sizeof(Cell); }
-void cell_forward_float(const Cell* cell) { run_forward<float>(*cell); }
-void cell_forward_double(const Cell* cell) { run_forward<double>(*cell); }
-void cell_backward_float(const Cell* cell) { run_backward<float>(*cell); }
-void cell_backward_double(const Cell* cell) { run_backward<double>(*cell); }
+int64_t cell_rounds() { return rounds(); }
+void cell_forward_float(const Cell* cell) { cell->rounded ? run_forward<float, Rounded>(*cell) : run_forward<float, Whole<float>>(*cell); }
+void cell_forward_double(const Cell* cell) { run_forward<double, Whole<double>>(*cell); }
+void cell_backward_float(const Cell* cell) { cell->rounded ? run_backward<float, Rounded>(*cell) : run_backward<float, Whole<float>>(*cell); }
+void cell_backward_double(const Cell* cell) { run_backward<double, Whole<double>>(*cell); }
 }

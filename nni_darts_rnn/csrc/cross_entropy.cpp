@@ -15,6 +15,7 @@
 #include <limits>
 #include <vector>
 
+#include "bfloat.h"
 #include "elementary.h"
 #include "product.h"
 #include "team.h"
@@ -22,6 +23,7 @@
 extern "C" {
 struct LinearCrossEntropy {  // mirrored, field by field, in extension.py
   int64_t rows, hidden, words, threads;  // R, H, V
+  int64_t rounded;                       // 1: the operands of all products are rounded to bfloat16, of `float` numbers where `cell_rounds()`
   double scale;                          // of the gradients; 0: none is wanted
   const void *x, *w, *b;                 // (R,H); (V,H); (V) or null
   const int64_t* targets;                // (R)
@@ -61,34 +63,39 @@ template <class T> T exponentials(int64_t n, T* __restrict x, T top) {
   return sum;
 }
 
-template <class T> struct Share {
+// P: `Whole<T>` or `Rounded`
+template <class T, class P> struct Share {
+  using Number = typename P::Number;
+  using Buffer = typename P::Buffer;
   const LinearCrossEntropy& d;
   Meeting& meeting;
   std::vector<T>& q;  // of a block's rows
   const int64_t threads, thread, R = d.rows, H = d.hidden, V = d.words;
-  static constexpr int64_t C = Tile<T>::columns;
+  static constexpr int64_t C = P::columns;
   const T *const x = static_cast<const T*>(d.x), *const w = static_cast<const T*>(d.w), *const b = static_cast<const T*>(d.b);
-  T *const logits = static_cast<T*>(d.logits), *const packed = static_cast<T*>(d.packed), *const packed_back = static_cast<T*>(d.packed_back);
+  T* const logits = static_cast<T*>(d.logits);
+  Number *const packed = static_cast<Number*>(d.packed), *const packed_back = static_cast<Number*>(d.packed_back);
   T *const d_x = static_cast<T*>(d.d_x), *const d_w = static_cast<T*>(d.d_w), *const d_b = static_cast<T*>(d.d_b);
   T* const d_w_transposed = static_cast<T*>(d.d_w_transposed);
   // the words that this thread owns
-  const int64_t first = Tile<T>::panels(V) * thread / threads * C, last = std::min(V, Tile<T>::panels(V) * (thread + 1) / threads * C);
+  const int64_t first = P::panels(V) * thread / threads * C, last = std::min(V, P::panels(V) * (thread + 1) / threads * C);
 
   void run() const {
-    for (int64_t v = first; v < last; v += C) pack<T>(H, V - v, w + v * H, 1, H, packed + v * H);
+    for (int64_t v = first; v < last; v += C) P::pack(H, V - v, w + v * H, 1, H, packed + v * P::terms(H));
     if (d_x)
       for (int64_t u = 0, panel = 0; u < H; u += C)
-        if (panel++ % threads == thread) pack<T>(V, H - u, w + u, H, 1, packed_back + u * V);
+        if (panel++ % threads == thread) P::pack(V, H - u, w + u, H, 1, packed_back + u * P::terms(V));
     meeting.wait();
     const int64_t most = cross_entropy_block(), blocks = (R + most - 1) / most, block = (R + blocks - 1) / blocks, share = (block + threads - 1) / threads;
-    std::vector<T> left(d_w ? H * block : 0), panel(d_w || d_b ? block * C : 0);
+    std::vector<T> panel(d_w || d_b ? block * C : 0);
+    Buffer left, right;
     for (int64_t r = 0; r < R; r += block) {
       // the same place for a thread's logits in every block: without dw and db nobody waits for the others
       const int64_t m = std::min(block, R - r), lo = std::min(m, share * thread);
-      rows(r, lo, std::min(m, lo + share) - lo);
+      rows(r, lo, std::min(m, lo + share) - lo, left);
       if (!d_w && !d_b) continue;
       meeting.wait();
-      columns(r, m, share, left.data(), panel.data());
+      columns(r, m, share, panel.data(), left, right);
       meeting.wait();
     }
     for (int64_t v = first; v < last && d_w; v += C)
@@ -97,15 +104,15 @@ template <class T> struct Share {
   }
 
   // logits, nll, q and dx of n rows from r + lo, of the block that starts at r
-  void rows(int64_t r, int64_t lo, int64_t n) const {
+  void rows(int64_t r, int64_t lo, int64_t n, Buffer& left) const {
     T* const own = logits + lo * V;
-    const T* const from = x + (r + lo) * H;
+    const auto from = P::rows_of(n, H, x + (r + lo) * H, H, left);
     const int64_t* const y = d.targets + r + lo;
     std::vector<T> top(n, -std::numeric_limits<T>::infinity()), at(n);
     for (int64_t v = 0; v < V; v += DEPTH) {
       const int64_t width = std::min(DEPTH, V - v);
       T* const part = own + v * n;  // (n,width)
-      multiply<T>(n, width, H, from, H, packed + v * H, false, part, width);
+      P::multiply(n, width, from, packed + v * P::terms(H), C * P::terms(H), false, part, width);
       for (int64_t k = 0; k < n; k++) top[k] = add_bias<T>(width, part + k * width, b ? b + v : nullptr, top[k]);
     }
     const auto target = [&](int64_t k) -> T& {
@@ -127,45 +134,48 @@ template <class T> struct Share {
     T* const dx = d_x + (r + lo) * H;
     for (int64_t v = 0; v < V; v += DEPTH) {
       const int64_t width = std::min(DEPTH, V - v);
-      for (int64_t u = 0; u < H; u += C) multiply_panel<T>(n, std::min(C, H - u), width, own + v * n, width, 1, packed_back + u * V + v * C, v > 0, dx + u, H);
+      P::multiply(n, H, P::rows_of(n, width, own + v * n, width, left), packed_back + v * C, C * P::terms(V), v > 0, dx, H);
     }
     for (int64_t k = 0; k < n; k++)
       for (int64_t u = 0; u < H; u++) dx[k * H + u] *= q[lo + k];
   }
 
   // what rows r … r + m, `share` of them a thread, add to dw and db of this thread's words
-  void columns(int64_t r, int64_t m, int64_t share, T* left, T* panel) const {
-    if (d_w) pack_left<T>(H, m, x + r * H, 1, H, left);
+  void columns(int64_t r, int64_t m, int64_t share, T* panel, Buffer& left, Buffer& right) const {
+    const auto transposed = P::columns_of(d_w ? H : 0, m, x + r * H, H, left);
     for (int64_t v = first; v < last; v += C) {
       const int64_t n = std::min(C, V - v), part = v / DEPTH * DEPTH, width = std::min(DEPTH, V - part);
       for (int64_t lo = 0; lo < m; lo += share) {
         const int64_t own = std::min(share, m - lo);
-        pack<T>(own, n, logits + lo * V + part * own + v - part, width, 1, panel + lo * C);
+        Whole<T>::pack(own, n, logits + lo * V + part * own + v - part, width, 1, panel + lo * C);
       }
       T sums[C] = {};
       for (int64_t k = 0; k < m; k++)
 #pragma omp simd
         for (int64_t u = 0; u < C; u++) sums[u] += panel[k * C + u] *= q[k];
-      if (d_w) multiply_packed<T>(H, n, m, left, panel, r > 0, d_w_transposed + v * H, C);
+      if (d_w) P::multiply(H, n, transposed, P::repack(m, panel, right), 0, r > 0, d_w_transposed + v * H, C);
       for (int64_t u = 0; u < n && d_b; u++) d_b[v + u] = r ? d_b[v + u] + sums[u] : sums[u];
     }
   }
 };
 
 // Returns a row whose target is out of range, or −1
-template <class T> int64_t cross_entropy(const LinearCrossEntropy& d) {
+template <class T, class P> int64_t cross_entropy(const LinearCrossEntropy& d) {
   for (int64_t r = 0; r < d.rows; r++)
     if (d.targets[r] < 0 || d.targets[r] >= d.words) return r;
   const int64_t threads = std::max<int64_t>(1, std::min({d.threads, d.rows, d.rows * d.words / GRAIN}));
   Meeting meeting(threads);
   std::vector<T> q(cross_entropy_block());
-  together(threads, [&](int64_t k) { Share<T>{d, meeting, q, threads, k}.run(); });
+  together(threads, [&](int64_t k) {
+    const typename P::Ready ready;
+    Share<T, P>{d, meeting, q, threads, k}.run();
+  });
   return -1;
 }
 
 }  // namespace
 
 extern "C" {
-int64_t cross_entropy_float(const LinearCrossEntropy* d) { return cross_entropy<float>(*d); }
-int64_t cross_entropy_double(const LinearCrossEntropy* d) { return cross_entropy<double>(*d); }
+int64_t cross_entropy_float(const LinearCrossEntropy* d) { return d->rounded ? cross_entropy<float, Rounded>(*d) : cross_entropy<float, Whole<float>>(*d); }
+int64_t cross_entropy_double(const LinearCrossEntropy* d) { return cross_entropy<double, Whole<double>>(*d); }
 }

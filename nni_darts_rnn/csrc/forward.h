@@ -9,11 +9,11 @@
 
 namespace {
 
-template <class T> struct Forward : Sequence<T> {
-  using Base = Sequence<T>;
+template <class T, class P> struct Forward : Sequence<T, P> {
+  using Base = Sequence<T, P>;
   using typename Base::Edge;
   using Base::d, Base::team, Base::thread, Base::S, Base::B, Base::H, Base::N, Base::BH, Base::lo, Base::n, Base::mask, Base::mean, Base::spread;
-  using Base::kept, Base::state, Base::masked, Base::pre0, Base::output, Base::a, Base::edges_into, Base::few, Base::packed, Base::packed_back, Base::exchange,
+  using Base::kept, Base::state, Base::masked, Base::pre0, Base::output, Base::a, Base::edges_into, Base::few, Base::multiply, Base::packed, Base::packed_back, Base::exchange,
       Base::mine;
 
   using Base::Base;
@@ -37,7 +37,7 @@ template <class T> struct Forward : Sequence<T> {
       std::fill(r + from * H, r + to * H, T(0));
       if (i == 0) std::copy_n(static_cast<const T*>(d.x_proj) + (t * B + from) * 2 * H, (to - from) * 2 * H, pre0(t) + from * 2 * H);
       for (const Edge& e : edges) {
-        multiply<T>(to - from, 2 * H, H, e.masked + from * H, H, e.packed, i == 0, e.pre + from * 2 * H, 2 * H);
+        multiply(to - from, 2 * H, H, e.masked + from * H, e.packed, i == 0, e.pre + from * 2 * H);
         for (int64_t b = from; b < to; b++) {
           T *const c = e.pre + b * 2 * H, *const row = r + b * H;
           const T *const z = c + H, *const s = e.state + b * H;
@@ -109,14 +109,14 @@ template <class T> struct Forward : Sequence<T> {
 
   // this thread's share of the panels of all W
   void pack_weights() const {
-    constexpr int64_t C = Tile<T>::columns;
+    constexpr int64_t C = P::columns;
     int64_t panel = 0;
     for (int64_t k = 0; k <= N; k++) {
       const T* const W = k ? static_cast<const T*>(d.Ws) + (k - 1) * H * 2 * H : static_cast<const T*>(d.W0_h);
       for (int64_t v = 0; v < 2 * H; v += C)
-        if (panel++ % team.threads() == thread) pack<T>(H, 2 * H - v, W + v, 2 * H, 1, packed(k) + v * H);
+        if (panel++ % team.threads() == thread) P::pack(H, 2 * H - v, W + v, 2 * H, 1, packed(k) + v * P::terms(H));
       for (int64_t v = 0; v < H && d.keep; v += C)
-        if (panel++ % team.threads() == thread) pack<T>(2 * H, H - v, W + v * 2 * H, 1, 2 * H, packed_back(k) + v * 2 * H);
+        if (panel++ % team.threads() == thread) P::pack(2 * H, H - v, W + v * 2 * H, 1, 2 * H, packed_back(k) + v * P::terms(2 * H));
     }
   }
 };

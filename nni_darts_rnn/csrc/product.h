@@ -1,4 +1,4 @@
-// Products with matrices that are packed once and used at every time step: C (m,n) = [C +] A (m,k) W (k,n).
+// Products with matrices that are packed once and used at every time step: C (m,n) = [C +] A (m,k) W (k,n), in all digits; bfloat.h has those of rounded numbers.
 //
 // A BLAS copies W into an order of its own at every call, which is a tenth of the time and more where m is a small batch. Here W is cut into panels
 // of `columns` columns, each stored row after row; a tile of `rows` x `columns` numbers of C stays in registers while a panel passes through it (Goto and
@@ -9,6 +9,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <new>
+#include <vector>
 
 constexpr int64_t DEPTH = 256;  // terms of a long sum at a time: a panel of as many rows fits the first cache
 
@@ -21,24 +23,12 @@ template <class T> struct Tile {
   static constexpr int lanes = bytes / int(sizeof(T)), columns = 2 * lanes;
   typedef T Vector __attribute__((vector_size(bytes)));
   static_assert(columns <= 32, "fused.py allots panels of at most 32 columns");
-
-  static int64_t panels(int64_t n) { return (n + columns - 1) / columns; }
-  static int64_t packed(int64_t k, int64_t n) { return panels(n) * columns * k; }  // numbers
 };
 
 template <class T> inline typename Tile<T>::Vector load(const T* from) {
   typename Tile<T>::Vector v;
   __builtin_memcpy(&v, from, sizeof v);
   return v;
-}
-
-// A panel (k, columns) from W, whose element (u, v) is w[u * row + v * column]; columns from n on are zero
-template <class T> void pack(int64_t k, int64_t n, const T* w, int64_t row, int64_t column, T* panel) {
-  constexpr int64_t C = Tile<T>::columns;
-  for (int64_t u = 0; u < k; u++, w += row, panel += C)
-    if (n >= C && column == 1) __builtin_memcpy(panel, w, C * sizeof(T));
-    else
-      for (int64_t v = 0; v < C; v++) panel[v] = v < n ? w[v * column] : T(0);
 }
 
 // The sums of a tile, of n < columns columns, to or onto C
@@ -91,35 +81,62 @@ void few_rows(int64_t m, int64_t n, int64_t k, const T* a, int64_t row, int64_t 
   tile<T, R>(n, k, a, row, step, panel, add, c, ldc);
 }
 
-// one panel: m rows in tiles of nearly the same height
-template <class T>
-void multiply_panel(int64_t m, int64_t n, int64_t k, const T* a, int64_t row, int64_t step, const T* panel, bool add, T* c, int64_t ldc) {
-  const int64_t tiles = (m + Tile<T>::rows - 1) / Tile<T>::rows;
-  for (int64_t i = 0; i < tiles; i++) {
-    const int64_t from = m * i / tiles, to = m * (i + 1) / tiles;
-    few_rows<T>(to - from, n, k, a + from * row, row, step, panel, add, c + from * ldc, ldc);
+// Memory that begins with a cache line: a register or a row of a tile that lies across two of them is loaded at half the speed
+template <class T> struct Aligned {
+  using value_type = T;
+  Aligned() = default;
+  template <class U> Aligned(const Aligned<U>&) {}
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(64))); }
+  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+  bool operator==(const Aligned&) const { return true; }
+  bool operator!=(const Aligned&) const { return false; }
+};
+
+// How the numbers of a product lie, and the product; `Rounded` in bfloat.h has the same names
+template <class T> struct Whole {
+  using Number = T;  // of what is packed
+  using Buffer = std::vector<Number, Aligned<Number>>;
+  struct Ready {};  // what a thread holds for as long as it multiplies
+  static constexpr int64_t columns = Tile<T>::columns, rows = Tile<T>::rows, depth = DEPTH;
+  static int64_t terms(int64_t k) { return k; }  // with what fills up the last step of a sum
+  static int64_t panels(int64_t n) { return (n + columns - 1) / columns; }
+  static int64_t packed(int64_t k, int64_t n) { return panels(n) * columns * terms(k); }  // numbers
+
+  // A (m,k) as `multiply` reads it; element (r,u) is a[r * row + u * step], or for row = 0 in tiles of their own, a column of one after the other
+  struct Left {
+    const T* a;
+    int64_t k, row, step;
+  };
+  static Left rows_of(int64_t, int64_t k, const T* a, int64_t lda, Buffer&) { return {a, k, lda, 1}; }
+  // of A^T, where A (k,m) has `lda` from row to row
+  static Left columns_of(int64_t m, int64_t k, const T* a, int64_t lda, Buffer& buffer) {
+    buffer.resize(m * k);
+    T* to = buffer.data();
+    const int64_t tiles = (m + rows - 1) / rows;
+    for (int64_t i = 0; i < tiles; i++)
+      for (int64_t u = 0; u < k; u++)
+        for (int64_t r = m * i / tiles; r < m * (i + 1) / tiles; r++) *to++ = a[r + u * lda];
+    return {buffer.data(), k, 0, 0};
   }
-}
 
-// A (m,k) in the order in which `multiply_packed` reads it, for an A whose columns are far apart; element (r, u) is a[r * row + u * step]
-template <class T> void pack_left(int64_t m, int64_t k, const T* a, int64_t row, int64_t step, T* to) {
-  const int64_t tiles = (m + Tile<T>::rows - 1) / Tile<T>::rows;
-  for (int64_t i = 0; i < tiles; i++)
-    for (int64_t u = 0; u < k; u++)
-      for (int64_t r = m * i / tiles; r < m * (i + 1) / tiles; r++) *to++ = a[r * row + u * step];
-}
-
-// `multiply_panel` for A as `pack_left` leaves it
-template <class T> void multiply_packed(int64_t m, int64_t n, int64_t k, const T* left, const T* panel, bool add, T* c, int64_t ldc) {
-  const int64_t tiles = (m + Tile<T>::rows - 1) / Tile<T>::rows;
-  for (int64_t i = 0; i < tiles; i++) {
-    const int64_t from = m * i / tiles, to = m * (i + 1) / tiles;
-    few_rows<T>(to - from, n, k, left + from * k, 1, to - from, panel, add, c + from * ldc, ldc);
+  // A panel (k,columns) from W, whose element (u,v) is w[u * row + v * column]; columns from n on are zero
+  static void pack(int64_t k, int64_t n, const T* w, int64_t row, int64_t column, T* panel) {
+    for (int64_t u = 0; u < k; u++, w += row, panel += columns)
+      if (n >= columns && column == 1) __builtin_memcpy(panel, w, columns * sizeof(T));
+      else
+        for (int64_t v = 0; v < columns; v++) panel[v] = v < n ? w[v * column] : T(0);
   }
-}
+  // of W (k,columns), row after row
+  static const T* repack(int64_t, const T* w, Buffer&) { return w; }
 
-// C (m,n) = [C +] A W for W in panels; A (m,k) with `lda` from row to row
-template <class T> void multiply(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* panels, bool add, T* c, int64_t ldc) {
-  constexpr int64_t C = Tile<T>::columns;
-  for (int64_t v = 0; v < n; v += C, panels += C * k) multiply_panel<T>(m, std::min(C, n - v), k, a, lda, 1, panels, add, c + v, ldc);
-}
+  // for W in panels, `stride` from one to the next; m rows in tiles of nearly the same height
+  static void multiply(int64_t m, int64_t n, const Left& left, const T* panels, int64_t stride, bool add, T* c, int64_t ldc) {
+    const int64_t tiles = (m + rows - 1) / rows;
+    for (int64_t v = 0; v < n; v += columns, panels += stride)
+      for (int64_t i = 0; i < tiles; i++) {
+        const int64_t from = m * i / tiles, to = m * (i + 1) / tiles;
+        const T* const a = left.a + from * (left.row ? left.row : left.k);
+        few_rows<T>(to - from, std::min(columns, n - v), left.k, a, left.row ? left.row : 1, left.row ? left.step : to - from, panels, add, c + from * ldc + v, ldc);
+      }
+  }
+};

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "bfloat.h"
 #include "cell.h"
 #include "edges.h"
 #include "product.h"
@@ -16,6 +17,7 @@ namespace {
 constexpr int64_t ROWS = 4;          // of the batch for which another thread pays
 constexpr int64_t GRAIN = 4096;      // numbers for which another thread pays
 constexpr int64_t CACHED = 1 << 17;  // bytes: a quarter of a second cache
+constexpr int64_t LARGE = 1 << 20;   // bytes of a matrix that a second cache has no room for
 
 // What threads tell each other of a node: two numbers a unit, and of how many rows. Two of these are used in turn, so that one thread may write
 // the next node's while another still reads this one's. In double precision, as torch's BatchNorm sums: Σ dr = 0 over the batch must hold to more digits
@@ -46,8 +48,9 @@ template <class T> struct Team {
   }
 };
 
-// What one thread of a team knows: the cell, and the rows lo … lo + n of the batch that it owns.
-template <class T> struct Sequence {
+// What one thread of a team knows: the cell, and the rows lo … lo + n of the batch that it owns. P: `Whole<T>` or `Rounded`.
+template <class T, class P> struct Sequence {
+  using Number = typename P::Number;
   const Cell& d;
   Team<T>& team;
   const int64_t thread;
@@ -55,6 +58,7 @@ template <class T> struct Sequence {
   const T* mask;
   mutable int64_t turn = 0;
   mutable std::vector<T> mean, spread;  // (H) each: of the node at hand, over the whole batch
+  mutable typename P::Buffer operand;   // of a product
   std::vector<int64_t> last_reader;     // (N+1): the last node that reads a state; 0: none
 
   Sequence(const Cell& cell, Team<T>& all, int64_t k)
@@ -64,8 +68,12 @@ template <class T> struct Sequence {
       for (int64_t e = d.incoming[i - 1]; e < d.incoming[i]; e++) last_reader[d.source[e]] = i;
   }
 
-  // Rows whose pre-activations stay in the second cache between a product and its edge: whole tiles
-  int64_t few() const { return std::max<int64_t>(1, CACHED / (Tile<T>::rows * 2 * H * int64_t(sizeof(T)))) * Tile<T>::rows; }
+  // Rows whose pre-activations stay in the second cache between a product and its edge: whole tiles. A matrix that has no room there itself is read again
+  // for all of these, so that there are more of them.
+  int64_t few() const {
+    const bool large = 2 * H * H * int64_t(sizeof(Number)) > LARGE;
+    return std::max<int64_t>(1, (large ? 4 : 1) * CACHED / (P::rows * 2 * H * int64_t(sizeof(T)))) * P::rows;
+  }
 
   int64_t kept(int64_t t) const { return d.keep ? t : 0; }
   int64_t kept_steps() const { return d.keep ? S : 1; }
@@ -86,7 +94,7 @@ template <class T> struct Sequence {
   struct Edge {
     T* pre;                         // c, and z H later
     const T *state, *masked;        // what the gate lets through, and what W multiplies
-    const T *packed, *packed_back;  // W
+    const Number *packed, *packed_back;  // W
     T *d_state, *d_masked;          // what the two hear of this node
     bool add;                       // another node has written to d_masked
     Mix<T> p;
@@ -105,8 +113,13 @@ template <class T> struct Sequence {
   }
 
   // W0_h, then the W_i
-  T* packed(int64_t i) const { return static_cast<T*>(d.packed) + i * Tile<T>::packed(H, 2 * H); }
-  T* packed_back(int64_t i) const { return static_cast<T*>(d.packed_back) + i * Tile<T>::packed(2 * H, H); }
+  Number* packed(int64_t i) const { return static_cast<Number*>(d.packed) + i * P::packed(H, 2 * H); }
+  Number* packed_back(int64_t i) const { return static_cast<Number*>(d.packed_back) + i * P::packed(2 * H, H); }
+
+  // C (m,n) = [C +] A W for a packed W (k,n); A and C with as many numbers from row to row as they have columns
+  void multiply(int64_t m, int64_t n, int64_t k, const T* a, const Number* packed, bool add, T* c) const {
+    P::multiply(m, n, P::rows_of(m, k, a, k, operand), packed, P::columns * P::terms(k), add, c, n);
+  }
 
   // `mine` filled in by every thread -> all threads' shares
   const std::vector<Share>& exchange() const {

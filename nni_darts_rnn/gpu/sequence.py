@@ -55,8 +55,9 @@ class Spare:
     lock = threading.Lock()  # so that no two threads take the same one
 
 
-def run_forward(graph: Graph, x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, p: Tensor | None, mask: Tensor | None, keep: bool) -> Run:
-    """As `compiled.run_forward`. Without `keep` the plan is free again at once."""
+def run_forward(graph: Graph, x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, p: Tensor | None, mask: Tensor | None, keep: bool,
+                rounded: bool = False) -> Run:
+    """As `compiled.run_forward`, but no product is rounded beyond what TF32 does. Without `keep` the plan is free again at once."""
     with _on(x_proj):
         stream = torch.cuda.current_stream().cuda_stream if x_proj.is_cuda else 0
         key = Key(graph, h0.shape[0], h0.shape[1], mask is not None, p is not None, x_proj.dtype, x_proj.device, torch.backends.cuda.matmul.fp32_precision, stream)

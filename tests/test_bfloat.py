@@ -1,0 +1,166 @@
+"""Products in bfloat16, of the cell and of the loss, against readable forms whose operands are rounded one by one."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from nni_darts_rnn import cell, extension, fused
+from nni_darts_rnn.cross_entropy import linear_cross_entropy
+from nni_darts_rnn.genotype import DARTS_V1, DARTS_V2, Genotype
+
+needs_extension = pytest.mark.skipif(not fused.available(), reason=f"no extension here: {fused.why_not()}")
+needs_tiles = pytest.mark.skipif(not fused.available() or not extension.State.loaded.rounds, reason="this processor or this compiler has no AMX")
+
+
+@pytest.fixture(autouse=True)
+def switch(monkeypatch):
+    monkeypatch.delenv(fused.SWITCH, raising=False)
+    monkeypatch.setattr(extension.State, "on", True)
+
+
+class RoundedProduct(torch.autograd.Function):
+    """a (m,k) b (k,n) and its gradients, every operand rounded to bfloat16 and every sum exact to the digits of float64."""
+
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return rounded(a) @ rounded(b)
+
+    @staticmethod
+    def backward(ctx, g):
+        a, b = map(rounded, ctx.saved_tensors)
+        return rounded(g) @ b.t(), a.t() @ rounded(g)
+
+
+def rounded(t):
+    return t.float().bfloat16().to(t.dtype)
+
+
+class Rounding(TorchFunctionMode):
+    """Inside, the readable forms multiply as `RoundedProduct` does."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (torch.Tensor.__matmul__, torch.Tensor.matmul):
+            return RoundedProduct.apply(*args)
+        if function is F.linear:
+            x, w, b = args
+            return RoundedProduct.apply(x, w.t()) + b
+        return function(*args, **(kwargs or {}))
+
+
+def ends(function, inputs, dtype, context):
+    """The result of `function(*inputs)` and the gradients of a fixed linear function of it."""
+    leaves = [t.to(dtype).requires_grad_() for t in inputs]
+    with context:
+        out = function(*leaves)
+    towards = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out.dtype) if out.dim() else torch.ones_like(out)
+    with context if isinstance(context, Rounding) else torch.enable_grad():
+        return [out.detach(), *torch.autograd.grad(out, leaves, towards)]
+
+
+def compare(ours, readable, inputs, scaled=()):
+    """What `ours` does under autocast is far nearer to the readable form with rounded operands than that is to the exact one; of the `scaled` results, whose
+    operands are multiplied by a number only after they were rounded, as near to the exact one."""
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    got, oracle, exact = ends(ours, inputs, torch.float32, autocast), ends(readable, inputs, torch.float64, Rounding()), ends(readable, inputs, torch.float64, torch.enable_grad())
+    for k, (a, b, c) in enumerate(zip(got, oracle, exact)):
+        assert a.dtype == torch.float32 and a.shape == b.shape
+        off, rounding = (a - (c if k in scaled else b)).norm() / c.norm(), (b - c).norm() / c.norm()
+        assert off < (1.3 if k in scaled else 0.2) * rounding + 1e-6 and rounding < 0.05
+
+
+def cell_inputs(T, B, H, N, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x, h, W0, Ws = (torch.randn(shape, generator=g) for shape in ((T, B, 2 * H), (B, H), (H, 2 * H), (N, H, 2 * H)))
+    return [x, 0.5 * h, W0 / H**0.5, Ws / H**0.5], torch.bernoulli(torch.full((B, H), 0.75), generator=g) / 0.75
+
+
+@needs_tiles
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("T, B, H", [(1, 1, 16), (2, 5, 40), (1, 33, 66), (3, 70, 31), (2, 300, 64)])  # rows and columns that fill tiles, and that do not
+def test_a_cell_of_rounded_operands(T, B, H, masked):
+    for genotype in (Genotype((("tanh", 0), ("identity", 0), ("sigmoid", 1))), Genotype((("identity", 0),))):
+        inputs, mask = cell_inputs(T, B, H, genotype.n_nodes)
+
+        def run(function, *a):
+            return function(*a, genotype, mask.to(a[0].dtype) if masked else None)
+
+        compare(lambda *a: run(fused.discrete_cell, *a), lambda *a: run(cell.discrete_cell, *a), inputs)
+
+
+@needs_tiles
+@pytest.mark.parametrize("R, H, V", [(128, 16, 16), (150, 31, 77), (600, 66, 530), (601, 40, 301)])
+def test_a_loss_of_rounded_operands(R, H, V):
+    g = torch.Generator().manual_seed(3)
+    inputs = [torch.randn(shape, generator=g) for shape in ((R, H), (V, H), (V,))]
+    y = torch.randint(V, (R,), generator=g)
+    compare(lambda *a: linear_cross_entropy(*a, y), lambda x, w, b: F.cross_entropy(F.linear(x, w, b), y), [inputs[0], inputs[1] / H**0.5, inputs[2]], scaled=[1])
+
+
+@needs_extension
+@pytest.mark.parametrize("genotype", [DARTS_V1, DARTS_V2], ids=["DARTS_V1", "DARTS_V2"])
+def test_published_cells_within_the_digits_of_bfloat16(genotype):
+    """Eight of relu's kinks after the other: 2^-8 in an operand is a few hundredths in a gradient, as under torch's own autocast."""
+    (inputs, mask), autocast = cell_inputs(4, 33, 100, 8), torch.autocast("cpu", torch.bfloat16)
+    exact = ends(lambda *a: cell.discrete_cell(*a, genotype, mask.double()), inputs, torch.float64, torch.enable_grad())
+    ours = ends(lambda *a: fused.discrete_cell(*a, genotype, mask), inputs, torch.float32, autocast)
+    torchs = ends(lambda *a: cell.discrete_cell(*a, genotype, mask), inputs, torch.float32, autocast)
+    for a, b, c in zip(ours, torchs, exact):
+        assert (a - c).norm() < 0.06 * c.norm() and (a - c).norm() < 1.5 * (b - c).norm()
+
+
+@needs_extension
+@pytest.mark.parametrize("why", ["too small", "float16", "no tiles"])
+def test_where_nothing_is_gained_all_digits_stay(why, monkeypatch):
+    inputs, mask = cell_inputs(3, 5, 15 if why == "too small" else 32, 2)
+    genotype = Genotype((("tanh", 0), ("relu", 1)))
+    if why == "no tiles":
+        monkeypatch.setattr(extension.State.loaded, "rounds", False)
+    results = [ends(lambda *a: fused.discrete_cell(*a, genotype, mask), inputs, torch.float32, context)
+               for context in (torch.autocast("cpu", torch.float16 if why == "float16" else torch.bfloat16), torch.enable_grad())]
+    assert all(map(torch.equal, *results))
+    if why == "no tiles":
+        x, w, b, y = torch.randn(150, 32), torch.randn(40, 32), torch.randn(40), torch.randint(40, (150,))
+        with torch.autocast("cpu", torch.bfloat16):
+            half = linear_cross_entropy(x, w, b, y)
+        assert torch.equal(half, linear_cross_entropy(x, w, b, y))
+
+
+@needs_extension
+def test_a_projection_in_bfloat16_and_states_in_float32():
+    """What `x @ W0` is under autocast; a state that is carried on keeps its digits, and one in bfloat16 is taken too."""
+    inputs, _ = cell_inputs(3, 5, 32, 8)
+    x = inputs[0].bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = [fused.discrete_cell(x, h, *inputs[2:], DARTS_V2) for h in (inputs[1], inputs[1].bfloat16())]
+    assert [out.dtype for out in outputs] == [torch.float32] * 2 and 0 < (outputs[0] - outputs[1]).abs().max() < 1e-2
+    outputs[0].sum().backward()
+    assert x.grad.dtype == torch.bfloat16 and x.grad.abs().sum() > 0
+
+
+@needs_tiles
+def test_rounded_results_repeat_whatever_the_threads_and_between_other_products_of_tiles():
+    inputs, mask = cell_inputs(3, 70, 40, 8)
+    a, threads, results, others = torch.randn(64, 96).bfloat16(), torch.get_num_threads(), [], []
+    try:
+        for n in (1, 2, 3, 1):
+            torch.set_num_threads(n)
+            results.append(ends(lambda *b: fused.discrete_cell(*b, DARTS_V2, mask), inputs, torch.float32, torch.autocast("cpu", torch.bfloat16)))
+            others.append(a @ a.t())  # oneDNN's, which has shapes of tiles of its own
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(x, y) for other in results[1:] for x, y in zip(other, results[0]))
+    assert all(torch.allclose(other.double(), a.double() @ a.double().t(), rtol=1e-2, atol=1e-1) for other in others)
+
+
+@needs_tiles
+def test_a_graph_of_rounded_products_twice_and_its_second_derivative():
+    inputs, _ = cell_inputs(2, 5, 32, 8)
+    leaves = [t.requires_grad_() for t in inputs]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = fused.discrete_cell(*leaves, DARTS_V2)
+    first, second = (torch.autograd.grad(out.sum(), leaves, retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+    (grad,) = torch.autograd.grad(out.sum(), leaves[:1], create_graph=True)  # the readable form's, with all digits
+    assert torch.autograd.grad(grad.pow(2).sum(), leaves[1])[0].abs().sum() > 0
