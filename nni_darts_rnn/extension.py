@@ -42,6 +42,7 @@ class State:
     forced_off = 0  # depth of `reference()`
     loaded: _Library | None = None
     problem: str | None = None  # why there is no library although one was asked for
+    told: set[str] = set()  # of what would make this process faster
 
 
 def enable(on: bool = True) -> bool:
@@ -98,6 +99,7 @@ def available(build: bool = True) -> bool:
                 return False  # it may yet be built
             State.problem = str(problem)
             if problem.unexpected:
+                State.told.add(State.problem)
                 warnings.warn(f"{State.problem}; the slower cells that need no compiler are used", stacklevel=3)
     return State.loaded is not None
 
@@ -118,12 +120,14 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def why_not(device: torch.device | str = "cpu") -> str | None:
-    """One line that says what would make this process faster on `device`, or None where nothing would."""
+def why_not(device: torch.device | str = "cpu", precision: str = "float32") -> str | None:
+    """One line that says what would make this process faster on `device`, or why that `precision` does not; None where nothing would."""
     if os.environ.get(SWITCH) == "0":
         return f"the fast path is turned off by {SWITCH}=0"
     if torch.device(device).type == "cuda":
         return None if _has_triton() else "Triton is not installed; install it for searches 8 to 19 times as fast on a GPU"
+    if precision == "bfloat16" and enabled() and State.loaded is not None and not State.loaded.rounds:
+        return "precision bfloat16 gains nothing here: a processor with AMX, Linux and a compiler that knows it (g++ from 11 on) are needed, and products keep all digits"
     return State.problem
 
 

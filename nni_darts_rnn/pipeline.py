@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import warnings
@@ -16,6 +17,8 @@ from .genotype import Genotype, load_genotype
 from .outputs.tensorboard import watched
 from .outputs.versions import package_versions
 from .recipes import Recipe, RetrainRecipe, SearchRecipe
+
+logger = logging.getLogger(__name__)
 
 
 def check_fits(corpus: Corpus, *parts: SearchRecipe | RetrainRecipe) -> None:
@@ -57,12 +60,13 @@ def _memory() -> float:
         return math.inf
 
 
-def take_fast_path(corpus: Corpus, recipe: SearchRecipe | RetrainRecipe, device: str, n_nodes: int | None = None) -> str | None:
-    """Turns the compiled cells on where they save more than compiling them costs; a line that says what would make this run faster, if anything.
+def take_fast_path(corpus: Corpus, recipe: SearchRecipe | RetrainRecipe, device: str, n_nodes: int | None = None) -> None:
+    """Turns the compiled cells on where they save more than compiling them costs, and notes in one line, once a process, what would make such a run faster.
 
     The decision depends on the sizes of the run alone, so a run and its repetition take the same path.
     """
     from . import fused
+    from .extension import State
     from .model import choose_device
 
     search, n_nodes = (True, recipe.n_nodes) if isinstance(recipe, SearchRecipe) else (False, n_nodes)
@@ -73,7 +77,10 @@ def take_fast_path(corpus: Corpus, recipe: SearchRecipe | RetrainRecipe, device:
                                edges=None if search else n_nodes)
     where = choose_device("cpu" if str(device) == "cpu" else "auto")
     fused.prepare(work, where)
-    return fused.why_not(where)
+    hint = fused.why_not(where, "float32" if search else recipe.precision)
+    if hint is not None and hint not in State.told:
+        State.told.add(hint)
+        logger.info("%s", hint)
 
 
 def search_phase(corpus: Corpus, recipe: SearchRecipe, seed: int, folder: Path, report=None, progress: bool = False, device: str = "auto",

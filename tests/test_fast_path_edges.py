@@ -15,9 +15,12 @@ from torch.autograd import forward_ad
 from torch.testing._internal.two_tensor import TwoTensor
 
 from nni_darts_rnn import bilevel, extension, fused, supernet, workspace
+from nni_darts_rnn.corpus import Corpus, Vocabulary
 from nni_darts_rnn.cross_entropy import linear_cross_entropy
 from nni_darts_rnn.genotype import DARTS_V2
 from nni_darts_rnn.layer import DartsRNN
+from nni_darts_rnn.pipeline import take_fast_path
+from nni_darts_rnn.recipes import get_recipe
 
 from test_fused import each_engine, ends, engine, needs_extension, process, quick_compiler, switch, tensors  # isort: skip # noqa: F401 (fixtures)
 
@@ -147,6 +150,30 @@ def test_what_is_not_compiled_yet_can_be(monkeypatch, tmp_path):
     monkeypatch.setattr(extension.State, "loaded", None)
     monkeypatch.setattr(extension.State, "problem", None)
     assert not extension.available(build=False) and extension.why_not() is None and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("lacks, says", [("compiler", "install g++"), ("tiles", "gains nothing here"), ("nothing", None)])
+def test_what_would_make_a_long_run_faster_is_said_once(lacks, says, monkeypatch, tmp_path, caplog):
+    if lacks != "compiler" and not extension.available():
+        pytest.skip(f"no extension here: {extension.why_not()}")
+    for name, value in (("on", None), ("told", set()), *((("loaded", None), ("problem", None)) if lacks == "compiler" else ())):
+        monkeypatch.setattr(extension.State, name, value)
+    if lacks == "compiler":
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.delenv("CXX", raising=False)
+    else:
+        monkeypatch.setattr(extension.State.loaded, "rounds", lacks == "nothing")
+    words, lines = Vocabulary(("<eos>", "<unk>", "a")), []
+    text = Corpus("made", words, *(torch.zeros(100_000, dtype=torch.int64) for _ in range(3)))
+    for epochs in (1, 40, 40):
+        recipe = get_recipe("small", {"retrain.epochs": epochs, "retrain.precision": "bfloat16", "retrain.hidden_size": 16 if epochs == 1 else 96}).retrain
+        with caplog.at_level("INFO", logger="nni_darts_rnn"):
+            take_fast_path(text, recipe, "cpu", 8)
+        lines.append([record.getMessage() for record in caplog.records])
+        caplog.clear()
+    assert lines[0] == lines[2] == []  # of the short run, and the second time
+    assert lines[1] == [] if says is None else len(lines[1]) == 1 and says in lines[1][0] and "\n" not in lines[1][0]
 
 
 def test_a_compiler_that_is_no_command_is_one_line(tmp_path):

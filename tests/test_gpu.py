@@ -76,6 +76,12 @@ again = torch.autograd.grad(first.sum(), Ws)[0]
 assert torch.equal(grads[0], grads[1]) and torch.equal(again, grads[1])
 x.data[0, 0, 7] = float("nan")
 assert fused.mixed_cell(x, h, W, Ws, p).isnan().any()
+single, genotype, before = inputs(3, 4, 16, 2, torch.float32, True), Genotype([("tanh", 0), ("relu", 1)]), len(passes)
+projected = single[0].bfloat16()  # as autocast leaves it; the kernels keep all digits of float32 from there on
+with torch.autocast(device, torch.bfloat16):
+    half = fused.discrete_cell(projected, *single[1:4], genotype, single[5])
+assert half.dtype == torch.float32 and len(passes) == before + 1
+assert torch.allclose(half, cell.discrete_cell(projected.float(), *single[1:4], genotype, single[5]), atol=1e-5)
 fused.enable(False)
 before = len(passes)
 fused.mixed_cell(x, h, W, Ws, p)
