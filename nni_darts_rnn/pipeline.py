@@ -77,7 +77,7 @@ def take_fast_path(corpus: Corpus, recipe: SearchRecipe | RetrainRecipe, device:
                                edges=None if search else n_nodes)
     where = choose_device("cpu" if str(device) == "cpu" else "auto")
     fused.prepare(work, where)
-    hint = fused.why_not(where, "float32" if search else recipe.precision)
+    hint = fused.why_not(where, recipe.precision if isinstance(recipe, RetrainRecipe) else "float32")
     if hint is not None and hint not in State.told:
         State.told.add(hint)
         logger.info("%s", hint)
