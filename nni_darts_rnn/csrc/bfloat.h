@@ -55,7 +55,7 @@ struct Rounded {
     Ready(const Ready&) = delete;
   };
 
-  // A (m,k) in tiles: 16 rows of all steps one after the other; what is beyond m and k is zero
+  // A (m,k) in tiles: 16 rows of all steps one after the other, zero beyond k. Rows beyond m may hold anything: nothing reads what comes of them
   struct Left {
     const Number* a;
     int64_t steps;
