@@ -17,7 +17,7 @@ SEARCH = SHARED | dict(hidden_size=300, n_nodes=8, batch_size=256, weight_decay=
                        arch_beta1=0.9, arch_beta2=0.999, relaxation="edge", hvp="finite_difference", epsilon=3e-2, unrolled_lr=None, neumann_terms=0,
                        warmup_epochs=0, alpha_dropout=True, own_gradient=False, reproduce_original=False)
 RETRAIN = SHARED | dict(hidden_size=850, batch_size=64, test_batch_size=1, bptt_std=5, min_bptt=5, max_bptt_above=20, weight_decay=8e-7,
-                        dropout_e=0.1, nonmono=5, epochs=3600, patience=None)
+                        dropout_e=0.1, precision="float32", nonmono=5, epochs=3600, patience=None)
 
 
 @pytest.mark.parametrize("name, search, retrain", [
