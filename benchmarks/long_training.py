@@ -20,7 +20,8 @@ from hardware import machine
 
 from nni_darts_rnn.genotype import NAMED, Genotype
 from nni_darts_rnn.plot.curves import plot_curves
-from nni_darts_rnn.recipes import RetrainRecipe, get_recipe, override
+from nni_darts_rnn.recipes import get_recipe
+from nni_darts_rnn.report.trial_folder import set_words
 from nni_darts_rnn.trained import read_description
 
 RESULTS = Path(__file__).parent / "results" / "long_training.json"
@@ -30,16 +31,15 @@ def stored(folder: Path) -> dict:
     """What is worth keeping of a folder that `retrain` has finished."""
     told = read_description(folder)
     genotype, trained = Genotype.from_json(json.dumps(told["genotype"])), told["extra"]
-    recipe, result = override(RetrainRecipe(), trained["recipe"]), trained["result"]
+    recipe = get_recipe("penn", {"retrain": trained["recipe"]})
     cell = next((name for name, named in NAMED.items() if named == genotype), genotype.to_json())
-    paper = get_recipe("penn").retrain
-    changed = {name: value for name, value in trained["recipe"].items() if value != getattr(paper, name)}
-    words = ["nni-darts-rnn", "retrain", "--corpus", "penn", "--recipe", "penn", "--genotype", cell, *(f"--set=retrain.{name}={value}" for name, value in changed.items()),
+    words = ["nni-darts-rnn", "retrain", "--corpus", "penn", "--recipe", "penn", "--genotype", cell, *set_words(recipe, "retrain"),
              "--seed", str(trained["seed"]), "--threads", str(torch.get_num_threads()), "--out", "trained"]
     with (folder / "retrain.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    return {"cell": cell, "units": recipe.hidden_size, "precision": recipe.precision, **result, "curve": [round(float(row["perplexity"]), 3) for row in rows],
-            "tokens_per_second": max(float(row["tokens_per_second"]) for row in rows), "command": shlex.join(words), "date": date.today().isoformat(), "machine": machine()}
+    return {"cell": cell, "units": recipe.retrain.hidden_size, "precision": recipe.retrain.precision, "anneal": recipe.retrain.anneal, **trained["result"],
+            "curve": [round(float(row["perplexity"]), 3) for row in rows], "tokens_per_second": max(float(row["tokens_per_second"]) for row in rows),
+            "command": shlex.join(words), "date": date.today().isoformat(), "machine": machine()}
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ extern "C" double product_flops(double seconds, double flops) {
   using Clock = std::chrono::steady_clock;
   using Product = Whole<float>;
   constexpr int64_t m = 64, k = 300, n = 600;
-  const std::vector<float> a(m * k, 1.f), w(Product::packed(k, n), 1.f);
+  const std::vector<float> a(m * k, 1.f), w(numbers<Product>(k, n), 1.f);
   std::vector<float> c(m * n);
   Product::Buffer unused;
   const auto left = Product::rows_of(m, k, a.data(), k, unused);

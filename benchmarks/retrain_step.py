@@ -64,7 +64,6 @@ class TorchLayer(nn.Module):
 
     def __init__(self, kind: str, target: int):
         super().__init__()
-        kind = kind.split(",")[0]
         gates = {"LSTM": 4, "GRU": 3}[kind]
         self.hidden_size = round((target / (2 * gates)) ** 0.5)
         self.rnn = getattr(nn, kind)(self.hidden_size, self.hidden_size)
@@ -76,7 +75,7 @@ class TorchLayer(nn.Module):
 def layers(size: Size, genotype: Genotype) -> dict[str, nn.Module]:
     count = 4 * size.H**2 + 2 * genotype.n_nodes * size.H**2
     ours = {name: DiscreteRNN(size.H, size.H, genotype, DROPOUT_X, DROPOUT_H) for name in FORMS}
-    return {"original": OriginalLayer(size.H, genotype), **ours, **{name: TorchLayer(name, count) for name in ("LSTM", "LSTM, bfloat16", "GRU")}}
+    return {"original": OriginalLayer(size.H, genotype), **ours, **{name: TorchLayer(name.partition(",")[0], count) for name in ("LSTM", "LSTM, bfloat16", "GRU")}}
 
 
 def precision(name: str):

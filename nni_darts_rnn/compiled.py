@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from . import supernet
-from .extension import CellStruct, State
+from .extension import State
 from .graph import Graph
+from .library import CellStruct
 from .workspace import give, take
 
 
@@ -43,8 +44,7 @@ def run_forward(graph: Graph, x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tens
         "present": new(E).fill_(1) if p is None else p.sum(1), "average": x_proj.new_tensor(graph.average),
         "pre0": new(steps, B, 2 * H), **large,
     }
-    rounded = rounded and State.loaded.rounds and H >= 16 and x_proj.dtype == torch.float32  # smaller ones, in tiles of 32 terms, would outgrow the room above
-    result = Run(graph, rounded, new(T, B, H), workspace, buffers)
+    result = Run(graph, rounded and rounds(x_proj.dtype, H), new(T, B, H), workspace, buffers)
     arguments = _arguments(result, keep)
     State.loaded.forward[x_proj.dtype](ctypes.byref(arguments))
     if not keep:
@@ -71,6 +71,12 @@ def _arguments(run: Run, keep: bool, **more: Tensor | None) -> CellStruct:
     return CellStruct(T, B, H, graph.n_nodes, graph.n_edges, torch.get_num_threads(), graph.normalise, keep, run.rounded, supernet.BATCHNORM_EPS,
                       **{name: ctypes.addressof(graph.arrays[name]) for name in ("incoming", "source", "op")},
                       **{name: t.data_ptr() for name, t in tensors.items() if t is not None})
+
+
+def rounds(dtype: torch.dtype, smallest: int) -> bool:
+    """Whether this processor gains from bfloat16 in the products of these numbers, of which the smallest matrix has so many rows or columns: packed in
+    tiles of 32 terms (bfloat.h), those of fewer than 16 would outgrow the room that is allotted for whole numbers."""
+    return State.loaded.rounds and dtype == torch.float32 and smallest >= 16
 
 
 def padded(columns: int) -> int:

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .compiled import padded
-from .extension import CrossEntropyStruct, State, enabled
-from .fused import again, differentiable, plain, subclassed
+from .compiled import padded, rounds
+from .extension import State, enabled
+from .fused import again, autocast_dtype, differentiable, plain, subclassed
+from .library import CrossEntropyStruct
 from .workspace import give, take
 
 _CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}  # numbers in one block of logits: the CPU's cache, and enough for a GPU to be busy
@@ -39,7 +40,7 @@ def _fits(dropped: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor)
         return False
     if not (dropped.dim() == weight.dim() == 2 and targets.dim() == 1 and targets.dtype == torch.int64):
         return False
-    autocast = torch.is_autocast_enabled(dropped.device.type)  # which leaves float64 as it is
+    autocast = autocast_dtype(dropped) is not None  # which leaves float64 as it is
     if any(not t.is_floating_point() or (t.dtype == torch.float64 if autocast else t.dtype != dropped.dtype) for t in numbers):
         return False
     (R, H), V = dropped.shape, len(weight)
@@ -69,7 +70,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _cross_entropy(dropped: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, needs) -> list[Tensor | None]:
     """The loss and its gradients with respect to dropped, weight and bias, each None where `needs` has False."""
     device = dropped.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dropped.dtype
+    dtype = autocast_dtype(dropped) or dropped.dtype
     with torch.autocast(device, enabled=False):
         compiles = device == "cpu" and weight.dtype in (torch.float32, torch.float64) and len(dropped) >= _FEW and enabled()
         if compiles and (dtype == dropped.dtype == weight.dtype or dtype == torch.bfloat16 and weight.dtype == torch.float32):
@@ -82,14 +83,13 @@ def _cross_entropy(dropped: Tensor, weight: Tensor, bias: Tensor | None, targets
 def _compiled(x: Tensor, w: Tensor, b: Tensor | None, targets: Tensor, needs, rounded: bool) -> list[Tensor | None]:
     """`_by_blocks` in C++ (csrc/cross_entropy.cpp), `rounded` as in `compiled.run_forward`."""
     (R, H), V = x.shape, len(w)
-    rounded = rounded and State.loaded.rounds and min(H, V) >= 16  # smaller ones, in tiles of 32 terms, would outgrow the room below
     x, w, b, y = x.contiguous(), w.contiguous(), None if b is None else b.contiguous(), targets.contiguous()
     nll = x.new_empty(R, dtype=torch.float64)
     grads = [x.new_empty(shape) if need else None for shape, need in zip(((R, H), (V, H), (V,)), needs)]
     workspace, scratch = take("loss", {"logits": State.loaded.block * V, "packed": H * padded(V)} | ({"packed_back": V * padded(H)} if needs[0] else {})
                               | ({"d_w_transposed": padded(V) * H} if needs[1] else {}), x.dtype)
     tensors = {"x": x, "w": w, "b": b, "targets": y, "nll": nll, **dict(zip(("d_x", "d_w", "d_b"), grads)), **scratch}
-    arguments = CrossEntropyStruct(R, H, V, torch.get_num_threads(), rounded, 1 / R if any(needs[:3]) else 0.0,
+    arguments = CrossEntropyStruct(R, H, V, torch.get_num_threads(), rounded and rounds(x.dtype, min(H, V)), 1 / R if any(needs[:3]) else 0.0,
                                    **{name: t.data_ptr() for name, t in tensors.items() if t is not None})
     bad = State.loaded.cross_entropy[x.dtype](ctypes.byref(arguments))
     give("loss", workspace)

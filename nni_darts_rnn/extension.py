@@ -8,7 +8,6 @@ and kept in the user's cache folder.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import hashlib
 import importlib.util
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .files import digest, hold
+from .library import Library
 
 SOURCES = Path(__file__).with_name("csrc")
 BUILD_SECONDS = 12.0
@@ -40,7 +40,7 @@ class State:
 
     on: bool | None = None  # None: nobody has said; then the GPU's kernels are used, and the extension is not
     forced_off = 0  # depth of `reference()`
-    loaded: _Library | None = None
+    loaded: Library | None = None
     problem: str | None = None  # why there is no library although one was asked for
     told: set[str] = set()  # of what would make this process faster
 
@@ -137,46 +137,6 @@ class _Unavailable(Exception):
         self.unexpected = unexpected
 
 
-class CellStruct(ctypes.Structure):
-    """struct Cell of cell.h; shapes are given there."""
-
-    _fields_ = ([(name, ctypes.c_int64) for name in ("steps", "batch", "hidden", "nodes", "edges", "threads", "normalise", "keep", "rounded")]
-                + [("eps", ctypes.c_double)]
-                + [(name, ctypes.c_void_p) for name in (
-                    "incoming", "source", "op",
-                    "x_proj", "h0", "W0_h", "Ws", "mask", "p", "present", "average",
-                    "pre0", "pre", "states", "masked", "previous", "outputs", "scale", "packed", "packed_back",
-                    "d_outputs", "d_states", "d_masked", "carry", "d_h", "d_h0", "d_W0_h", "d_Ws", "d_p")])
-
-
-class CrossEntropyStruct(ctypes.Structure):
-    """struct LinearCrossEntropy of cross_entropy.cpp; shapes are given there."""
-
-    _fields_ = ([(name, ctypes.c_int64) for name in ("rows", "hidden", "words", "threads", "rounded")]
-                + [("scale", ctypes.c_double)]
-                + [(name, ctypes.c_void_p) for name in ("x", "w", "b", "targets", "nll", "d_x", "d_w", "d_b", "logits", "packed", "packed_back", "d_w_transposed")])
-
-
-class _Library:
-    """The loaded extension: `forward[dtype]`, `backward[dtype]`, `cross_entropy[dtype]`; `block`, the rows of logits that the last one needs."""
-
-    def __init__(self, path: Path):
-        library = ctypes.CDLL(str(path))
-        for size, struct in (("cell_struct_size", CellStruct), ("cross_entropy_struct_size", CrossEntropyStruct)):
-            getattr(library, size).restype = ctypes.c_int64
-            if getattr(library, size)() != ctypes.sizeof(struct):
-                raise OSError(f"{path.name} does not fit this version of extension.py")
-        library.cross_entropy_block.restype = library.cell_rounds.restype = ctypes.c_int64
-        self.rounds = bool(library.cell_rounds())
-        self.block = library.cross_entropy_block()
-        self.forward, self.backward, self.cross_entropy = {}, {}, {}
-        for dtype, name in ((torch.float32, "float"), (torch.float64, "double")):
-            for table, function, struct, result in ((self.forward, "cell_forward_", CellStruct, None), (self.backward, "cell_backward_", CellStruct, None),
-                                                    (self.cross_entropy, "cross_entropy_", CrossEntropyStruct, ctypes.c_int64)):
-                table[dtype] = getattr(library, function + name)
-                table[dtype].argtypes, table[dtype].restype = [ctypes.POINTER(struct)], result
-
-
 def _openmp() -> list[str]:
     """The OpenMP library that torch has loaded, linked by its path: a second one would bring a second pool of threads to fight over the cores."""
     try:
@@ -219,7 +179,7 @@ def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nni_darts_rnn"
 
 
-def _load(build: bool) -> _Library:
+def _load(build: bool) -> Library:
     """The extension from the cache, compiled first if it is not there."""
     if os.name != "posix":
         raise _Unavailable("the fast cells need Linux or macOS, where searches are 1.4 to 6 times as fast")
@@ -240,19 +200,19 @@ def _load(build: bool) -> _Library:
             return _compile(Path(alone), name)
 
 
-def _cached(place: Path, name: str) -> _Library | None:
+def _cached(place: Path, name: str) -> Library | None:
     """The library of that name, if it is there and as it was when it was built: the rest of its name is the file's SHA-256. Loading a damaged one would
     end the process. What is no good goes, and is built again."""
     for path in place.glob(f"{name}-*.so"):
         with contextlib.suppress(OSError, _Unavailable):
             if path.stem == f"{name}-{digest(path)[:16]}":
-                return _checked(_Library(path))
+                return _checked(Library(path))
         with contextlib.suppress(OSError):
             path.unlink()
     return None
 
 
-def _compile(place: Path, name: str) -> _Library:
+def _compile(place: Path, name: str) -> Library:
     """csrc/*.cpp, with what they include, as a library in `place`, which appears whole or not at all, and only once it was loaded and computes right."""
     compiler = _compiler()
     with tempfile.TemporaryDirectory(prefix=".build-", dir=place) as folder:
@@ -261,7 +221,7 @@ def _compile(place: Path, name: str) -> _Library:
             list(both.map(_run, ([*compiler, *_flags(), "-c", str(path), "-o", str(result)] for path, result in compiled.items())))
         _run([*compiler, "-shared", *map(str, compiled.values()), *_openmp(), "-o", str(linked)])
         try:
-            library = _checked(_Library(linked))
+            library = _checked(Library(linked))
         except OSError as error:
             raise _Unavailable(f"the compiled cells cannot be loaded ({_last_line(str(error))})", unexpected=True) from None
         with linked.open("rb") as file:
@@ -286,7 +246,7 @@ def _last_line(text: str) -> str:
     return (text.strip().splitlines() or [""])[-1][:200]
 
 
-def _checked(library: _Library) -> _Library:
+def _checked(library: Library) -> Library:
     """The library, once a tiny cell comes out of it right: a compiler that gets it wrong must not go unnoticed."""
     from . import cell, compiled  # here, since compiled imports this module
     from .genotype import Genotype

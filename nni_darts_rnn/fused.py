@@ -26,7 +26,7 @@ GPU_BATCH = 4096
 
 def discrete_cell(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, genotype: Genotype, mask: Tensor | None = None) -> Tensor:
     """`cell.discrete_cell`, the fast way where it applies."""
-    compiled_or_gpu, half = on_gpu(x_proj) or enabled(), _autocast(x_proj)
+    compiled_or_gpu, half = on_gpu(x_proj) or enabled(), autocast_dtype(x_proj)
     if half and compiled_or_gpu:  # states stay whole numbers; what autocast is for is done to the operands of products, where that gains something
         x_proj, h0, mask = (t if t is None or t.dtype == torch.float64 else t.float() for t in (x_proj, h0, mask))
     if not (compiled_or_gpu and _applies(x_proj, h0, W0_h, Ws, mask) and len(Ws) == genotype.n_nodes and all(_built_in(op) for op, _ in genotype.recurrent)):
@@ -85,9 +85,7 @@ def _applies_mixed(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, mask: T
     names, n = [name for name in primitives if name != "none"], len(Ws)
     if normalise and len(h0) < 2:
         return False  # a batch of one has no variance
-    if _autocast(x_proj):
-        return False
-    return (_applies(x_proj, h0, W0_h, Ws, mask, probabilities) and bool(names) and all(map(_built_in, names)) and len(set(names)) == len(names)
+    return (autocast_dtype(x_proj) is None and _applies(x_proj, h0, W0_h, Ws, mask, probabilities) and bool(names) and all(map(_built_in, names)) and len(set(names)) == len(names)
             and probabilities.shape == (n * (n + 1) // 2, len(primitives)))
 
 
@@ -138,9 +136,9 @@ def _mixture(probabilities: Tensor, places: tuple[tuple[int, int], ...]) -> Tens
     return p
 
 
-def _autocast(x_proj: Tensor) -> torch.dtype | None:
-    """What autocast would compute products in on this tensor's device, or None where there is none."""
-    device = x_proj.device.type
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """What autocast computes products in on this tensor's device, or None where there is none."""
+    device = tensor.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
@@ -155,8 +153,13 @@ def _engine(x_proj: Tensor):
 
 def _forward(graph: Graph, x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, p: Tensor | None, mask: Tensor | None, rounded: bool = False) -> Tensor:
     """The outputs (T, B, H), without what a backward pass needs."""
-    with torch.autocast(x_proj.device.type, enabled=False):
-        return _engine(x_proj).run_forward(graph, *(t.detach() for t in (x_proj, h0, W0_h, Ws)), p, mask, keep=False, rounded=rounded).outputs
+    return _run(_engine(x_proj), graph, (x_proj, h0, W0_h, Ws), p, mask, False, rounded).outputs
+
+
+def _run(engine, graph: Graph, tensors, p: Tensor | None, mask: Tensor | None, keep: bool, rounded: bool):
+    """The engine's `run_forward`, whose products are its own affair and not autocast's."""
+    with torch.autocast(tensors[0].device.type, enabled=False):
+        return engine.run_forward(graph, *(t.detach() for t in tensors), p, mask, keep=keep, rounded=rounded)
 
 
 class _CellFunction(torch.autograd.Function):
@@ -175,8 +178,7 @@ class _CellFunction(torch.autograd.Function):
     def run(ctx, tensors):
         *others, probabilities, mask = tensors
         p = _mixture(probabilities.detach(), ctx.places) if ctx.graph.mixed else None
-        with torch.autocast(tensors[0].device.type, enabled=False):
-            return ctx.engine.run_forward(ctx.graph, *(t.detach() for t in others), p, mask, keep=True, rounded=ctx.rounded)
+        return _run(ctx.engine, ctx.graph, others, p, mask, True, ctx.rounded)
 
     @staticmethod
     def backward(ctx, d_outputs):

@@ -48,7 +48,7 @@ BEST = ".nni-darts-rnn-best"
 """The folder of the best model while `retrain` goes on: not fastai's own `models`, where somebody's may lie."""
 
 
-def _learner(dls, lm: LanguageModel, recipe, path, cbs, metrics_file: str | None, **kwargs) -> Learner:
+def _learner(dls, model: StatefulLM, recipe, path, cbs, metrics_file: str | None, **kwargs) -> Learner:
     """What both learners share: SGD, hidden state, AR/TAR, clipping, learning rate × length, perplexity, CSV."""
     steps = getattr(dls.train, "seq_len", recipe.bptt)  # fastai's own loaders have a fixed length, which then is the usual one
     own = [ModelResetter(), RNNCallback(), ActivationRegularizer(alpha=recipe.ar, beta=recipe.tar), ScaleLRByLength(steps)]
@@ -57,8 +57,7 @@ def _learner(dls, lm: LanguageModel, recipe, path, cbs, metrics_file: str | None
     own.append(FiniteNumbers())
     if metrics_file is not None:
         own.append(MetricsCSV(metrics_file))
-    learn = ResumableLearner(dls, StatefulLM(lm, getattr(recipe, "precision", "float32")), loss_func=SequenceLoss(), opt_func=partial(OptimWrapper, opt=torch.optim.SGD), lr=recipe.lr,
-                             wd=recipe.weight_decay, metrics=TokenPerplexity(), path=path, cbs=[*own, *cbs], **kwargs)
+    learn = ResumableLearner(dls, model, loss_func=SequenceLoss(), opt_func=partial(OptimWrapper, opt=torch.optim.SGD), lr=recipe.lr, wd=recipe.weight_decay, metrics=TokenPerplexity(), path=path, cbs=[*own, *cbs], **kwargs)
     learn.recorder.loss, learn.recorder.smooth_loss = TokenLoss(), SmoothLoss()
     return learn
 
@@ -96,7 +95,7 @@ def lm_learner(dls, genotype: Genotype | str | LanguageModel, recipe: RetrainRec
     lm = genotype if isinstance(genotype, LanguageModel) else LanguageModel.from_genotype(
         V, recipe.hidden_size, genotype, dropout_h=recipe.dropout_h, dropout_x=recipe.dropout_x, init_range=recipe.init_range, **_dropouts(recipe))
     averaging = NTASGD(recipe.nonmono)
-    learn = _learner(dls, lm, recipe, path, [BestModel(), averaging, *_annealing(recipe), *cbs], metrics_file)
+    learn = _learner(dls, StatefulLM(lm, recipe.precision), recipe, path, [BestModel(), averaging, *_annealing(recipe), *cbs], metrics_file)
     if recipe.patience is not None:
         learn.converged = lambda: averaging.since_best() >= recipe.patience
     return learn
@@ -118,7 +117,7 @@ def search_learner(dls, recipe: SearchRecipe | Recipe | str = "penn", *, seed: i
                    relaxation=recipe.relaxation, init_range=recipe.init_range)
     lm = LanguageModel(V, rnn, init_range=recipe.init_range, **_dropouts(recipe))
     own = [ArchParamUpdate.of(recipe, valid_batches), *_annealing(recipe)]
-    return _learner(dls, lm, recipe, path, [*own, *cbs], metrics_file, splitter=weight_parameters)
+    return _learner(dls, StatefulLM(lm), recipe, path, [*own, *cbs], metrics_file, splitter=weight_parameters)
 
 
 def retrain(corpus: Corpus, genotype: Genotype | str, recipe: RetrainRecipe, seed: int = 0, folder: str | Path = ".", report=None,

@@ -116,7 +116,7 @@ def test_drawn_cell_equals_the_mixed_one_at_its_corner(n_nodes, masked):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("T, B, H", [(2, 601, 64), (1, 160, 400)])
 def test_a_batch_of_several_blocks_of_rows(T, B, H, masked):
-    """A thread has 300 of the rows and a block 126 at most, or 80 and 72 where a matrix outgrows the second cache (csrc/sequence.h)."""
+    """A thread has 300 of the rows and a block 126 at most, or 80 and 78 where a matrix outgrows the second cache (csrc/sequence.h)."""
     *inputs, mask = tensors(T, B, H, 3)
     mask = mask if masked else None
     assert_close(*both_mixed(inputs, [True] * 5, mask), TOLERANCE[torch.float64])

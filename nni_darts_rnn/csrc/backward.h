@@ -16,9 +16,9 @@ template <class T, class P> struct Backward : Sequence<T, P> {
   using Base::state, Base::masked, Base::pre0, Base::pre, Base::output, Base::before, Base::a, Base::edges_into, Base::few, Base::last_reader,
       Base::multiply, Base::packed, Base::exchange, Base::mine;
 
-  double* const sums;                  // this thread's share of d_p
+  double* const sums;                      // this thread's share of d_p
   mutable typename P::Buffer left, panel;  // a weight gradient's operands
-  mutable std::vector<T> undrawn;      // (few(),2H): pre-activations of an edge that the drawn cell has not
+  mutable std::vector<T> undrawn;          // (few(),2H): pre-activations of an edge that the drawn cell has not
 
   Backward(const Cell& cell, Team<T>& all, int64_t k, double* s)
       : Base(cell, all, k), sums(s), panel(P::depth * P::columns), undrawn(d.d_p && d.edges == N ? few() * 2 * H : 0) {}
@@ -162,7 +162,7 @@ template <class T, class P> struct Backward : Sequence<T, P> {
   // dW (H,2H) = [dW +] A^T G for all matrices that read the state A (m,H); `depth` rows are packed at a time
   void add_gradients(int64_t m, const T* A, const std::vector<Reader>& readers, bool add) const {
     constexpr int64_t C = P::columns;
-    const int64_t panels = P::panels(2 * H), from = panels * thread / team.threads() * C, to = std::min(2 * H, panels * (thread + 1) / team.threads() * C);
+    const int64_t all = panels<P>(2 * H), from = all * thread / team.threads() * C, to = std::min(2 * H, all * (thread + 1) / team.threads() * C);
     for (int64_t r = 0; r < m && !readers.empty(); r += P::depth) {
       const int64_t k = std::min(P::depth, m - r);
       const auto transposed = P::columns_of(H, k, A + r * H, H, left);

@@ -31,8 +31,6 @@ struct Rounded {
   static_assert(columns == Tile<float>::columns, "what lies in panels of float is packed again");
   static int64_t steps(int64_t k) { return (k + step - 1) / step; }
   static int64_t terms(int64_t k) { return steps(k) * step; }
-  static int64_t panels(int64_t n) { return (n + columns - 1) / columns; }
-  static int64_t packed(int64_t k, int64_t n) { return panels(n) * columns * terms(k); }
 
   // The eight tiles are whole ones for as long as this is there; then they are what they were to somebody else
   class Ready {
@@ -73,13 +71,13 @@ struct Rounded {
     for (int64_t i = 0; i < m; i += rows)
       for (int64_t s = 0; s < all; s++) {
         alignas(64) uint32_t pairs[tile / 2];
-        interleave(std::min(step, k - s * step), std::min(rows, m - i), a + s * step * lda + i, lda, 1, pairs);
+        interleave(std::min(step, k - s * step), std::min(rows, m - i), a + s * step * lda + i, lda, pairs);
         transpose(pairs, buffer.data() + (i / rows * all + s) * tile);
       }
     return {buffer.data(), all};
   }
 
-  // A panel: of each step two tiles, in which the terms 2j and 2j + 1 of a column lie side by side
+  // A panel: of each step two tiles, in which the terms 2j and 2j + 1 of a column lie side by side. W lies row after row (column = 1), or column after column (row = 1)
   static void pack(int64_t k, int64_t n, const float* w, int64_t row, int64_t column, Number* panel) {
     for (int64_t s = 0; s < k; s += step)
       for (int64_t v = 0; v < columns; v += 16, panel += tile) {
@@ -90,13 +88,13 @@ struct Rounded {
           for (int64_t u = 0; u < width; u++) round(terms, from + u * column, reinterpret_cast<Number*>(pairs) + u * step);
           transpose(pairs, panel);
         } else {
-          interleave(terms, width, from, row, column, pairs);
+          interleave(terms, width, from, row, pairs);
           std::memcpy(panel, pairs, sizeof pairs);
         }
       }
   }
   static const Number* repack(int64_t k, const float* w, Buffer& buffer) {
-    buffer.resize(packed(k, columns));
+    buffer.resize(columns * terms(k));
     pack(k, columns, w, columns, 1, buffer.data());
     return buffer.data();
   }
@@ -121,14 +119,8 @@ struct Rounded {
     std::memcpy(to, &rounded, sizeof rounded);
   }
   // terms <= step rows of `width` <= 16 numbers -> 16 pairs of rows, zero beyond
-  static void interleave(int64_t terms, int64_t width, const float* from, int64_t row, int64_t column, uint32_t* pairs) {
-    float rest[16] = {};
-    const auto load = [&](int64_t u) {
-      if (u >= terms) return _mm512_setzero_ps();
-      if (column == 1) return _mm512_maskz_loadu_ps(__mmask16((1u << width) - 1), from + u * row);
-      for (int64_t v = 0; v < width; v++) rest[v] = from[u * row + v * column];
-      return _mm512_loadu_ps(rest);
-    };
+  static void interleave(int64_t terms, int64_t width, const float* from, int64_t row, uint32_t* pairs) {
+    const auto load = [&](int64_t u) { return u < terms ? _mm512_maskz_loadu_ps(__mmask16((1u << width) - 1), from + u * row) : _mm512_setzero_ps(); };
     for (int64_t u = 0; u < step; u += 2, pairs += 16) {
       const auto even = _mm512_cvtneps_pbh(load(u)), odd = _mm512_cvtneps_pbh(load(u + 1));
       __m256i low, high;

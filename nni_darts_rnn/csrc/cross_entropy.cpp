@@ -21,7 +21,7 @@
 #include "team.h"
 
 extern "C" {
-struct LinearCrossEntropy {  // mirrored, field by field, in extension.py
+struct LinearCrossEntropy {  // mirrored, field by field, in library.py
   int64_t rows, hidden, words, threads;  // R, H, V
   int64_t rounded;                       // 1: the operands of all products are rounded to bfloat16, of `float` numbers where `cell_rounds()`
   double scale;                          // of the gradients; 0: none is wanted
@@ -78,7 +78,7 @@ template <class T, class P> struct Share {
   T *const d_x = static_cast<T*>(d.d_x), *const d_w = static_cast<T*>(d.d_w), *const d_b = static_cast<T*>(d.d_b);
   T* const d_w_transposed = static_cast<T*>(d.d_w_transposed);
   // the words that this thread owns
-  const int64_t first = P::panels(V) * thread / threads * C, last = std::min(V, P::panels(V) * (thread + 1) / threads * C);
+  const int64_t first = panels<P>(V) * thread / threads * C, last = std::min(V, panels<P>(V) * (thread + 1) / threads * C);
 
   void run() const {
     for (int64_t v = first; v < last; v += C) P::pack(H, V - v, w + v * H, 1, H, packed + v * P::terms(H));

@@ -99,15 +99,13 @@ template <class T> struct Whole {
   struct Ready {};  // what a thread holds for as long as it multiplies
   static constexpr int64_t columns = Tile<T>::columns, rows = Tile<T>::rows, depth = DEPTH;
   static int64_t terms(int64_t k) { return k; }  // with what fills up the last step of a sum
-  static int64_t panels(int64_t n) { return (n + columns - 1) / columns; }
-  static int64_t packed(int64_t k, int64_t n) { return panels(n) * columns * terms(k); }  // numbers
 
-  // A (m,k) as `multiply` reads it; element (r,u) is a[r * row + u * step], or for row = 0 in tiles of their own, a column of one after the other
+  // A (m,k) as `multiply` reads it: with `lda` from row to row, or for lda = 0 in tiles of their own, a column of one after the other
   struct Left {
     const T* a;
-    int64_t k, row, step;
+    int64_t k, lda;
   };
-  static Left rows_of(int64_t, int64_t k, const T* a, int64_t lda, Buffer&) { return {a, k, lda, 1}; }
+  static Left rows_of(int64_t, int64_t k, const T* a, int64_t lda, Buffer&) { return {a, k, lda}; }
   // of A^T, where A (k,m) has `lda` from row to row
   static Left columns_of(int64_t m, int64_t k, const T* a, int64_t lda, Buffer& buffer) {
     buffer.resize(m * k);
@@ -116,7 +114,7 @@ template <class T> struct Whole {
     for (int64_t i = 0; i < tiles; i++)
       for (int64_t u = 0; u < k; u++)
         for (int64_t r = m * i / tiles; r < m * (i + 1) / tiles; r++) *to++ = a[r + u * lda];
-    return {buffer.data(), k, 0, 0};
+    return {buffer.data(), k, 0};
   }
 
   // A panel (k,columns) from W, whose element (u,v) is w[u * row + v * column]; columns from n on are zero
@@ -134,9 +132,14 @@ template <class T> struct Whole {
     const int64_t tiles = (m + rows - 1) / rows;
     for (int64_t v = 0; v < n; v += columns, panels += stride)
       for (int64_t i = 0; i < tiles; i++) {
-        const int64_t from = m * i / tiles, to = m * (i + 1) / tiles;
-        const T* const a = left.a + from * (left.row ? left.row : left.k);
-        few_rows<T>(to - from, std::min(columns, n - v), left.k, a, left.row ? left.row : 1, left.row ? left.step : to - from, panels, add, c + from * ldc + v, ldc);
+        const int64_t from = m * i / tiles, high = m * (i + 1) / tiles - from, wide = std::min(columns, n - v);
+        T* const to = c + from * ldc + v;
+        if (left.lda) few_rows<T>(high, wide, left.k, left.a + from * left.lda, left.lda, 1, panels, add, to, ldc);
+        else few_rows<T>(high, wide, left.k, left.a + from * left.k, 1, high, panels, add, to, ldc);
       }
   }
 };
+
+// Of a matrix (k,n): its panels, and the numbers in them
+template <class P> int64_t panels(int64_t n) { return (n + P::columns - 1) / P::columns; }
+template <class P> int64_t numbers(int64_t k, int64_t n) { return panels<P>(n) * P::columns * P::terms(k); }

@@ -92,11 +92,11 @@ template <class T, class P> struct Sequence {
 
   // An edge into node i at step t, as addresses of the batch's row 0
   struct Edge {
-    T* pre;                         // c, and z H later
-    const T *state, *masked;        // what the gate lets through, and what W multiplies
+    T* pre;                              // c, and z H later
+    const T *state, *masked;             // what the gate lets through, and what W multiplies
     const Number *packed, *packed_back;  // W
-    T *d_state, *d_masked;          // what the two hear of this node
-    bool add;                       // another node has written to d_masked
+    T *d_state, *d_masked;               // what the two hear of this node
+    bool add;                            // another node has written to d_masked
     Mix<T> p;
     int64_t op;
   };
@@ -113,8 +113,8 @@ template <class T, class P> struct Sequence {
   }
 
   // W0_h, then the W_i
-  Number* packed(int64_t i) const { return static_cast<Number*>(d.packed) + i * P::packed(H, 2 * H); }
-  Number* packed_back(int64_t i) const { return static_cast<Number*>(d.packed_back) + i * P::packed(2 * H, H); }
+  Number* packed(int64_t i) const { return static_cast<Number*>(d.packed) + i * numbers<P>(H, 2 * H); }
+  Number* packed_back(int64_t i) const { return static_cast<Number*>(d.packed_back) + i * numbers<P>(2 * H, H); }
 
   // C (m,n) = [C +] A W for a packed W (k,n); A and C with as many numbers from row to row as they have columns
   void multiply(int64_t m, int64_t n, int64_t k, const T* a, const Number* packed, bool add, T* c) const {

@@ -1,0 +1,49 @@
+"""What the compiled extension exports, as Python sees it: the structs that its functions are given, and the functions."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import torch
+
+
+class CellStruct(ctypes.Structure):
+    """struct Cell of cell.h; shapes are given there."""
+
+    _fields_ = ([(name, ctypes.c_int64) for name in ("steps", "batch", "hidden", "nodes", "edges", "threads", "normalise", "keep", "rounded")]
+                + [("eps", ctypes.c_double)]
+                + [(name, ctypes.c_void_p) for name in (
+                    "incoming", "source", "op",
+                    "x_proj", "h0", "W0_h", "Ws", "mask", "p", "present", "average",
+                    "pre0", "pre", "states", "masked", "previous", "outputs", "scale", "packed", "packed_back",
+                    "d_outputs", "d_states", "d_masked", "carry", "d_h", "d_h0", "d_W0_h", "d_Ws", "d_p")])
+
+
+class CrossEntropyStruct(ctypes.Structure):
+    """struct LinearCrossEntropy of cross_entropy.cpp; shapes are given there."""
+
+    _fields_ = ([(name, ctypes.c_int64) for name in ("rows", "hidden", "words", "threads", "rounded")]
+                + [("scale", ctypes.c_double)]
+                + [(name, ctypes.c_void_p) for name in ("x", "w", "b", "targets", "nll", "d_x", "d_w", "d_b", "logits", "packed", "packed_back", "d_w_transposed")])
+
+
+class Library:
+    """The loaded extension: `forward[dtype]`, `backward[dtype]`, `cross_entropy[dtype]`; `block`, the rows of logits that the last one needs;
+    `rounds`, whether products of bfloat16 are faster here than of float32."""
+
+    def __init__(self, path: Path):
+        library = ctypes.CDLL(str(path))
+        for size, struct in (("cell_struct_size", CellStruct), ("cross_entropy_struct_size", CrossEntropyStruct)):
+            getattr(library, size).restype = ctypes.c_int64
+            if getattr(library, size)() != ctypes.sizeof(struct):
+                raise OSError(f"{path.name} does not fit this version of library.py")
+        library.cross_entropy_block.restype = library.cell_rounds.restype = ctypes.c_int64
+        self.rounds = bool(library.cell_rounds())
+        self.block = library.cross_entropy_block()
+        self.forward, self.backward, self.cross_entropy = {}, {}, {}
+        for dtype, name in ((torch.float32, "float"), (torch.float64, "double")):
+            for table, function, struct, result in ((self.forward, "cell_forward_", CellStruct, None), (self.backward, "cell_backward_", CellStruct, None),
+                                                    (self.cross_entropy, "cross_entropy_", CrossEntropyStruct, ctypes.c_int64)):
+                table[dtype] = getattr(library, function + name)
+                table[dtype].argtypes, table[dtype].restype = [ctypes.POINTER(struct)], result
