@@ -7,6 +7,7 @@ import csv
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import BinaryIO
@@ -21,24 +22,25 @@ _PARTIAL = ".nni-darts-rnn-partial-"  # nothing of anybody else is called so
 
 @contextlib.contextmanager
 def whole(path: str | Path):
-    """Yields a temporary path in the same folder, with the same suffix; renamed to `path` when the block ends well, removed otherwise.
+    """Yields a temporary path of the same name, in a folder of its own beside `path`; renamed to `path` when the block ends well, removed otherwise.
 
-    What was written is on the disk before it gets its name, so a machine that loses its power leaves the old file or the new one.
+    What was written is on the disk before it gets its name, so a machine that loses its power leaves the old file or the new one. The folder is of its own
+    because who writes the file may write others beside it first (safetensors from 0.8 on), which a kill would leave there.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f"{_PARTIAL}{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
+    folder = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=path.parent))
+    temporary = folder / path.name
     try:
-        yield Path(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's 0600 would keep the file from NNI's server and from colleagues
+        temporary.touch()
+        yield temporary
+        os.chmod(temporary, 0o666 & ~_umask())  # who made it may have kept it from NNI's server and from colleagues
         _to_disk(temporary)
         os.replace(temporary, path)
         if os.name == "posix":
             _to_disk(path.parent)  # the new name
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _to_disk(path: str | Path) -> None:
@@ -67,7 +69,10 @@ def hold(path: str | Path, wait: bool = True) -> BinaryIO:
 def remove_partial(folder: str | Path) -> None:
     """Removes what a process that was killed left half written in the folder. Only for whoever alone writes there."""
     for path in Path(folder).glob(_PARTIAL + "*"):
-        path.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:  # versions before left files
+            path.unlink(missing_ok=True)
 
 
 def digest(path: str | Path) -> str:

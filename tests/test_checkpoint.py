@@ -9,6 +9,9 @@ import pickle
 import random
 import resource
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +30,7 @@ from nni_darts_rnn.checkpoints.file import (
     write_checkpoint,
 )
 from nni_darts_rnn.checkpoints.store import AnotherRun, Checkpoints
-from nni_darts_rnn.files import sealed
+from nni_darts_rnn.files import remove_partial, sealed
 
 
 def state(seed=0) -> dict:
@@ -266,3 +269,16 @@ def test_no_module_unpickles():
         assert "import pickle" not in text and "joblib" not in text and "marshal" not in text, path
         for line in text.splitlines():
             assert "torch.load(" not in line or "weights_only=True" in line or "safetensors.torch.load(" in line, (path, line)
+
+
+def test_a_kill_leaves_nothing_that_the_next_run_does_not_remove(tmp_path):
+    """Nor what a library writes beside the file that it was told to write, and renames: here it is killed before that."""
+    code = ("import os, signal, sys; from pathlib import Path; from nni_darts_rnn.files import whole\n"
+            "with whole(Path(sys.argv[1]) / 'run.safetensors') as temporary:\n"
+            "    (temporary.parent / '.tmpabcdef').write_bytes(b'half')\n"
+            "    os.kill(os.getpid(), signal.SIGKILL)\n")
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=120).returncode == -signal.SIGKILL
+    (tmp_path / "of somebody else").write_text("")
+    assert len(list(tmp_path.iterdir())) == 2
+    remove_partial(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["of somebody else"]
