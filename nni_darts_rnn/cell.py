@@ -126,8 +126,8 @@ class RecurrentWeights(nn.Module):
         nn.init.uniform_(self.W0, -self.init_range, self.init_range)
         nn.init.uniform_(self.Ws, -self.init_range, self.init_range)
 
-    def project(self, x: Tensor, h0: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What every kind of cell starts from: x (T, B, I) -> x_proj (T, B, 2H), h0 (B, H), mask m_h (B, H) or None."""
+    def project(self, x: Tensor, h0: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """What every kind of cell starts from: x (T, B, I) -> x_proj (T, B, 2H), h0 (B, H), W0_h (H, 2H), mask m_h (B, H) or None."""
         if x.dim() != 3 or x.shape[-1] != self.input_size or not x.shape[0]:
             raise ValueError(f"input has shape {tuple(x.shape)}; expected (T, B, {self.input_size}) with T of at least 1")
         h0 = x.new_zeros(x.shape[1], self.hidden_size) if h0 is None else h0
@@ -137,16 +137,17 @@ class RecurrentWeights(nn.Module):
         mask_h = variational_mask(h0, self.dropout_h, self.training)
         if mask_x is not None:
             x = x * mask_x
-        return x @ self.W0[:self.input_size], h0, mask_h  # one GEMM for all T·B rows
+        W0_x, W0_h = self.W0.split((self.input_size, self.hidden_size))  # in one: two slices would each fill a gradient of W0's size
+        return x @ W0_x, h0, W0_h, mask_h  # one GEMM for all T·B rows
 
     def run_cell(self, x: Tensor, h0: Tensor | None, genotype: Genotype) -> Tensor:
         """The genotype's cell with these weights: x (T, B, I), h0 (B, H) or None -> outputs (T, B, H)."""
         from . import fused  # here, since it imports this module
 
-        x_proj, h0, mask = self.project(x, h0)
+        x_proj, h0, W0_h, mask = self.project(x, h0)
         if torch.compiler.is_exporting():
-            return scanned_cell(x_proj, h0, self.W0[self.input_size:], self.Ws, genotype, mask)
-        return fused.discrete_cell(x_proj, h0, self.W0[self.input_size:], self.Ws, genotype, mask)
+            return scanned_cell(x_proj, h0, W0_h, self.Ws, genotype, mask)
+        return fused.discrete_cell(x_proj, h0, W0_h, self.Ws, genotype, mask)
 
     def extra_repr(self) -> str:
         return f"{self.input_size}, {self.hidden_size}, n_nodes={self.n_nodes}, dropout_x={self.dropout_x}, dropout_h={self.dropout_h}"

@@ -55,15 +55,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, dropped, weight, bias, targets):
         ctx.save_for_backward(dropped, weight, bias, targets)
-        loss, *grads = _cross_entropy(dropped, weight, bias, targets, ctx.needs_input_grad)
-        ctx.grads = grads
+        loss, *ctx.grads = _cross_entropy(dropped, weight, bias, targets, ctx.needs_input_grad)
+        ctx.autocast = autocast_dtype(dropped)
         return loss
 
     @staticmethod
     def backward(ctx, d_loss):
         if again(d_loss):
             return differentiable(_readable_cross_entropy, ctx.saved_tensors, ctx.needs_input_grad, d_loss)
-        return (*(None if g is None else g * d_loss.to(g.dtype) for g in ctx.grads), None)
+        grads, ctx.grads = ctx.grads, None  # they are the caller's from here on
+        if grads is None:  # of a graph that was retained
+            with torch.autocast(d_loss.device.type, ctx.autocast, enabled=ctx.autocast is not None):
+                grads = _cross_entropy(*ctx.saved_tensors, ctx.needs_input_grad)[1:]
+        if d_loss.device.type != "cpu" or d_loss != 1:  # on a GPU the question would wait for it; 1 for a loss that `backward` is called on
+            grads = [None if g is None else g.mul_(d_loss.to(g.dtype)) for g in grads]
+        return (*grads, None)
 
 
 @torch.no_grad()

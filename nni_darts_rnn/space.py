@@ -86,8 +86,8 @@ class CellSpace(RecurrentWeights, MutableModule):
         genotype = self.genotype()
         if genotype is not None:
             return self.run_cell(x, h0, genotype)
-        x_proj, h0, mask = self.project(x, h0)
-        W0_h, Ws, h, outputs = self.W0[self.input_size:], self.Ws.unbind(0), h0, []  # cut once: every cut has its own step in the backward pass
+        x_proj, h0, W0_h, mask = self.project(x, h0)
+        Ws, h, outputs = self.Ws.unbind(0), h0, []  # cut once: every cut has its own step in the backward pass
         masked = (lambda s: s) if mask is None else (lambda s: s * mask)
         for x_t in x_proj.unbind(0):
             c, z = (x_t + masked(h) @ W0_h).chunk(2, -1)  # (B, H) each

@@ -127,8 +127,8 @@ class MixedRNN(RecurrentWeights):
             raise ValueError("the supernet normalises over the batch: batch_size and eval_batch_size must be at least 2")
         from . import fused  # here, since it imports this module
 
-        x_proj, h0, mask = self.project(x, h0)
-        p, W0_h = self.mixture(), self.W0[self.input_size:]
+        x_proj, h0, W0_h, mask = self.project(x, h0)
+        p = self.mixture()
         if self.relaxation == "gumbel":
             return fused.drawn_cell(x_proj, h0, W0_h, self.Ws, p, mask, self.primitives)
         return fused.mixed_cell(x_proj, h0, W0_h, self.Ws, p, mask, self.primitives, normalise)

@@ -84,7 +84,7 @@ def test_masks_against_the_formulas():
     rnn, x, h0 = made(DARTS_V1, I=5, H=4, B=3, T=4, dropout_x=0.4, dropout_h=0.5)
     torch.manual_seed(1)
     ones = torch.ones_like(x)
-    x_proj, _, mask_h = rnn.project(ones, h0)
+    x_proj, _, _, mask_h = rnn.project(ones, h0)
     mask_x = torch.linalg.lstsq(rnn.W0[:5].T, x_proj[0].T).solution.T  # what W0's input rows were multiplied by: x was all ones
     assert set(mask_h.unique().tolist()) == {0.0, 2.0}
     assert all(min(abs(v), abs(v - 1 / 0.6)) < 1e-9 for v in mask_x.flatten().tolist()) and mask_x.abs().min() < 1e-9 < mask_x.max()
@@ -95,10 +95,10 @@ def test_masks_against_the_formulas():
 def test_masks_are_drawn_once_a_sequence_for_each_of_the_batch_and_anew_for_the_next():
     rnn, _, h0 = made(DARTS_V1, I=20, H=20, B=6, dropout_x=0.5, dropout_h=0.5)
     x = torch.ones(7, 6, 20, dtype=torch.float64)
-    x_proj, _, mask = rnn.project(x, h0.new_zeros(6, 20))
+    x_proj, _, _, mask = rnn.project(x, h0.new_zeros(6, 20))
     assert (x_proj == x_proj[0]).all()  # the same at every time step
     assert len({tuple(row.tolist()) for row in x_proj[0]}) == 6 and len({tuple(row.tolist()) for row in mask}) == 6
-    again, _, mask_again = rnn.project(x, h0.new_zeros(6, 20))
+    again, _, _, mask_again = rnn.project(x, h0.new_zeros(6, 20))
     assert not torch.equal(again, x_proj) and not torch.equal(mask_again, mask)
 
 

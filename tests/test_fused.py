@@ -379,6 +379,23 @@ def test_linear_cross_entropy_differentiates_twice_and_refuses_bad_targets():
         cross_entropy.linear_cross_entropy(x, w, b, y + 5)
 
 
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+@pytest.mark.parametrize("rows", [9, 200])
+@pytest.mark.parametrize("rounded", [False, True])
+def test_linear_cross_entropys_graph_twice(rows, factor, rounded):
+    """Its gradients belong to whoever asked for them; the second time they are made again."""
+    g = torch.Generator().manual_seed(3)
+    x, w, b = (torch.randn(shape, generator=g, requires_grad=True) for shape in ((rows, 20), (18, 20), (18,)))
+    y = torch.randint(18, (rows,), generator=g)
+    with torch.autocast("cpu", torch.bfloat16, enabled=rounded):
+        loss = factor * cross_entropy.linear_cross_entropy(x, w, b, y)
+    loss.backward(retain_graph=True)
+    first = [t.grad.clone() for t in (x, w, b)]
+    loss.backward()  # onto what is there
+    assert all(torch.equal(t.grad, 2 * f) for t, f in zip((x, w, b), first))
+    assert_close(first, torch.autograd.grad(factor * F.cross_entropy(F.linear(x, w, b), y), (x, w, b)), 2e-2 if rounded else 1e-5)
+
+
 def test_linear_cross_entropy_under_autocast():
     g = torch.Generator().manual_seed(3)
     x, w, b = (torch.randn(shape, generator=g, requires_grad=True) for shape in ((20, 16), (11, 16), (11,)))

@@ -220,7 +220,7 @@ def test_masks_of_the_layer_against_the_loop():
     rnn = MixedRNN(2, H, 3, dropout_x=0.5, dropout_h=0.5).double()
     x, h0 = torch.randn(T, B, 2, dtype=torch.float64), torch.randn(B, H, dtype=torch.float64)
     torch.manual_seed(1)
-    x_proj, _, mask = rnn.project(x, h0)
+    x_proj, _, _, mask = rnn.project(x, h0)
     assert set(mask.unique().tolist()) == {0.0, 2.0}
     torch.manual_seed(1)
     same(rnn(x, h0), every_edge_and_primitive(x_proj, h0, rnn.W0[2:], rnn.Ws, torch.softmax(rnn.alpha, -1), mask))
