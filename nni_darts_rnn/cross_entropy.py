@@ -61,11 +61,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_loss):
-        if again(d_loss):
-            return differentiable(_readable_cross_entropy, ctx.saved_tensors, ctx.needs_input_grad, d_loss)
-        grads, ctx.grads = ctx.grads, None  # they are the caller's from here on
-        if grads is None:  # of a graph that was retained
-            with torch.autocast(d_loss.device.type, ctx.autocast, enabled=ctx.autocast is not None):
+        with torch.autocast(d_loss.device.type, ctx.autocast, enabled=ctx.autocast is not None):
+            if again(d_loss):
+                return differentiable(_readable_cross_entropy, ctx.saved_tensors, ctx.needs_input_grad, d_loss)
+            grads, ctx.grads = ctx.grads, None  # they are the caller's from here on
+            if grads is None:  # of a graph that was retained
                 grads = _cross_entropy(*ctx.saved_tensors, ctx.needs_input_grad)[1:]
         if d_loss.device.type != "cpu" or d_loss != 1:  # on a GPU the question would wait for it; 1 for a loss that `backward` is called on
             grads = [None if g is None else g.mul_(d_loss.to(g.dtype)) for g in grads]
@@ -97,6 +97,7 @@ def _compiled(x: Tensor, w: Tensor, b: Tensor | None, targets: Tensor, needs, ro
     tensors = {"x": x, "w": w, "b": b, "targets": y, "nll": nll, **dict(zip(("d_x", "d_w", "d_b"), grads)), **scratch}
     arguments = CrossEntropyStruct(R, H, V, torch.get_num_threads(), rounded and rounds(x.dtype, min(H, V)), 1 / R if any(needs[:3]) else 0.0,
                                    **{name: t.data_ptr() for name, t in tensors.items() if t is not None})
+    arguments.tensors = tensors  # as in `compiled`
     bad = State.loaded.cross_entropy[x.dtype](ctypes.byref(arguments))
     give("loss", workspace)
     if bad >= 0:

@@ -113,8 +113,9 @@ def _applies(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, mask: Tensor 
 
 
 def subclassed(tensors: list[Tensor]) -> bool:
-    """Whether one of them may have arithmetic of its own, or no memory to point at: a distributed tensor, one without numbers, one that wraps others."""
-    return any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
+    """Whether one of them may have arithmetic of its own, or no memory to point at: a distributed tensor, one without numbers, one that wraps others; or
+    memory with the numbers' negatives, as the imaginary part of a conjugate has."""
+    return any(type(t) not in (Tensor, torch.nn.Parameter) or t.is_neg() for t in tensors)
 
 
 def plain() -> bool:
@@ -139,7 +140,7 @@ def _mixture(probabilities: Tensor, places: tuple[tuple[int, int], ...]) -> Tens
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """What autocast computes products in on this tensor's device, or None where there is none."""
     device = tensor.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return torch.get_autocast_dtype(device) if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) else None
 
 
 def _engine(x_proj: Tensor):
@@ -190,7 +191,7 @@ class _CellFunction(torch.autograd.Function):
             return (None,) * 4 + differentiable(ctx.readable, tensors, needs, d_outputs)
         # a second backward pass through the same graph finds the buffers used up
         run, ctx.run = ctx.run or _CellFunction.run(ctx, tensors), None
-        *grads, d_p = ctx.engine.run_backward(run._replace(outputs=outputs), d_outputs, needs)
+        *grads, d_p = ctx.engine.run_backward(run._replace(outputs=outputs), d_outputs.resolve_neg(), needs)
         d_probabilities = None
         if d_p is not None:
             d_probabilities = torch.zeros_like(tensors[4], memory_format=torch.contiguous_format)
@@ -200,8 +201,9 @@ class _CellFunction(torch.autograd.Function):
 
 
 def again(d_output: Tensor) -> bool:
-    """Whether a backward pass is to be differentiated again (`create_graph`), or is of many gradients at once (`is_grads_batched`)."""
-    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(d_output)
+    """Whether a backward pass is to be differentiated again (`create_graph`), is of many gradients at once (`is_grads_batched`), or is itself transformed
+    or traced, though its forward pass was not."""
+    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(d_output) or not plain()
 
 
 @torch.enable_grad()

@@ -57,7 +57,8 @@ def _learner(dls, model: StatefulLM, recipe, path, cbs, metrics_file: str | None
     own.append(FiniteNumbers())
     if metrics_file is not None:
         own.append(MetricsCSV(metrics_file))
-    sgd = partial(torch.optim.SGD, fused=True)  # weight decay and step in one pass over the weights
+    # weight decay and step in one pass over the weights; that goes along their memory, which in a view of something larger (torch 2.14) is not theirs alone
+    sgd = partial(torch.optim.SGD, fused=all(p.is_contiguous() for p in model.parameters()))
     learn = ResumableLearner(dls, model, loss_func=SequenceLoss(), opt_func=partial(OptimWrapper, opt=sgd), lr=recipe.lr, wd=recipe.weight_decay, metrics=TokenPerplexity(), path=path, cbs=[*own, *cbs], **kwargs)
     learn.recorder.loss, learn.recorder.smooth_loss = TokenLoss(), SmoothLoss()
     return learn

@@ -14,10 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.testing._internal.two_tensor import TwoTensor
 
-from nni_darts_rnn import bilevel, extension, fused, supernet, workspace
+from nni_darts_rnn import bilevel, cell, extension, fused, supernet, workspace
 from nni_darts_rnn.corpus import Corpus, Vocabulary
 from nni_darts_rnn.cross_entropy import linear_cross_entropy
-from nni_darts_rnn.genotype import DARTS_V2
+from nni_darts_rnn.genotype import DARTS_V2, Genotype
 from nni_darts_rnn.layer import DartsRNN
 from nni_darts_rnn.pipeline import take_fast_path
 from nni_darts_rnn.recipes import get_recipe
@@ -124,6 +124,81 @@ def test_many_gradients_at_once():
     got = torch.autograd.grad(linear_cross_entropy(d, w, b, y), w, scales, is_grads_batched=True)[0]
     expected = torch.autograd.grad(readable(d, w, b, y), w)[0]
     assert torch.allclose(got, scales[:, None, None] * expected, rtol=1e-10)
+
+
+def three():
+    """(fast, readable, inputs) of the mixed cell, the discrete cell and the loss."""
+    *inputs, _ = tensors(4, 3, 8, 3)
+    *four, y = loss_inputs()
+    genotype = Genotype((("tanh", 0), ("relu", 1), ("sigmoid", 0)))
+
+    def leaves(tensors):
+        return [t.detach().requires_grad_() for t in tensors]
+
+    return [(fused.mixed_cell, supernet.mixed_cell, leaves(inputs)),
+            (lambda *i: fused.discrete_cell(*i, genotype), lambda *i: cell.discrete_cell(*i, genotype), leaves(inputs[:4])),
+            (lambda *i: linear_cross_entropy(*i, y), lambda *i: readable(*i, y), leaves(four))]
+
+
+@each_engine
+def test_a_backward_pass_that_alone_is_transformed():
+    for fast, slow, leaves in three():
+        results = []
+        for call in (fast, slow):
+            out = call(*leaves)
+            torch.manual_seed(0)
+            along, tangent = torch.randn(2, *out.shape, dtype=out.dtype), torch.ones_like(out)
+            many = torch.vmap(lambda v: torch.autograd.grad(out, leaves, v, retain_graph=True))(along)
+            with forward_ad.dual_level():
+                duals = torch.autograd.grad(out, leaves, forward_ad.make_dual(tangent.clone(), along[0]))
+                results.append([*many, *(forward_ad.unpack_dual(d).tangent for d in duals)])
+        for got, expected in zip(*results):
+            assert torch.allclose(got, expected, rtol=1e-9, atol=1e-12)
+
+
+@each_engine
+@pytest.mark.filterwarnings("ignore")
+def test_a_backward_pass_that_alone_is_compiled():
+    """Addresses that are handed to C++ are of memory that is still there."""
+    for fast, slow, leaves in three():
+        for call in (fast, slow):
+            torch.compile(lambda loss: loss.backward(), backend="eager")(call(*leaves).square().sum())
+            found, leaves = [t.grad for t in leaves], [t.detach().requires_grad_() for t in leaves]
+            if call is fast:
+                kept = found
+        for got, expected in zip(kept, found):
+            assert torch.allclose(got, expected, rtol=1e-9, atol=1e-12)
+
+
+@each_engine
+def test_a_loss_under_autocast_differentiates_twice():
+    d, w, b, y = loss_inputs(dtype=torch.float32)
+    w, b = w.requires_grad_(), b.requires_grad_()
+    results = []
+    for call in (linear_cross_entropy, readable):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = call(d.bfloat16(), w, b, y)
+        first = torch.autograd.grad(loss, w, create_graph=True)[0]
+        results.append([first.detach(), torch.autograd.grad(first.square().sum(), b)[0]])
+    for got, expected in zip(*results):
+        assert torch.allclose(got, expected, rtol=2e-2, atol=1e-4)
+
+
+@each_engine
+def test_layers_without_numbers():
+    x = torch.randn(3, 2, 5, device="meta")
+    assert DartsRNN(5, 8, DARTS_V2, device="meta")(x)[0].shape == (3, 2, 8)
+    assert supernet.MixedRNN(5, 8, 3).to("meta")(x).shape == (3, 2, 8)
+
+
+@each_engine
+def test_numbers_that_lie_in_memory_with_the_other_sign():
+    for fast, slow, leaves in three():
+        turned = [torch._neg_view(leaves[0].detach()), *leaves[1:]]
+        assert torch.allclose(fast(*turned), slow(*turned), rtol=1e-9, atol=1e-12)
+        results = [torch.autograd.grad(call(*leaves), leaves, torch._neg_view(torch.ones_like(call(*leaves)))) for call in (fast, slow)]
+        for got, expected in zip(*results):
+            assert torch.allclose(got, expected, rtol=1e-9, atol=1e-12)
 
 
 @each_engine

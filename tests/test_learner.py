@@ -210,6 +210,21 @@ def test_no_clipping(tmp_path):
     quiet_fit(learn)
 
 
+def test_weights_that_are_part_of_something_larger(tmp_path):
+    """Such as the first columns of ready-made vectors: they learn as others do, and what lies between them stays."""
+    ends = []
+    for whole in (True, False):
+        torch.manual_seed(0)
+        model, vectors = language_model().float(), torch.randn(10, 12) / 20
+        before, part = vectors.clone(), vectors[:, :6]
+        model.encoder.weight = model.decoder.weight = torch.nn.Parameter(part.contiguous() if whole else part)
+        learn = lm_learner(language_dls(corpus(), TINY.retrain, 0, "cpu"), model, TINY.retrain, path=tmp_path)
+        quiet_fit(learn)
+        assert torch.equal(vectors[:, 6:], before[:, 6:])
+        ends.append(model.encoder.weight.detach().clone())
+    assert torch.equal(*ends) and not torch.equal(ends[0], before[:, :6])
+
+
 def fastai_dls(batch_size=4) -> DataLoaders:
     """fastai's own language-model loaders over numericalised documents."""
     texts = [list(corpus(300).train.split(50)), list(corpus().valid.split(40))]
