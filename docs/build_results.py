@@ -23,7 +23,7 @@ PUBLISHED = (  # cell or model, corpus, test perplexity, source
 
 HEAD = """# Results
 
-Made by `python docs/build_results.py` from `benchmarks/results/`; every section has the command that measured it, and when and where.
+Made by `python docs/build_results.py` from `benchmarks/results/`; every section has its command and, where that is stored, when and where it ran.
 Perplexities are per word; lower is better. Small sizes, and what did not work stays in: nothing here is the paper's 850 units trained for thousands
 of epochs, for which these machines are too slow.
 """
@@ -65,7 +65,8 @@ def quality() -> str:
     return arms("Does the search beat chance?", "search_quality", found, (
         f"Penn Treebank with its {settings['words']:,} most frequent words, {settings['search.hidden_size']} units, batches of "
         f"{settings['search.batch_size']} streams, the paper's learning rate (20), in the search a clip of {settings['search.clip']} where nothing else is said. Weights start in ±{settings['search.init_range']} in the searches whose cells were "
-        f"retrained from ±{settings['retrain.init_range']}, but for `original` (±0.04). Arms have one budget of arithmetic (the head of `benchmarks/search_quality.py` says "
+        f"retrained from ±{settings['retrain.init_range']}, but for `original` (±0.04). Arms have one budget of arithmetic (*one*: a random cell as it comes; *random*: the best of several random cells after a short training; *shared*: of random cells under shared weights; *original*: the published "
+        "code's numerics; the head of `benchmarks/search_quality.py` says "
         "which arm does what), and the published order of their two steps, but for those that are called *shared step*, the default now. Every cell is retrained from scratch from each of the retraining seeds; a cell's figure is their "
         "mean, ± the standard deviation over search seeds. Differences are paired by seed, and p is the exact two-sided sign-flip test's. Seconds are of two searches at a time on two cores, of one machine or another, that "
         "other work often shared, so they do not compare arms; the budget does. *Supernet*: the median of its validation perplexities at the end. *Agreement*: the share of nodes, function and predecessor, "
@@ -200,7 +201,8 @@ def steps() -> str:
     return "\n".join([
         "## Speed of a search step\n",
         "The share of the peak counts each version's own arithmetic: of 13 forward passes in the published order of the two steps (`original`, `own-gradient`), 6 in NNI's first-order "
-        "step, 10 in the others, and two thirds of that where a cell is drawn (`search.relaxation=gumbel`).\n",
+        "step, 10 in the others, and two thirds of that where a cell is drawn (`search.relaxation=gumbel`). *fused* is ours, *eager* the same without a compiler, *readable* the form that both "
+        "are tested against, *products* as much arithmetic in multiplications alone.\n",
         step("search_step.json"), "### The same with AVX-512\n", step("search_step_avx512.json")])
 
 

@@ -184,6 +184,8 @@ def load_genotype(source: Genotype | str | Path) -> Genotype:
     path = Path(text)
     if os.path.isdir(path):  # False for what is no path at all, where Path.is_dir raises
         path = path / "genotype.json"
+        if not path.is_file():
+            raise ValueError(f"genotype {text!r}: that folder has no genotype.json")
     if not os.path.isfile(path):
         raise ValueError(f"genotype {text!r} is neither a file nor one of {', '.join(NAMED)}" + did_you_mean(text, NAMED))
     try:

@@ -66,8 +66,10 @@ def add_run_options(parser: argparse.ArgumentParser, learns: bool = True) -> Non
                             help="part of the training text kept apart for α; 0 (default): α learns from the validation text, as in the paper")
     else:
         parser.set_defaults(alpha_fraction=0.0)
-    parser.add_argument("--recipe", default="small", help="named hyper-parameters: small (default), drawn, tiny, penn, wikitext-2; see `nni-darts-rnn recipes`")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="replace a field, e.g. --set search.epochs=5; may be repeated")
+    default, fields = ("small (default)", "a field, e.g. --set search.epochs=5") if learns else (
+        "by default as after the training; small", "retrain.bptt, retrain.eval_batch_size or retrain.test_batch_size")
+    parser.add_argument("--recipe", default="small", help=f"named hyper-parameters: {default}, drawn, tiny, penn, wikitext-2; see `nni-darts-rnn recipes`")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=f"replace {fields}; may be repeated")
     parser.add_argument("--threads", type=int, help="CPU threads for torch; default: torch's own choice")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "gpu"), help="where to compute")
 

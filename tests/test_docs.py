@@ -24,7 +24,7 @@ from nni_darts_rnn.trial import Parser, add_run_options, checked_recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-ELSEWHERE = ("pip ", "git ", "pytest", "nnictl", "python benchmarks/", "python examples/", "docker", "ssh")  # run by other tests, or not ours
+ELSEWHERE = ("pip ", "git ", "pytest", "nnictl", "python benchmarks/", "python examples/", "docker", "scp", "ssh")  # run by other tests, or not ours
 TEXT = "my_text"
 
 

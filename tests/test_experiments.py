@@ -150,6 +150,11 @@ def test_unknown_experiments_are_refused_in_one_line(mixed, capsys):
         text = capsys.readouterr()
         assert not text.out and len(text.err.splitlines()) == 1
         assert "'abcd1235' is neither an id nor a folder; known ids: abcd1234; did you mean 'abcd1234'?" in text.err
+    listed = mixed.parent / ".experiment"
+    entries = json.loads(listed.read_text())
+    listed.write_text(json.dumps(entries | {f"old{k:02}": {"startTime": k} for k in range(20)}))
+    assert run("best", "abcd1235") == 2
+    assert "; known ids: abcd1234, old19, old18, old17, old16, old15, old14, old13 and 13 older; did you mean" in capsys.readouterr().err
     (mixed.parents[1] / "empty").mkdir()
     assert run("best", mixed.parents[1] / "empty") == 2 and "not an NNI experiment's folder" in capsys.readouterr().err
     (mixed / "db" / "nni.sqlite").write_bytes(b"no database")

@@ -7,6 +7,7 @@ import logging
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from test_cli import SMALL, place, status  # noqa: F401 (place is a fixture)
@@ -38,7 +39,12 @@ def test_each_phase_says_on_what_it_works_and_the_next_command_works(corpus, cap
     follow = said.err.splitlines()[-1].removeprefix("next: nni-darts-rnn ").split()
     assert follow[0] == "evaluate" and status(cli.main, *follow) == 0
     said = capsys.readouterr()
-    assert said.out.startswith("test perplexity ") and said.err.splitlines()[-1].startswith("next: nni-darts-rnn plot trained")
+    assert said.out.startswith("test perplexity ") and "next: " not in said.err  # its pictures have been drawn
+    Path("trained", "cell.svg").unlink()
+    assert status(cli.main, *follow) == 0
+    assert capsys.readouterr().err.splitlines()[-1].startswith("next: nni-darts-rnn plot trained")
+    assert status(cli.main, "plot", "found") == 0  # which does not know the text that it was found on
+    assert capsys.readouterr().err.splitlines()[-1] == "next: nni-darts-rnn retrain --corpus FOLDER --genotype found"
 
 
 def test_machines_get_one_line_of_json_and_no_other_word(corpus, place):  # noqa: F811

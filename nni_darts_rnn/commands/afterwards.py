@@ -26,7 +26,7 @@ def plot(arguments) -> None:
 def _after(folder) -> list:
     """A trained model is evaluated next, a cell trained."""
     if not (folder / "model.safetensors").is_file():
-        return ["nni-darts-rnn", "retrain", "--genotype", folder] if (folder / "genotype.json").is_file() else []
+        return ["nni-darts-rnn", "retrain", "--corpus", "FOLDER", "--genotype", folder] if (folder / "genotype.json").is_file() else []
     try:
         corpus = json.loads((folder / "model.json").read_text(encoding="utf-8"))["extra"]["corpus"]
     except (OSError, ValueError, KeyError, TypeError):

@@ -90,7 +90,7 @@ def evaluate(arguments) -> None:
              "unigram_perplexity": unigram_perplexity(corpus), "bigram_perplexity": bigram_perplexity(corpus)}
     answer(arguments, found, f"test perplexity {found['test_perplexity']:.2f}, validation {found['valid_perplexity']:.2f}; "
            f"of the same test text: unigram {found['unigram_perplexity']:.2f}, interpolated bigram {found['bigram_perplexity']:.2f}",
-           ["nni-darts-rnn", "plot", arguments.model])
+           [] if (Path(arguments.model) / "cell.svg").is_file() else ["nni-darts-rnn", "plot", arguments.model])
 
 
 def recipes(arguments) -> None:
@@ -100,10 +100,11 @@ def recipes(arguments) -> None:
         print(json.dumps({name: recipe.to_dict() for name, recipe in RECIPES.items()}, indent=2))
         return
     for part in ("search", "retrain"):
-        print(f"{part + '.*':32}" + "".join(f"{name:>14}" for name in RECIPES))
+        print(f"{part + '.*':30}" + "".join(f"{name:>18}" for name in RECIPES))
         for field in dataclasses.fields(getattr(RECIPES["penn"], part)):
-            values = "".join(f"{str(getattr(getattr(recipe, part), field.name)):>14.13}" for recipe in RECIPES.values())
-            print(f"{part + '.' + field.name:32}{values}   {field.metadata['help']}")
+            values = "".join(f"{str(getattr(getattr(recipe, part), field.name)):>18}" for recipe in RECIPES.values())
+            choices = field.metadata["choices"]
+            print(f"{part + '.' + field.name:30}{values}   {field.metadata['help']}" + (f" ({', '.join(choices)})" if choices else ""))
         print()
 
 

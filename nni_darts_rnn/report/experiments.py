@@ -19,6 +19,7 @@ from ..genotype import did_you_mean
 from ..trial import Parser, add_run_options
 from .trial_folder import Trial, one_line, read_trial
 
+LATEST = 8  # experiments that a message names
 CORPUS_NAMES = ("pydoc", "penn", "wikitext-2", "wikitext-103")  # as `corpus.NAMES`, which would import torch
 
 
@@ -67,7 +68,7 @@ def known_experiments() -> dict[str, dict]:
 
 
 def load_experiment(name: str | Path) -> Experiment:
-    """The experiment of an id, or of an experiment's folder. `ValueError` with one line, naming the known ids, for anything else."""
+    """The experiment of an id, or of an experiment's folder. `ValueError` with one line, naming the latest known ids, for anything else."""
     known = known_experiments()
     if str(name) in known:
         entry = known[str(name)]
@@ -78,7 +79,8 @@ def load_experiment(name: str | Path) -> Experiment:
     if os.path.isdir(name):
         folder = Path(name).resolve()
         return read_experiment(folder, known.get(folder.name, {}))
-    ids = "known ids: " + ", ".join(known) if known else "NNI knows no experiment on this machine"
+    latest = ", ".join(list(known)[:LATEST]) + (f" and {len(known) - LATEST} older" if len(known) > LATEST else "")
+    ids = f"known ids: {latest}" if known else "NNI knows no experiment on this machine"
     raise ValueError(f"experiment {str(name)!r} is neither an id nor a folder; {ids}" + did_you_mean(name, known))
 
 
