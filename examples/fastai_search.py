@@ -11,7 +11,7 @@ from nni_darts_rnn.learner import language_dls
 
 
 class Keep(Callback):  # after each epoch, what a search needs to go on: weights and α, α's Adam, random numbers
-    def after_epoch(self):
+    def after_validate(self):  # not in an epoch that `start_epoch` skips
         state = {"epoch": self.epoch + 1, "model": self.model.state_dict(), "adam": self.learn.arch_param_update.state_dict()}
         torch.save(state | {"random": torch.get_rng_state()}, self.path / "search.partial")
         (self.path / "search.partial").replace(self.path / "search.pt")

@@ -13,6 +13,7 @@ from fastai.learner import load_learner
 from test_callbacks import CELL, SMALL, corpus, run, same, weights_of
 from test_fastai_world import language_dls as text_dls
 
+from nni_darts_rnn.callbacks import PrintGenotype
 from nni_darts_rnn.learner import language_dls, lm_learner, search_learner
 from nni_darts_rnn.recipes import get_recipe
 
@@ -75,6 +76,20 @@ def test_an_interrupted_fit_can_be_gone_on_with(tmp_path, bar, capsys):
     assert all(torch.equal(p, average) for p, average in validated)  # and validated the averages
     assert not all(torch.equal(p.detach(), a) for p, a in zip(learn.opt.opt.state, trained))  # what it trained is there
     assert (tmp_path / "history.csv").read_text().count("\n") == 2  # of this fit alone
+
+
+def test_skipped_epochs_keep_their_rows_and_print_nothing(tmp_path, capsys):
+    recipe = get_recipe(SMALL).search
+    kept = []
+    for first, last in ((0, 2), (2, 4)):
+        learn = search_learner(language_dls(corpus(), recipe, 0, "cpu", tmp_path), recipe, path=tmp_path, cbs=[PrintGenotype()])
+        with learn.no_bar(), learn.no_logging():
+            learn.fit(last, start_epoch=first)
+        kept.append((tmp_path / "search.csv").read_text().splitlines())
+        assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [f"epoch {epoch + 1}" for epoch in range(first, last)]
+        assert len(learn.print_genotype.genotypes) == last - first
+    assert kept[1][:3] == kept[0] and [line.split(",")[0] for line in kept[1]] == ["epoch", "0", "1", "2", "3"]
+    assert len({line.count(",") for line in kept[1]}) == 1
 
 
 def test_looking_for_a_rate_changes_nothing(tmp_path):

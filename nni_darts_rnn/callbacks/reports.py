@@ -19,7 +19,8 @@ from .fit_only import FitOnly
 
 
 class MetricsCSV(FitOnly, CSVLogger):
-    """`CSVLogger` that `Learner.validate` does not truncate, that makes its folder, and that `Learner.export` can leave out."""
+    """`CSVLogger` that `Learner.validate` does not truncate, that makes its folder, that `Learner.export` can leave out, and that has a row of every epoch that was
+    trained and validated: those that `fit(start_epoch=…)` skips keep theirs."""
 
     # after the bar, which calls no other logger and comes last of its own order once `no_bar` has put it back (fastai 2.8)
     order, _stateattrs = ProgressCallback.order + 1, ("file", "old_logger")
@@ -28,7 +29,22 @@ class MetricsCSV(FitOnly, CSVLogger):
         if self.learn.logger == self._write_line:  # by a fit that was interrupted
             CSVLogger.after_fit(self)
         self.path.mkdir(parents=True, exist_ok=True)
+        first, kept = getattr(getattr(self.learn, "skip_to_epoch", None), "_skip_to", 0), []
+        if first and (self.path / self.fname).is_file() and not self.append:
+            kept = [row for row in (self.path / self.fname).read_text().splitlines(True) if (epoch := row.partition(",")[0]).isdigit() and int(epoch) < first]
         CSVLogger.before_fit(self)
+        self.file.writelines(kept)
+        self.validated = False
+
+    def after_validate(self):
+        self.validated = self.judged()
+
+    def _write_line(self, log):
+        if self.validated:
+            super()._write_line(log)
+        else:
+            self.old_logger(log)
+        self.validated = False
 
 
 class PerplexityInBar(Callback):
@@ -49,7 +65,16 @@ class PrintGenotype(FitOnly):
     def __init__(self, every: int = 1):
         self.every, self.genotypes = every, []
 
+    def start_fit(self):
+        self.validated = False
+
+    def after_validate(self):
+        self.validated = self.judged()
+
     def after_epoch(self):
+        if not self.validated:  # as in `BestModel`
+            return
+        self.validated = False
         cell = self.learn.model.genotype()
         self.genotypes.append(cell)
         if len(self.genotypes) % self.every == 0:
