@@ -16,7 +16,7 @@ from pathlib import Path
 from .checkpoints.stopping import Terminated
 from .genotype import Genotype
 from .rungs import recipe_fields
-from .trial import Parser, add_onnx_option, add_run_options, checked_recipe, checked_seed, open_corpus, prepare_torch, quiet_hosts
+from .trial import Parser, add_onnx_option, add_run_options, checked_recipe, checked_seed, open_corpus, prepare_torch, quiet_hosts, without_search
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (KeyboardInterrupt, Terminated) as stop:  # how NNI stops a trial early; the best model so far is in the folder
+    except (KeyboardInterrupt, Terminated) as stop:  # how NNI stops a trial early; its checkpoint stays, and after Ctrl-C the best model so far
         print("stopped", file=sys.stderr, flush=True)
         end_by(signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
     nni.report_final_result(metrics(result["valid_perplexity"], {k: result[k] for k in ("valid_perplexity", "test_perplexity", "parameters", "seconds")}))
@@ -93,6 +93,8 @@ def run(arguments: argparse.Namespace, parameters: dict, report) -> dict:
     check_fits(corpus, recipe.retrain)
     folder = Path(os.environ.get("NNI_OUTPUT_DIR", "."))
     print(f"corpus {corpus.describe()}; recipe {recipe.name}; seed {seed}; cell {genotype}", flush=True)
+    if (unread := without_search(arguments)) is not None:
+        print(unread, flush=True)
     write_text(folder / "genotype.json", genotype.to_json() + "\n")
     trained = retrain_phase(corpus, genotype, recipe.retrain, seed, folder, report, device=arguments.device)
     if arguments.onnx:

@@ -45,7 +45,7 @@ def write_trial(folder: Path, valid: float, cell: Genotype = DARTS_V2, seed: int
 
 
 def write_experiment(home: Path, trials: dict[str, tuple[str, dict]], command="--corpus pydoc --recipe small --threads 1", status="DONE",
-                     name="cells", key="abcd1234") -> Path:
+                     name="cells", key="abcd1234", module="trial") -> Path:
     """An experiment in NNI's list and NNI's database; `trials`: id -> (last event, parameters). Its folder."""
     from nni.tools.nnictl.config_utils import Experiments
 
@@ -65,7 +65,7 @@ def write_experiment(home: Path, trials: dict[str, tuple[str, dict]], command="-
         for what in dict.fromkeys(["WAITING", "RUNNING", event] if event != "WAITING" else ["WAITING"]):
             database.execute("insert into TrialJobEvent values (0, ?, ?, ?, ?, 0, null, 'local-env')",
                              (trial, what, data if what in ("WAITING", "RUNNING") else None, str(where)))
-    params = {"experimentName": name, "trialCommand": f"python3 -m nni_darts_rnn.trial {command}", "trialCodeDirectory": str(home)}
+    params = {"experimentName": name, "trialCommand": f"python3 -m nni_darts_rnn.{module} {command}", "trialCodeDirectory": str(home)}
     database.execute("insert into ExperimentProfile values (?, ?, 0, 1700000000000, null, ?, 2, 1)", (json.dumps(params), key, str(folder)))
     database.commit()
     database.close()
@@ -117,6 +117,45 @@ def test_a_running_experiment(mixed):
     assert "search.arch_lrr" in trials["ddddd"].note and trials["ddddd"].commands() == []
     assert trials["ccccc"].seed == 3 and trials["ccccc"].recipe == get_recipe("small")
     assert load_experiment(mixed).ranking() == load_experiment(str(mixed)).ranking() == experiment.ranking()
+
+
+def test_an_experiment_whose_tuner_draws_cells(home, capsys):
+    drawn = {f"cell/node_{i}/{what}": value for i in (1, 2) for what, value in (("op", "relu"), ("input", "0"))} | {"seed": 4, "retrain.lr": 3.0}
+    folder = write_experiment(home, {"aaaaa": ("SUCCEEDED", drawn), "bbbbb": ("RUNNING", drawn), "ccccc": ("WAITING", {"cell/node_1/op": "relu"})},
+                              "--corpus texts --recipe tiny --threads 1", status="RUNNING", module="cell_trial")
+    (home / "texts").mkdir()
+    cell = Genotype((("relu", 0), ("relu", 0)))
+    write_trial(trial_folder(folder, "aaaaa"), 80.0, cell, 4, get_recipe("tiny", {"retrain.lr": 3.0}))
+    trials = {t.id: t for t in load_experiment("abcd1234").trials}
+    for name in ("aaaaa", "bbbbb"):  # one that has ended tells it itself, of the other only NNI knows
+        (command,) = trials[name].commands("again")  # nothing was searched
+        assert shlex.split(command) == ["nni-darts-rnn", "retrain", "--corpus", str(home / "texts"), "--recipe", "tiny", "--seed", "4", "--threads", "1",
+                                        "--set", "retrain.lr=3.0", "--genotype", cell.to_json(), "--out", "again"]
+        assert not trials[name].note
+    assert trials["ccccc"].commands() == []
+    assert run("report", "abcd1234", "--out", home / "report.html") == 0
+    page = (home / "report.html").read_text()
+    assert "nni-darts-rnn search" not in page and str(home / "texts") in page
+
+
+def test_a_rung_whose_rate_fell_cannot_be_repeated_by_commands(home, capsys):
+    folder = write_experiment(home, {"aaaaa": ("SUCCEEDED", {"seed": 1, "TRIAL_BUDGET": 3}), "bbbbb": ("SUCCEEDED", {"seed": 2})})
+    for name in ("aaaaa", "bbbbb"):
+        write_trial(trial_folder(folder, name), 80.0, recipe=get_recipe("small", {"retrain.epochs": 3}))
+    assert [t.repeats() for t in load_experiment("abcd1234").trials] == [False, True]
+    assert run("report", "abcd1234", "--out", home / "report.html") == 0
+    page = (home / "report.html").read_text()
+    assert page.count("The numbers will differ") == page.count("give the same numbers") == 1
+
+
+def test_retraining_from_a_trial_of_a_later_version_asks_for_a_recipe(mixed, capsys):
+    path = trial_folder(mixed, "bbbbb") / "result.json"
+    data = json.loads(path.read_text())
+    data["recipe"]["retrain"]["newer"] = 1
+    path.write_text(json.dumps(data))
+    (mixed / "db" / "nni.sqlite").unlink()  # which would tell the settings too
+    assert run("retrain", "--from", "abcd1234") == 2
+    assert "the recipe of trial bbbbb is none of this version's; give --recipe" in capsys.readouterr().err
 
 
 def test_what_was_running_when_an_experiment_was_stopped_is_stopped(home):

@@ -34,6 +34,7 @@ def test_each_phase_says_on_what_it_works_and_the_next_command_works(corpus, cap
     assert status(cli.main, *follow, "--out", "trained") == 0
     said = capsys.readouterr()
     assert re.search(r"retrain: about \d+ s to go, for 1 epoch in all", said.err)
+    assert "a retraining has no search" not in said.err
     parameters = re.search(r"; ([\d,]+) parameters on the CPU", said.err).group(1)
     assert f"{parameters} parameters; of the same test text: unigram" in said.out  # what it said before is what it trained
     follow = said.err.splitlines()[-1].removeprefix("next: nni-darts-rnn ").split()
@@ -45,6 +46,8 @@ def test_each_phase_says_on_what_it_works_and_the_next_command_works(corpus, cap
     assert capsys.readouterr().err.splitlines()[-1].startswith("next: nni-darts-rnn plot trained")
     assert status(cli.main, "plot", "found") == 0  # which does not know the text that it was found on
     assert capsys.readouterr().err.splitlines()[-1] == "next: nni-darts-rnn retrain --corpus FOLDER --genotype found"
+    assert status(cli.main, "retrain", *corpus, "--genotype", "ENAS", "--out", "other") == 0
+    assert "a retraining has no search, so search.batch_size, search.eval_batch_size, search.n_nodes changes nothing here\n" in capsys.readouterr().err
 
 
 def test_machines_get_one_line_of_json_and_no_other_word(corpus, place):  # noqa: F811

@@ -10,7 +10,7 @@ from ..recipes import Recipe, get_recipe
 from ..report.experiments import load_experiment
 from ..report.trial_folder import corpus_words, set_words
 from ..talk import Talk, answer
-from ..trial import checked_recipe, checked_seed, keeping, open_corpus, prepare_torch
+from ..trial import checked_recipe, checked_seed, keeping, open_corpus, prepare_torch, without_search
 
 READING = ("retrain.bptt", "retrain.eval_batch_size", "retrain.test_batch_size")  # all that a recipe says of how a text is read to measure perplexity
 MOST_EPOCHS = 1000  # of a retraining that ends when it no longer gets better
@@ -44,6 +44,8 @@ def retrain(arguments) -> None:
 
     check_fits(corpus, recipe.retrain)
     talk(f"corpus {corpus.describe()}")
+    if (unread := without_search(arguments)) is not None:
+        talk(unread)
     folder = _out(arguments, name or Path(corpus.name).name, seed)
     r = recipe.retrain
     end = "" if r.patience is None else f" or until {r.patience} bring no better validation perplexity"
@@ -158,7 +160,9 @@ def _choose_cell(arguments) -> str | None:
         experiment = load_experiment(arguments.experiment)
         trial = experiment.best()
         arguments.genotype, name = trial.result.genotype, f"{experiment.id}-{trial.id}"
-        if arguments.recipe is None and trial.recipe is not None:
+        if arguments.recipe is None:
+            if trial.recipe is None:
+                raise ValueError(f"--from {arguments.experiment}: the recipe of trial {trial.id} is none of this version's; give --recipe")
             arguments.recipe = _to_convergence(trial.recipe)
         if arguments.corpus is None:
             for option in ("corpus", "corpus_folder", "corpus_mirror", "alpha_fraction"):

@@ -19,6 +19,7 @@ from ..genotype import did_you_mean
 from ..trial import Parser, add_run_options
 from .trial_folder import Trial, one_line, read_trial
 
+CELLS = "nni_darts_rnn.cell_trial"
 LATEST = 8  # experiments that a message names
 CORPUS_NAMES = ("pydoc", "penn", "wikitext-2", "wikitext-103")  # as `corpus.NAMES`, which would import torch
 
@@ -137,15 +138,17 @@ class _Quiet(Parser):
 
 
 def _trial_options(command: str | None, code_folder: str | None):
-    """The options of a trial command of ours; defaults where it is another command."""
+    """The options of a trial command of ours, `drawn` among them: whether its trials train a cell that the tuner draws; defaults where it is another command."""
     parser = _Quiet(add_help=False)
     add_run_options(parser)
     try:
         words = shlex.split(command or "")
-        ours = [k for k, word in enumerate(words) if word == "nni_darts_rnn.trial"]
+        ours = [k for k, word in enumerate(words) if word in ("nni_darts_rnn.trial", CELLS)]
         options = parser.parse_known_args(words[ours[0] + 1:] if ours else [])[0]
+        options.drawn = bool(ours) and words[ours[0]] == CELLS
     except ValueError:
         options = parser.parse_args([])
+        options.drawn = False
     for name in ("corpus", "corpus_folder"):
         value = getattr(options, name)
         # relative to where the trials ran, which is not where the next command is typed

@@ -15,9 +15,10 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..cell_trial import read_parameters
 from ..genotype import Genotype
 from ..recipes import RECIPES, Recipe, get_recipe
-from ..rungs import recipe_fields
+from ..rungs import BUDGET, recipe_fields
 from ..trial import checked_recipe, checked_seed
 
 RESULT = "result.json"
@@ -42,7 +43,8 @@ class Result:
 class Trial:
     """One trial. `status` is succeeded, running, waiting, failed or stopped; `result` is there once it has finished.
 
-    `recipe` and `seed` are None where the trial's settings are not known; `note` says in one line what went wrong.
+    `recipe` and `seed` are None where the trial's settings are not known; `cell` is what a tuner drew, None where the trial searches;
+    `note` says in one line what went wrong.
     """
 
     id: str
@@ -52,6 +54,7 @@ class Trial:
     result: Result | None = None
     seed: int | None = None
     recipe: Recipe | None = None
+    cell: Genotype | None = None
     parameters: dict = field(default_factory=dict)
     note: str = ""
 
@@ -65,8 +68,13 @@ class Trial:
             shared += ["--threads", str(self.options.threads)]  # sums of another number of threads differ in the last digits
         if self.options.device != "auto":
             shared += ["--device", self.options.device]
-        return [shlex.join(["nni-darts-rnn", "search", *shared, *set_words(self.recipe, "search"), "--out", out]),
-                shlex.join(["nni-darts-rnn", "retrain", *shared, *set_words(self.recipe, "retrain"), "--genotype", out, "--out", out])]
+        retrain = ["nni-darts-rnn", "retrain", *shared, *set_words(self.recipe, "retrain"), "--genotype", self.cell.to_json() if self.cell else out, "--out", out]
+        search = ["nni-darts-rnn", "search", *shared, *set_words(self.recipe, "search"), "--out", out]
+        return [shlex.join(words) for words in ([retrain] if self.cell else [search, retrain])]
+
+    def repeats(self) -> bool:
+        """Whether those commands give the same numbers: a rung went on from another one, whose learning rate may have fallen already."""
+        return BUDGET not in self.parameters or self.recipe is None or not self.recipe.retrain.anneal
 
 
 def corpus_words(options, learns: bool = True) -> list[str]:
@@ -98,10 +106,11 @@ def differences(recipe: Recipe) -> dict[str, tuple]:
 def read_trial(trial_id: str, folder: Path, job: dict, options, alive: bool) -> Trial:
     """What a trial's folder holds; `job` is what NNI's database has of it, `alive` whether its experiment still runs."""
     parameters, result, note = _parameters(job.get("data")), None, ""
-    seed, recipe = parameters.get("seed", 0) if job.get("data") else None, None
+    seed, recipe, cell, drawn = parameters.get("seed", 0) if job.get("data") else None, None, None, getattr(options, "drawn", False)
     if (folder / RESULT).is_file():
         try:
             result, seed, recipe = read_result(folder / RESULT)
+            cell = result.genotype if drawn else None
         except ValueError as error:
             note = str(error)
     event = str(job.get("event") or "")
@@ -116,12 +125,15 @@ def read_trial(trial_id: str, folder: Path, job: dict, options, alive: bool) -> 
         status = {"": "unknown", "WAITING": "waiting", "UNKNOWN": "waiting"}.get(event, "running") if alive else "stopped"
     if recipe is None and job.get("data"):
         try:
-            seed = checked_seed(seed)
-            recipe = checked_recipe(options, recipe_fields(parameters))
+            if drawn:
+                cell, seed, fields = read_parameters(parameters)
+            else:
+                seed, fields = checked_seed(seed), recipe_fields(parameters)
+            recipe = checked_recipe(options, fields)
         except ValueError as error:
             seed, recipe = seed if isinstance(seed, int) else None, None
             note = note or str(error)
-    return Trial(trial_id, folder, status, options, result, seed, recipe, parameters, note)
+    return Trial(trial_id, folder, status, options, result, seed, recipe, cell, parameters, note)
 
 
 def read_result(path: Path) -> tuple[Result, int, Recipe | None]:

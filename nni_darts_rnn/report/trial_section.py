@@ -59,8 +59,10 @@ def _commands(trial: Trial) -> str:
     if not commands:
         return "<p>Its settings are not known, so neither is the command.</p>"
     lines = esc("\n".join(map(folded, commands)))
+    same = ("The same packages on the same kind of machine give the same numbers." if trial.repeats() else
+            "The numbers will differ: this trial went on from one with fewer epochs, whose learning rate had fallen already.")
     return f'''<pre role="region" aria-label="Commands" tabindex="0"><code>{lines}</code></pre>
-<p class="small">The same packages on the same kind of machine give the same numbers.</p>'''
+<p class="small">{same}</p>'''
 
 
 def folded(command: str, width: int = 100) -> str:
