@@ -38,7 +38,8 @@ SWITCH = "NNI_DARTS_RNN_FUSED"
 class State:
     """What this process has decided and loaded."""
 
-    on: bool | None = None  # None: nobody has said; then the GPU's kernels are used, and the extension is not
+    on: bool | None = None  # what a user has said; None: nothing, then the GPU's kernels are used, and the extension where a run gains from it
+    gains = False  # whether the run at hand does
     forced_off = 0  # depth of `reference()`
     loaded: Library | None = None
     problem: str | None = None  # why there is no library although one was asked for
@@ -52,12 +53,12 @@ def enable(on: bool = True) -> bool:
 
 
 def prepare(eager_seconds: float, device: torch.device | str = "cpu") -> bool:
-    """`enable` if a run that takes `eager_seconds` without it saves more than a build costs: decided on that number alone, not on the cache.
+    """Use the extension from now on if a run that takes `eager_seconds` without it saves more than a build costs, else not: decided on that number alone, neither on
+    the cache nor on what ran before. After `enable` that stays as it is. Returns whether it is in use.
 
     A run on a GPU has no use for it.
     """
-    if torch.device(device).type == "cpu" and eager_seconds * 0.3 > BUILD_SECONDS:  # it takes a third less time at the paper's size, and half as much or less elsewhere
-        enable()
+    State.gains = torch.device(device).type == "cpu" and eager_seconds * 0.3 > BUILD_SECONDS  # it takes a third less time at the paper's size, and half as much or less elsewhere
     return enabled()
 
 
@@ -84,7 +85,8 @@ def reference():
 def enabled() -> bool:
     """Whether the extension is asked for and there."""
     switch = os.environ.get(SWITCH)
-    return switch != "0" and (State.on or switch == "1") and available()
+    asked = State.gains if State.on is None else State.on
+    return switch != "0" and (asked or switch == "1") and available()
 
 
 def available(build: bool = True) -> bool:

@@ -130,7 +130,7 @@ def retrain(corpus: Corpus, genotype: Genotype | str, recipe: RetrainRecipe, see
     there and goes on from what is there. Returns valid_perplexity, test_perplexity, parameters, seconds, epochs (trained), model (the best
     `LanguageModel`), learner, and `ended_by`: None, or what ended it early and is for the caller to raise once the best model so far is safe:
     `KeyboardInterrupt` after Ctrl-C (the step that ran is finished and kept), `FloatingPointError` where the numbers went wrong again and again.
-    Where there is no best model yet these are raised here; so is `Terminated`, after SIGTERM.
+    Where there is no best model yet these are raised here; so are `Terminated`, after SIGTERM, and the `KeyboardInterrupt` of a second Ctrl-C.
     """
     last: list[tuple[Learner, RetrainCheckpoints]] = []
 
@@ -160,7 +160,7 @@ def retrain(corpus: Corpus, genotype: Genotype | str, recipe: RetrainRecipe, see
             with_rollbacks(store, "retrain", recipe.epochs, once)
         except Stopped as stopped:
             ended_by = stopped.leave()
-        except (KeyboardInterrupt, FloatingPointError) as error:
+        except FloatingPointError as error:
             ended_by = error
         if ended_by is not None and (not last or last[0][0].best_model.last_saved_path is None or isinstance(ended_by, Terminated)):
             raise ended_by

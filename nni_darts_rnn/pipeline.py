@@ -61,9 +61,10 @@ def _memory() -> float:
 
 
 def take_fast_path(corpus: Corpus, recipe: SearchRecipe | RetrainRecipe, device: str, n_nodes: int | None = None) -> None:
-    """Turns the compiled cells on where they save more than compiling them costs, and notes in one line, once a process, what would make such a run faster.
+    """Turns the compiled cells on for a phase in which they save more than compiling them costs, and off for one in which they do not; notes in one line, once a
+    process, what would make such a run faster.
 
-    The decision depends on the sizes of the run alone, so a run and its repetition take the same path.
+    The decision depends on the sizes of the phase alone, so a trial's retraining and the command that repeats it take the same path.
     """
     from . import fused
     from .extension import State
@@ -118,6 +119,7 @@ def retrain_phase(corpus: Corpus, genotype: Genotype | str, recipe: RetrainRecip
     """
     genotype = load_genotype(genotype)
     with alone_in(folder) as kept:
+        _check_cell(folder, genotype)  # before `resume="never"` removes what another run has kept
         store = _store(kept, "retrain", _retrain_identity(corpus, genotype, recipe, seed), keeping)
         done = _retrain_phase(corpus, genotype, recipe, seed, folder, report, progress, device, store)
         store.clear()
@@ -132,7 +134,8 @@ def _retrain_phase(corpus, genotype, recipe, seed, folder, report, progress, dev
     from .learner import retrain
     from .trained import save_trained
 
-    _check_cell(folder, genotype)
+    if not (folder / "genotype.json").exists():
+        write_text(folder / "genotype.json", genotype.to_json() + "\n")
     take_fast_path(corpus, recipe, device, genotype.n_nodes)
     with watched(folder, "retrain", report) as report:
         outcome = retrain(corpus, genotype, recipe, seed, folder, report, progress, device, store)
@@ -146,11 +149,9 @@ def _retrain_phase(corpus, genotype, recipe, seed, folder, report, progress, dev
 
 
 def _check_cell(folder: Path, genotype: Genotype) -> None:
-    """Leaves the cell in the folder, whose pictures are drawn from that; `ValueError` where the cell of another run lies there, which would be lost."""
+    """`ValueError` where the cell of another run lies in the folder, which would be lost: its pictures are drawn from it."""
     path = folder / "genotype.json"
-    if not path.exists():
-        write_text(path, genotype.to_json() + "\n")
-    elif load_genotype(path) != genotype:
+    if path.exists() and load_genotype(path) != genotype:
         raise ValueError(f"{path} is another cell than the one to train, {genotype.to_json()}; give another folder for the results")
 
 
@@ -180,10 +181,11 @@ def whole_run(corpus: Corpus, recipe: Recipe, seed: int, folder: Path, report=No
     """A trial: search, retraining, test. Leaves everything the two phases leave, and result.json, which it returns as a dictionary.
 
     It keeps itself as the phases do; a call that goes on repeats neither. `final` gets the result before the checkpoints go. With `more` they
-    stay, and the same call with a larger `retrain.epochs` goes on from the last epoch.
+    stay, and the same call with a larger `retrain.epochs` goes on from the last epoch. Two such calls for one folder wait for each other, and one with fewer
+    epochs than have been trained hands `final` the best validation perplexity of its own; all else is of the model that is there.
     """
     check_fits(corpus, recipe.search, recipe.retrain)
-    with alone_in(folder) as kept:
+    with alone_in(folder, wait=more) as kept:
         store = _store(kept, "search", run_identity(corpus, recipe.search, seed), keeping)
         searched = _search_phase(corpus, recipe.search, seed, folder, report, progress, device, store)
         genotype, rest = searched["genotype"], replace(keeping, resume="auto" if keeping.resume == "must" else keeping.resume)
@@ -195,13 +197,15 @@ def whole_run(corpus: Corpus, recipe: Recipe, seed: int, folder: Path, report=No
         result = {
             "seed": seed, "corpus": corpus.name, "recipe": recipe.to_dict(), "genotype": genotype.to_json(),
             "supernet_valid_perplexity": searched["supernet_valid_perplexity"], "valid_perplexity": retrained["valid_perplexity"],
-            "test_perplexity": retrained["test_perplexity"], "parameters": retrained["parameters"], "search_seconds": searched["search_seconds"],
+            "test_perplexity": retrained["test_perplexity"], "parameters": retrained["parameters"], "epochs": retrained["epochs"],
+            "search_seconds": searched["search_seconds"],
             "retrain_seconds": retrained["retrain_seconds"], "seconds": searched["search_seconds"] + retrained["retrain_seconds"],
             "versions": package_versions(),
         }
         write_json(folder / "result.json", result)
         if final is not None:
-            final(result)
+            own = [row["perplexity"] for row in retrained["rows"][:recipe.retrain.epochs]]
+            final(result if len(own) == len(retrained["rows"]) else result | {"valid_perplexity": min(own)})
         if not more:
             last.clear()
             store.clear()

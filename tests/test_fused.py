@@ -327,10 +327,15 @@ def test_what_the_extension_does_not_cover_runs_all_the_same(monkeypatch):
 
 
 def test_nothing_is_fast_before_it_was_asked_for(monkeypatch):
-    monkeypatch.setattr(extension.State, "on", False)
+    monkeypatch.setattr(extension.State, "on", None)
+    monkeypatch.setattr(extension.State, "gains", False)
     assert not fused.enabled()
     assert not fused.prepare(1.0)  # a second of work is not worth a build, compiled already or not
     assert fused.prepare(3600.0) == fused.available()
+    assert not fused.prepare(1.0)  # nor does it take another path because a long run came before
+    for said in (True, False):
+        assert fused.enable(said) == fused.prepare(1.0) == fused.prepare(3600.0) == (said and fused.available())
+    monkeypatch.setattr(extension.State, "on", True)
     monkeypatch.setenv(fused.SWITCH, "0")
     assert not fused.enabled() and "0" in fused.why_not()
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 from crashes import RECIPE, corpus, phase
+from fastai.callback.core import Callback
 
-from nni_darts_rnn import pipeline
+from nni_darts_rnn import learner, pipeline
 from nni_darts_rnn.checkpoints.file import read_about, read_state
 from nni_darts_rnn.checkpoints.stopping import Stopped, Terminated, stop_requests
 from nni_darts_rnn.checkpoints.store import Checkpoints, Every, Keeping, alone_in, run_identity
@@ -126,6 +127,27 @@ def test_signals_finish_the_step_keep_the_run_and_end_it(tmp_path, monkeypatch, 
     check_same(tmp_path / "whole", tmp_path / "killed", name)
 
 
+@pytest.mark.usefixtures("terminal")
+@pytest.mark.filterwarnings("ignore")
+def test_a_second_ctrl_c_ends_a_retraining_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "_draw", lambda *args: None)
+    tested = []
+    monkeypatch.setattr(learner, "perplexity", lambda *args: tested.append(args))
+
+    class Twice(Callback):
+        def before_validate(self):
+            if self.epoch == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+
+    make = learner.lm_learner
+    monkeypatch.setattr(learner, "lm_learner", lambda *args, cbs, **kwargs: make(*args, cbs=[*cbs, Twice()], **kwargs))
+    with pytest.raises(KeyboardInterrupt):
+        phase("retrain", tmp_path / "run")
+    assert not tested and not (tmp_path / "run" / "model.safetensors").exists()
+    assert list(tmp_path.glob("run/checkpoint/retrain-*.json"))  # and goes on from there
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["search", "retrain"])
 def test_what_else_lies_there_stays(tmp_path, name):
@@ -210,6 +232,13 @@ def test_begin_anew_or_must_go_on(tmp_path, monkeypatch):
         pipeline.search_phase(corpus(), RECIPE.search, 4, tmp_path / "run", device="cpu")
     found = pipeline.search_phase(corpus(), RECIPE.search, 4, tmp_path / "run", device="cpu", keeping=Keeping(resume="never"))
     assert found["rows"][-1]["epoch"] == RECIPE.search.epochs
+    with monkeypatch.context() as patch, pytest.raises(Terminated):
+        stopped_after(3, signal.SIGTERM, patch)
+        phase("retrain", tmp_path / "cell")
+    kept = sorted((tmp_path / "cell" / "checkpoint").iterdir())
+    with pytest.raises(ValueError, match="is another cell than the one to train"):
+        pipeline.retrain_phase(corpus(), "ENAS", RECIPE.retrain, 3, tmp_path / "cell", device="cpu", keeping=Keeping(resume="never"))
+    assert kept and sorted((tmp_path / "cell" / "checkpoint").iterdir()) == kept  # what was refused has begun nothing anew
     with pytest.raises(ValueError, match="--resume: 'mst' is none of auto, must, never"):
         Keeping(resume="mst")
 

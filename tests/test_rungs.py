@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,7 @@ from nnictl import Experiment
 from test_resume import rows
 from texts import write_texts
 
-from nni_darts_rnn import trial
+from nni_darts_rnn import pipeline, trial
 from nni_darts_rnn.corpus import load_corpus
 from nni_darts_rnn.files import digest
 from nni_darts_rnn.hyperband import Hyperband
@@ -66,6 +69,37 @@ def test_a_seed_goes_on_from_its_last_trial(tmp_path, corpus, monkeypatch):
         run_trial(tmp_path / "c", corpus, monkeypatch, {"seed": 3, "TRIAL_BUDGET": 3}, "--rungs", str(kept.parent), "--set", "retrain.lr=1")
     again, reported = run_trial(tmp_path / "d", corpus, monkeypatch, {"seed": 3, "TRIAL_BUDGET": 3}, "--rungs", str(kept.parent))
     assert not reported and all(again[key] == second[key] for key in second.keys() - TIMES)
+
+
+def test_the_same_seed_with_fewer_epochs_is_judged_by_those(tmp_path, corpus, monkeypatch):
+    """Hyperband draws with replacement."""
+    run_trial(tmp_path / "a" / "trials" / "first", corpus, monkeypatch, {"seed": 3, "TRIAL_BUDGET": 3})
+    told: list[dict] = []
+    whole_run = pipeline.whole_run
+    monkeypatch.setattr(pipeline, "whole_run", lambda *a, final, **k: whole_run(*a, final=lambda r: (told.append(r), final(r)), **k))
+    for budget in (3, 1):
+        result, reported = run_trial(tmp_path / "a" / "trials" / f"again-{budget}", corpus, monkeypatch, {"seed": 3, "TRIAL_BUDGET": budget})
+        table = [float(row["perplexity"]) for row in rows(tmp_path / "a" / "trials" / f"again-{budget}" / "retrain.csv")]
+        assert not reported and len(table) == 3 and result["epochs"] == 3  # the model that lies there
+        assert result["valid_perplexity"] == pytest.approx(min(table), rel=1e-6)
+        assert told[-1]["valid_perplexity"] == pytest.approx(min(table[:budget]), rel=1e-6)  # the tuner's metric
+    assert table[0] > min(table)
+
+
+def test_two_trials_of_a_seed_at_once_wait_for_each_other(tmp_path, corpus, monkeypatch):
+    trials = tmp_path / "a" / "trials"
+    monkeypatch.setattr(trial, "_leave_report", lambda *args: None)
+    for name in ("one", "two"):
+        (trials / name).mkdir(parents=True)
+    command = [sys.executable, "-m", "nni_darts_rnn.trial", "--corpus", str(corpus), "--recipe", "tiny", "--device", "cpu", "--threads", "1"]
+    for size in SIZES:
+        command += ["--set", size]
+    code = "import nni, sys; nni.get_next_parameter = lambda: {'seed': 3, 'TRIAL_BUDGET': 1}; from nni_darts_rnn.trial import main; sys.exit(main(sys.argv[1:]))"
+    both = [subprocess.Popen([sys.executable, "-c", code, *command[3:]], env=os.environ | {"NNI_OUTPUT_DIR": str(trials / name)}, text=True,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for name in ("one", "two")]
+    for process in both:
+        assert process.wait(timeout=240) == 0, process.stderr.read()
+    assert digest(trials / "one" / "model.safetensors") == digest(trials / "two" / "model.safetensors")
 
 
 @pytest.mark.parametrize("budget", [0, 0.5, "many"])

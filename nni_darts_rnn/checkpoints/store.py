@@ -190,14 +190,14 @@ def run_identity(corpus, recipe, seed: int, **more) -> dict:
 
 
 @contextlib.contextmanager
-def alone_in(folder: str | Path) -> Iterator[Path]:
-    """Yields the folder of the checkpoints of results in `folder`, made and locked; `ValueError` where another process works there.
+def alone_in(folder: str | Path, wait: bool = False) -> Iterator[Path]:
+    """Yields the folder of the checkpoints of results in `folder`, made and locked. Where another process works there: waits for it, or `ValueError`.
 
     What a process that was killed left half written goes. An empty folder of checkpoints goes at the end.
     """
     folder = Path(folder)
     kept = folder / FOLDER
-    with _locked(kept / "lock", f"{folder}: another process is at work in this folder; give another one"):
+    with _locked(kept / "lock", f"{folder}: another process is at work in this folder; give another one", wait):
         remove_partial(folder)
         remove_partial(kept)
         for path in kept.glob(f"*{TENSORS}"):
@@ -213,12 +213,12 @@ def alone_in(folder: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, refusal: str) -> Iterator[None]:
-    """Holds the lock file; `ValueError(refusal)` where another process does. The system frees the lock of a process that dies."""
+def _locked(path: Path, refusal: str, wait: bool) -> Iterator[None]:
+    """Holds the lock file; where another process does, waits, or `ValueError(refusal)`. The system frees the lock of a process that dies."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            lock = hold(path, wait=False)
+            lock = hold(path, wait)
         except BlockingIOError:
             raise ValueError(refusal) from None
         with contextlib.suppress(FileNotFoundError):
