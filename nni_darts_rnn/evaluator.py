@@ -192,7 +192,7 @@ class SupernetReport(pl.Callback):
             row |= {"train_perplexity": float(np.exp(min(train_loss, 700))), "tokens_per_second": self.counts.tokens / seconds, "seconds": seconds}
         self.rows.append(row)
         if self.folder is not None and mixed:
-            write_json(self.folder / "alpha.json", {"primitives": list(mixed[0].primitives), "epochs": [r["epoch"] for r in self.rows],
+            write_json(self.folder / "alpha.json", {"primitives": list(mixed[0].primitives), "relaxation": mixed[0].relaxation, "epochs": [r["epoch"] for r in self.rows],
                                                     "alpha": self.alphas})
             write_text(self.folder / "genotype.json", self.genotype.to_json() + "\n")
             # last: an epoch whose metrics are there has its α and its cell there too, wherever Ctrl-C falls

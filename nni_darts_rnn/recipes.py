@@ -9,7 +9,7 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 
-from .genotype import did_you_mean, one_of
+from .genotype import RELAXATIONS, did_you_mean, one_of
 
 MOST = 1e30  # of a number without a limit of its own: what it is multiplied by must find room in float32 too
 
@@ -46,7 +46,7 @@ class SearchRecipe:
     tar: float = _field(1e-3, 0, help="temporal activation regularisation")
     anneal: float = _field(0.0, 0, 1, help="the share of the epochs, at the end, over which the weights' learning rate falls to 0 along a cosine")
     epochs: int = _field(50, 1, help="passes over the training text")
-    relaxation: str = _field("edge", choices=("edge", "node", "gumbel"),
+    relaxation: str = _field("edge", choices=RELAXATIONS,
                              help="what one softmax of α is over: an edge's primitives, with BatchNorm, or all of a node's, without; gumbel: one of these drawn at a time")
     arch_lr: float = _field(3e-3, 0, help="Adam's learning rate for α")
     arch_weight_decay: float = _field(1e-3, 0, help="Adam's weight decay for α")

@@ -12,9 +12,9 @@ from nni.nas.oneshot.pytorch.supermodule.base import BaseSuperNetModule
 from torch import Tensor, nn
 
 from .cell import ACTIVATIONS, INIT_RANGE, RecurrentWeights, checked_primitives
-from .genotype import PRIMITIVES, Genotype, edges, load_genotype, one_of
+from .genotype import PRIMITIVES, RELAXATIONS, Genotype, edges, load_genotype, one_of
 from .model import LanguageModel, LMOutput
-from .supernet import RELAXATIONS, MixedRNN
+from .supernet import MixedRNN
 
 
 class Read(nn.Module):

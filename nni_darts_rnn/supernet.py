@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cell import ACTIVATIONS, INIT_RANGE, RecurrentWeights, checked_primitives
-from .genotype import PRIMITIVES, Genotype, derive, edges, number_of_nodes, one_of
+from .genotype import PRIMITIVES, RELAXATIONS, Genotype, derive, edges, number_of_nodes, one_of
 
-RELAXATIONS = ("edge", "node", "gumbel")
 BATCHNORM_EPS = 1e-5
 ALPHA_SCALE = 1e-3
 """α starts at 1e-3·N(0, 1) (quark0/darts `rnn/model_search.py`)."""

@@ -10,7 +10,10 @@ import nni
 import numpy as np
 import pytest
 
-from nni_darts_rnn import __version__, cli, trial
+from nni_darts_rnn import __version__, cli, plot, trial
+from nni_darts_rnn.genotype import derive, load_genotype
+from nni_darts_rnn.outputs import figures
+from nni_darts_rnn.plot.alpha import probabilities
 from nni_darts_rnn.recipes import RECIPES
 
 TEXT = "the cat sat on the mat\nthe dog sat on the cat\n"
@@ -227,6 +230,19 @@ def test_a_trial_without_a_tuner(place, capsys, caplog):
     phases = [phase for r in reports[:-1] for phase in ("search", "retrain") if f"'phase': '{phase}'" in r]
     assert phases == ["search", "search", "retrain"]  # the untrained supernet, and one epoch of each
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("relaxation", ["edge", "node", "gumbel"])
+def test_the_pictures_of_a_search_are_of_the_cell_that_it_found(relaxation, place, monkeypatch):
+    assert status(cli.main, "search", "--corpus", place.parent / "corpus", *SMALL, "--set", f"search.relaxation={relaxation}", "--set", "search.arch_lr=1",
+                  "--set", "search.n_nodes=5", "--out", "found") == 0
+    history, told = figures.read_alpha(place / "found")
+    assert derive(probabilities(history, told["primitives"], told["relaxation"])[-1], told["primitives"]) == load_genotype(place / "found")
+    assert told["epochs"] == [0, 1] and len(history) == 2
+    drawn = []
+    monkeypatch.setattr(plot, "plot_alpha", lambda alpha, path, **how: drawn.append((alpha, how)))
+    figures.draw(place / "found", ["alpha.svg"])
+    assert drawn == [(history, told)]
 
 
 def test_search_retrain_evaluate(place, capsys):

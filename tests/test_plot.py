@@ -7,12 +7,15 @@ import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("matplotlib")
 from PIL import Image
 
-from nni_darts_rnn.genotype import DARTS_V1, DARTS_V2, ENAS, Genotype
+from nni_darts_rnn.genotype import DARTS_V1, DARTS_V2, ENAS, Genotype, derive
 from nni_darts_rnn.plot import OP_COLOURS, animate_cell, layout, plot_alpha, plot_cell, plot_curves
+from nni_darts_rnn.plot.alpha import probabilities
+from nni_darts_rnn.supernet import MixedRNN
 
 OPS = ("tanh", "relu", "sigmoid", "identity")
 
@@ -144,6 +147,33 @@ def test_alpha(tmp_path):
     assert plot_alpha(a + 3.0, tmp_path / "p.svg").read_bytes() == svg.read_bytes()
     with Image.open(plot_alpha(np.zeros((1, 3, 2)), tmp_path / "alpha.png", ("tanh", "relu"))) as image:  # nothing moved, one epoch
         image.load()
+
+
+@pytest.mark.parametrize("relaxation", ["edge", "node", "gumbel"])
+def test_alpha_is_shown_as_the_supernet_reads_it(relaxation, tmp_path):
+    supernet = MixedRNN(2, 2, 4, relaxation=relaxation)
+    history = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        torch.nn.init.normal_(supernet.alpha)
+        history.append(supernet.alpha.tolist())
+    shown = probabilities(history, supernet.primitives, relaxation)
+    assert np.allclose(shown[-1], supernet.probabilities().numpy(), rtol=1e-5)
+    assert derive(shown[-1], supernet.primitives) == supernet.genotype()
+    assert np.array_equal(probabilities(shown, supernet.primitives, relaxation), shown)
+    assert (plot_alpha(history, tmp_path / "a.svg", relaxation=relaxation).read_bytes() == plot_alpha(history, tmp_path / "b.svg").read_bytes()) == (relaxation == "edge")
+
+
+def test_the_epoch_before_a_search_is_number_nought(tmp_path):
+    a = alpha(3)
+    for epochs, ticks in ((None, {"1", "2", "3"}), ([0, 1, 2], {"0", "1", "2"})):
+        words = svg_words(plot_alpha(a, tmp_path / "a.svg", epochs=epochs))
+        below = words[words.index("tanh") + 1:words.index("relu")]
+        assert {w for w in below if w.isdigit()} == ticks
+    assert animate_cell(a, tmp_path / "a.gif", epochs=[0, 1, 2]).read_bytes() != animate_cell(a, tmp_path / "b.gif").read_bytes()
+    for epochs in ([0, 1], [0, 2, 3], []):
+        with pytest.raises(ValueError, match="epochs: "):
+            plot_alpha(a, tmp_path / "c.svg", epochs=epochs)
 
 
 def test_animation(tmp_path):

@@ -39,8 +39,8 @@ def draw_one(name: str, data, path: Path) -> Path:
         return plot.plot_cell(data, path)
     if name.startswith("curves."):
         return plot.plot_curves(data, path)
-    primitives, alpha = data
-    return (plot.animate_cell if name.endswith(".gif") else plot.plot_alpha)(alpha, path, primitives)
+    alpha, told = data
+    return (plot.animate_cell if name.endswith(".gif") else plot.plot_alpha)(alpha, path, **told)
 
 
 def read_cell(folder: Path) -> Genotype:
@@ -52,15 +52,18 @@ def read_cell(folder: Path) -> Genotype:
     raise ValueError("there is no genotype.json or model.json")
 
 
-def read_alpha(folder: Path) -> tuple[tuple[str, ...], list]:
-    """(primitives, α of every epoch) of a search's folder. `ValueError` where there is none."""
+def read_alpha(folder: Path) -> tuple[list, dict]:
+    """(α of every epoch; primitives, relaxation and epochs as `plot_alpha` wants them) of a search's folder. `ValueError` where there is none."""
     if not (folder / "alpha.json").is_file():
         raise ValueError("there is no alpha.json")
     data = _json(folder / "alpha.json")
     primitives = data.get("primitives")
     if not isinstance(primitives, list) or not all(isinstance(name, str) for name in primitives) or "alpha" not in data:
         raise ValueError("alpha.json: expected the keys primitives and alpha")
-    return tuple(primitives), data["alpha"]
+    epochs = data.get("epochs")
+    if epochs is not None and not (isinstance(epochs, list) and all(isinstance(epoch, int) for epoch in epochs)):
+        raise ValueError("alpha.json: epochs: expected a list of whole numbers")
+    return data["alpha"], {"primitives": tuple(primitives), "relaxation": data.get("relaxation", "edge"), "epochs": epochs}
 
 
 def read_rows(folder: Path) -> list[dict]:

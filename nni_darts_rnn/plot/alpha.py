@@ -6,43 +6,58 @@ from pathlib import Path
 
 import numpy as np
 
-from ..genotype import PRIMITIVES, derive, number_of_nodes
+from ..genotype import PRIMITIVES, RELAXATIONS, derive, number_of_nodes, one_of
 from .canvas import GREY, mix, new_figure, op_colours, save, style, target
 
 
-def probabilities(history, primitives) -> np.ndarray:
-    """`history` as probabilities (epochs, E, K): as it is if its rows are distributions already, otherwise their softmax."""
+def probabilities(history, primitives, relaxation: str = "edge") -> np.ndarray:
+    """`history` as probabilities (epochs, E, K): as it is if it holds distributions already, otherwise their softmax, as `MixedRNN.relaxed` takes it: over
+    an edge's primitives, or over those of all edges into a node, without `none` where cells are drawn."""
+    one_of("relaxation", relaxation, RELAXATIONS)
     try:
         a = np.asarray(history, dtype=np.float64)
     except (TypeError, ValueError):
         raise ValueError("history: expected an array of numbers (epochs, E, K), each epoch of the same shape") from None
     if a.ndim != 3 or not a.size or a.shape[2] != len(primitives):
         raise ValueError(f"history has shape {a.shape}; expected (epochs, E, {len(primitives)}) for {', '.join(primitives)}")
-    number_of_nodes(a.shape[1])
+    n_nodes = number_of_nodes(a.shape[1])
     if not np.isfinite(a).all():
         raise ValueError("history holds NaN or infinite values; the search has diverged")
-    if (a >= 0).all() and np.allclose(a.sum(-1), 1, atol=1e-3):
+    ends = np.cumsum(np.arange(1, n_nodes + 1) if relaxation != "edge" else np.ones(a.shape[1], dtype=int))
+    blocks = np.split(a, ends[:-1], axis=1)  # (epochs, i, K) each: what one softmax is over
+    if (a >= 0).all() and all(np.allclose(block.sum((1, 2)), 1, atol=1e-3) for block in blocks):
         return a
-    a = np.exp(a - a.max(-1, keepdims=True))
-    return a / a.sum(-1, keepdims=True)
+    kept = np.array([relaxation != "gumbel" or name != "none" for name in primitives])
+    blocks = [np.where(kept, np.exp(block - block[..., kept].max((1, 2), keepdims=True)), 0.0) for block in blocks]
+    return np.concatenate([block / block.sum((1, 2), keepdims=True) for block in blocks], axis=1)
 
 
-def plot_alpha(history, path, primitives=PRIMITIVES) -> Path:
+def epoch_numbers(epochs, count: int) -> list[int]:
+    """The numbers of `count` epochs in a row, by default from 1. `ValueError` where `epochs` are others."""
+    numbers = list(range(1, count + 1)) if epochs is None else list(epochs)
+    if len(numbers) != count or numbers != list(range(numbers[0], numbers[0] + count)):
+        raise ValueError(f"epochs: {numbers} are not the numbers of {count} epochs in a row")
+    return numbers
+
+
+def plot_alpha(history, path, primitives=PRIMITIVES, relaxation: str = "edge", epochs=None) -> Path:
     """Heat map of the architecture's probabilities over the epochs, to `path` (.svg or .png).
 
-    `history` is (epochs, E, K), α or probabilities (α is shown through softmax). One column of maps per primitive, one block of
-    rows per node, one row per state it may read. A frame marks the op and the state that each node would take after the last epoch.
+    `history` is (epochs, E, K), α or probabilities (α is shown through softmax, `relaxation` says over what). One column of maps per primitive, one block of
+    rows per node, one row per state it may read. A frame marks the op and the state that each node would take after the last epoch. `epochs` are their
+    numbers, by default 1, 2, …; 0 is before the search.
     """
     path = target(path)
-    p = probabilities(history, primitives)
-    epochs, n_edges, n_ops = p.shape
+    p = probabilities(history, primitives, relaxation)
+    count, n_edges, n_ops = p.shape
+    start = epoch_numbers(epochs, count)[0] - 0.5
     n_nodes = number_of_nodes(n_edges)
     final = derive(p[-1], primitives)
     first, k = {}, 0  # each node's first row in the picture, with one row's gap between nodes
     for node in range(1, n_nodes + 1):
         first[node], k = k, k + node + 1
     n_rows = k - 1
-    rows = np.full((epochs, n_rows, n_ops), np.nan)
+    rows = np.full((count, n_rows, n_ops), np.nan)
     for node in range(1, n_nodes + 1):
         e = node * (node - 1) // 2
         rows[:, first[node]:first[node] + node] = p[:, e:e + node]
@@ -63,7 +78,7 @@ def plot_alpha(history, path, primitives=PRIMITIVES) -> Path:
         for op in range(n_ops):
             axes = figure.add_axes(((left + op * (cell_w + gap)) / width, bottom / height, cell_w / width, high / height))
             image = axes.imshow(rows[:, :, op].T, aspect="auto", interpolation="none", cmap="Blues", vmin=low, vmax=up,
-                                extent=(0.5, epochs + 0.5, n_rows - 0.5, -0.5))
+                                extent=(start, start + count, n_rows - 0.5, -0.5))
             axes.set_title(primitives[op], fontsize=10, fontweight="bold", color=mix(colours[primitives[op]], "#000000", 0.2), pad=5,
                            parse_math=False)
             for side in axes.spines.values():
@@ -74,9 +89,9 @@ def plot_alpha(history, path, primitives=PRIMITIVES) -> Path:
                 axes.set_xlabel("epoch", fontsize=9)
             axes.set_yticks([])
             for node, (chosen, j) in enumerate(final.recurrent, start=1):
-                axes.add_patch(Rectangle((0.5, first[node] - 0.5), epochs, node, fill=False, edgecolor="#C9CED6", linewidth=0.6, clip_on=False))
+                axes.add_patch(Rectangle((start, first[node] - 0.5), count, node, fill=False, edgecolor="#C9CED6", linewidth=0.6, clip_on=False))
                 if chosen == primitives[op]:
-                    axes.add_patch(Rectangle((0.5, first[node] + j - 0.5), epochs, 1, fill=False, edgecolor="#D55E00", linewidth=1.5,
+                    axes.add_patch(Rectangle((start, first[node] + j - 0.5), count, 1, fill=False, edgecolor="#D55E00", linewidth=1.5,
                                              clip_on=False, zorder=4))
             if op == 0:
                 if row_h > 0.1:

@@ -8,19 +8,20 @@ import numpy as np
 
 from ..files import whole
 from ..genotype import PRIMITIVES, derive
-from .alpha import probabilities
+from .alpha import epoch_numbers, probabilities
 from .canvas import new_figure, style, target
 from .cell import draw_cell, inches_axes
 from .geometry import Layout, layout
 
 
-def animate_cell(history, path, primitives=PRIMITIVES, fps: float = 4, max_frames: int = 60) -> Path:
-    """Write the most likely cell of each epoch as frames of `path` (.gif). `history` as for `plot_alpha`.
+def animate_cell(history, path, primitives=PRIMITIVES, fps: float = 4, max_frames: int = 60, relaxation: str = "edge", epochs=None) -> Path:
+    """Write the most likely cell of each epoch as frames of `path` (.gif). `history`, `relaxation` and `epochs` as for `plot_alpha`.
 
     Nodes that changed since the frame before have a ring. Of more than `max_frames` epochs, evenly spaced ones are shown.
     """
     path = target(path, (".gif",))
-    p = probabilities(history, primitives)
+    p = probabilities(history, primitives, relaxation)
+    numbers = epoch_numbers(epochs, len(p))
     shown = sorted({round(k) for k in np.linspace(0, len(p) - 1, min(len(p), max(2, max_frames)))})
     cells = [derive(p[k], primitives) for k in shown]
     places = {cell: layout(cell) for cell in cells}
@@ -41,7 +42,7 @@ def animate_cell(history, path, primitives=PRIMITIVES, fps: float = 4, max_frame
                 place = places[cell]
                 axes = inches_axes(figure, width, height, room)
                 changed = {i for i in range(1, cell.n_nodes + 1) if before and cell.recurrent[i - 1] != before.recurrent[i - 1]}
-                axes.text(0.14, height + 0.3, f"epoch {k + 1} of {len(p)}", fontsize=12, fontweight="bold", va="center")
+                axes.text(0.14, height + 0.3, f"epoch {numbers[k]} of {numbers[-1]}", fontsize=12, fontweight="bold", va="center")
                 axes.add_patch(Rectangle((0.14, height + 0.06), width - 0.28, 0.05, facecolor="#E9ECF0", linewidth=0))
                 axes.add_patch(Rectangle((0.14, height + 0.06), (width - 0.28) * (k + 1) / len(p), 0.05, facecolor="#0072B2", linewidth=0))
                 draw_cell(axes, cell, _centred(place, width, height), changed)
