@@ -9,11 +9,10 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import signal
 import sys
 from pathlib import Path
 
-from .checkpoints.stopping import Terminated
+from .checkpoints.stopping import Terminated, end_by
 from .genotype import Genotype
 from .rungs import recipe_fields
 from .trial import Parser, add_onnx_option, add_run_options, checked_recipe, checked_seed, open_corpus, prepare_torch, quiet_hosts, without_search
@@ -42,15 +41,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except (KeyboardInterrupt, Terminated) as stop:  # how NNI stops a trial early; its checkpoint stays, and after Ctrl-C the best model so far
         print("stopped", file=sys.stderr, flush=True)
-        end_by(signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
+        end_by(stop)
     nni.report_final_result(metrics(result["valid_perplexity"], {k: result[k] for k in ("valid_perplexity", "test_perplexity", "parameters", "seconds")}))
     return 0
-
-
-def end_by(signum: int) -> None:
-    """Ends this process by the signal, so that NNI says that the trial was stopped; an exit status of its own would be a failure."""
-    signal.signal(signum, signal.SIG_DFL)
-    os.kill(os.getpid(), signum)
 
 
 def read_parameters(parameters: dict) -> tuple[Genotype, int, dict]:

@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from .checkpoints.stopping import Terminated
+from .checkpoints.stopping import Terminated, end_by
 from .rungs import BUDGET, configuration_folder, copy_results, recipe_fields
 
 
@@ -50,9 +50,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (KeyboardInterrupt, Terminated) as stop:  # SIGTERM is how NNI stops a trial
-        print("stopped; the trial goes on from its checkpoint when it is run again", file=sys.stderr)
-        return getattr(stop, "code", 130)
+    except (KeyboardInterrupt, Terminated) as stop:  # how NNI stops a trial
+        print("stopped; the trial goes on from its checkpoint when it is run again", file=sys.stderr, flush=True)
+        end_by(stop)
     return 0
 
 

@@ -18,10 +18,10 @@ SMALL = ["--recipe", "tiny", "--threads", "1", "--set", "search.batch_size=64", 
          "--set", "retrain.bptt=64", "--set", "retrain.epochs=500"]
 
 
-def interrupt_after(command: list[str], file: Path, lines: int) -> subprocess.CompletedProcess:
-    """Runs the command, sends it SIGINT once `file` has that many lines, and waits for its end."""
-    process = subprocess.Popen([sys.executable, "-m", "nni_darts_rnn.cli", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env=os.environ | {"PYTHONWARNINGS": "ignore"},
+def interrupt_after(command: list[str], file: Path, lines: int, module="cli", signum=signal.SIGINT) -> subprocess.CompletedProcess:
+    """Runs the command, sends it the signal once `file` has that many lines, and waits for its end."""
+    process = subprocess.Popen([sys.executable, "-m", f"nni_darts_rnn.{module}", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {"PYTHONWARNINGS": "ignore", "NNI_OUTPUT_DIR": str(file.parent)},
                                # as a terminal starts it: a script that runs in the background hands down an ignored SIGINT
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     end = time.monotonic() + 120
@@ -29,7 +29,7 @@ def interrupt_after(command: list[str], file: Path, lines: int) -> subprocess.Co
         if file.is_file() and len(file.read_text().splitlines()) > lines:
             break
         time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signum)
     out, err = process.communicate(timeout=60)
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
@@ -48,3 +48,11 @@ def test_ctrl_c(tmp_path, command, table):
         from nni_darts_rnn.trained import load_trained
 
         assert load_trained(out)[0].rnn.genotype == load_genotype("DARTS_V2")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_trial_that_is_stopped_ends_by_the_signal(tmp_path, signum):
+    """NNI lists it as stopped then; whatever ends with a status of its own has failed for NNI."""
+    done = interrupt_after(SMALL, tmp_path / "search.csv", 2, "trial", signum)
+    assert done.returncode == -signum, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("stopped; the trial goes on from its checkpoint") and list(tmp_path.glob("checkpoint/search-*.json"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -25,6 +26,14 @@ class Terminated(SystemExit):
 
     def __init__(self):
         super().__init__(128 + signal.SIGTERM)
+
+
+def end_by(stop: BaseException) -> None:
+    """Ends this process by the signal that asked for it, `KeyboardInterrupt` or `Terminated`, so that NNI (3.0) says that the trial was stopped; an exit
+    status of its own would be a failure."""
+    signum = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+    signal.signal(signum, signal.SIG_DFL)
+    os.kill(os.getpid(), signum)
 
 
 class StopRequest:
