@@ -20,7 +20,7 @@ from .trial import Parser, add_onnx_option, add_run_options, checked_recipe, che
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python3 -m nni_darts_rnn.cell_trial", description="One trial of an NNI experiment over cells: train and test the tuner's.")
-    add_run_options(parser)
+    add_run_options(parser, searches=False)
     parser.add_argument("--maximize", action="store_true", help="report 1/perplexity, the geometric mean of the words' probabilities, in place of the "
                         "perplexity: for what takes the largest result for the best, such as the Curvefitting assessor")
     add_onnx_option(parser)

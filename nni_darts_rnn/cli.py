@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
                    "Example: nni-darts-rnn evaluate trained --corpus pydoc")
     evaluate.add_argument("model", help="folder with model.safetensors and model.json")
     for command in (search, retrain, evaluate):
-        add_run_options(command, learns=command is not evaluate)
+        add_run_options(command, learns=command is not evaluate, searches=command is search)
         if command is not evaluate:
             command.add_argument("--seed", default=0, help="of everything random; default 0")
             add_keeping_options(command)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +37,8 @@ _MOST_WORDS = 4_000_000  # distinct; a softmax over more fits no machine
 
 @dataclass
 class Corpus:
-    """Three token streams (tokens,) of dtype int64 and their vocabulary. `alpha`: the stream for the architecture; None: `valid`."""
+    """Three token streams (tokens,) of dtype int64 and their vocabulary. `alpha`: the stream for the architecture; None: `valid`. `undivided`: the training text
+    that `train` and `alpha` are parts of, where they are."""
 
     name: str
     vocab: Vocabulary
@@ -45,6 +46,11 @@ class Corpus:
     valid: Tensor
     test: Tensor
     alpha: Tensor | None = None
+    undivided: Tensor | None = None
+
+    def without_alpha(self) -> Corpus:
+        """For what has no α, as a retraining: the training text is whole again."""
+        return self if self.undivided is None else replace(self, train=self.undivided, alpha=None, undivided=None)
 
     def describe(self) -> str:
         """One line: tokens of each split, words of the vocabulary."""
@@ -59,7 +65,7 @@ def load_corpus(name_or_folder: str | Path, *, folder: str | Path | None = None,
 
     `pydoc` is the text of the running Python's own language reference. The others are read from `folder`, or downloaded once from
     the URL `mirror` (of a folder with the published files, or of an archive) into `download.cache_folder()`; they must be the
-    published texts. `alpha_fraction` > 0 splits that last part of the training text off for the architecture parameters.
+    published texts. `alpha_fraction` > 0 splits that last part of the training text off for the architecture parameters; a retraining has all of it.
     Raises `ValueError` with one line that says what is wrong where, and what is allowed.
     """
     if isinstance(alpha_fraction, bool) or not isinstance(alpha_fraction, (int, float)) or not 0 <= alpha_fraction < 1:
@@ -86,7 +92,7 @@ def load_corpus(name_or_folder: str | Path, *, folder: str | Path | None = None,
         kept = len(whole) - round(len(whole) * alpha_fraction)
         if not 2 <= kept <= len(whole) - 2:
             raise ValueError(f"alpha_fraction: {alpha_fraction!r} of {len(whole)} training tokens leaves a part of fewer than two")
-        corpus.train, corpus.alpha = whole[:kept], whole[kept:]
+        corpus.train, corpus.alpha, corpus.undivided = whole[:kept], whole[kept:], whole
     return corpus
 
 

@@ -88,6 +88,7 @@ def language_dls(corpus: Corpus, recipe: SearchRecipe | RetrainRecipe, seed: int
     if isinstance(recipe, SearchRecipe):
         lengths = search_lengths(recipe.bptt, recipe.short_bptt_probability)
     else:
+        corpus = corpus.without_alpha()
         lengths = retrain_lengths(recipe.bptt, recipe.short_bptt_probability, recipe.bptt_std, recipe.min_bptt, recipe.bptt + recipe.max_bptt_above)
     dls = DataLoaders(loader(corpus.train, recipe.batch_size, lengths, seed, advance=True),
                       loader(corpus.valid, recipe.eval_batch_size, fixed_length(recipe.bptt)), path=path, device=device)

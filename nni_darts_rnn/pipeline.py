@@ -29,7 +29,7 @@ def check_fits(corpus: Corpus, *parts: SearchRecipe | RetrainRecipe) -> None:
             prefix, texts = "search", {"batch_size": [("training", corpus.train), ("α's", corpus.valid if corpus.alpha is None else corpus.alpha)],
                                        "eval_batch_size": [("validation", corpus.valid)]}
         else:
-            prefix, texts = "retrain", {"batch_size": [("training", corpus.train)], "eval_batch_size": [("validation", corpus.valid)],
+            prefix, texts = "retrain", {"batch_size": [("training", corpus.without_alpha().train)], "eval_batch_size": [("validation", corpus.valid)],
                                         "test_batch_size": [("test", corpus.test)]}
         _check_streams(part, prefix, texts)
         V, H = len(corpus.vocab), part.hidden_size
@@ -71,7 +71,7 @@ def take_fast_path(corpus: Corpus, recipe: SearchRecipe | RetrainRecipe, device:
     from .model import choose_device
 
     search, n_nodes = (True, recipe.n_nodes) if isinstance(recipe, SearchRecipe) else (False, n_nodes)
-    steps = recipe.epochs * len(corpus.train) / (recipe.batch_size * recipe.bptt)
+    steps = recipe.epochs * len(corpus.train if search else corpus.without_alpha().train) / (recipe.batch_size * recipe.bptt)
     words = len(corpus.vocab)
     passes = sum(recipe.passes(epoch, words) for epoch in range(recipe.epochs)) / recipe.epochs if isinstance(recipe, SearchRecipe) else 3
     work = fused.eager_seconds(recipe.bptt, recipe.batch_size, recipe.hidden_size, words, n_nodes, passes=steps * passes,

@@ -56,14 +56,14 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def add_run_options(parser: argparse.ArgumentParser, learns: bool = True) -> None:
-    """The options that every command with a corpus and a recipe shares; the text for α is of those that learn from it."""
+def add_run_options(parser: argparse.ArgumentParser, learns: bool = True, searches: bool = True) -> None:
+    """The options that every command with a corpus and a recipe shares; the text for α is of those that search."""
     parser.add_argument("--corpus", default="pydoc", help="pydoc (default), penn, wikitext-2, wikitext-103, or a folder with train/valid/test.txt")
     parser.add_argument("--corpus-folder", help="where the files of a named corpus are")
     parser.add_argument("--corpus-mirror", help="https URL that a named corpus is fetched from")
-    if learns:
+    if searches:
         parser.add_argument("--alpha-fraction", type=float, default=0.0, metavar="F",
-                            help="part of the training text kept apart for α; 0 (default): α learns from the validation text, as in the paper")
+                            help="part of the training text kept apart for α during the search; 0 (default): α learns from the validation text, as in the paper")
     else:
         parser.set_defaults(alpha_fraction=0.0)
     default, fields = ("small (default)", "a field, e.g. --set search.epochs=5") if learns else (

@@ -99,6 +99,8 @@ def test_alpha_fraction_takes_the_end_of_the_training_text(small):
     assert torch.equal(torch.cat([c.train, c.alpha]), whole.train) and len(c.alpha) == 2
     assert c.vocab == whole.vocab and torch.equal(c.valid, whole.valid)
     assert "6 training, 2 α, 4 validation" in c.describe()
+    assert torch.equal(c.without_alpha().train, whole.train) and c.without_alpha().alpha is None and "8 training, 4 validation" in c.without_alpha().describe()
+    assert whole.without_alpha() is whole
 
 
 def test_reading_in_pieces_gives_the_same_tokens(tmp_path, monkeypatch):

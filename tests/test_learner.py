@@ -225,6 +225,19 @@ def test_weights_that_are_part_of_something_larger(tmp_path):
     assert torch.equal(*ends) and not torch.equal(ends[0], before[:, :6])
 
 
+def test_a_retraining_has_the_text_that_alpha_learnt_from(tmp_path):
+    split, whole = corpus(), corpus()
+    split.train, split.alpha, split.undivided = whole.train[:120], whole.train[120:], whole.train
+    rows, ends = [], []
+    for text in (split, whole):
+        done = retrain(text, CELL, TINY.retrain, 1, tmp_path, device="cpu")
+        rows.append([row["train_loss"] for row in done["rows"]])
+        ends.append(done["test_perplexity"])
+    assert rows[0] == rows[1] and ends[0] == ends[1]
+    text = [language_dls(split, recipe).train.stream.numel() for recipe in (TINY.search, TINY.retrain)]
+    assert text == [120, 200]
+
+
 def fastai_dls(batch_size=4) -> DataLoaders:
     """fastai's own language-model loaders over numericalised documents."""
     texts = [list(corpus(300).train.split(50)), list(corpus().valid.split(40))]

@@ -58,7 +58,7 @@ def retrain(arguments) -> None:
     answer(arguments, done,
            f"test perplexity {done['test_perplexity']:.2f} (validation {done['valid_perplexity']:.2f}), {done['parameters']:,} parameters; "
            f"of the same test text: unigram {done['unigram_perplexity']:.2f}, interpolated bigram {done['bigram_perplexity']:.2f}",
-           ["nni-darts-rnn", "evaluate", folder, *corpus_words(arguments, learns=False)])
+           ["nni-darts-rnn", "evaluate", folder, *corpus_words(arguments)])
 
 
 def evaluate(arguments) -> None:
@@ -165,7 +165,7 @@ def _choose_cell(arguments) -> str | None:
                 raise ValueError(f"--from {arguments.experiment}: the recipe of trial {trial.id} is none of this version's; give --recipe")
             arguments.recipe = _to_convergence(trial.recipe)
         if arguments.corpus is None:
-            for option in ("corpus", "corpus_folder", "corpus_mirror", "alpha_fraction"):
+            for option in ("corpus", "corpus_folder", "corpus_mirror"):
                 setattr(arguments, option, getattr(arguments, option) or getattr(trial.options, option))
         Talk(arguments)(f"best of experiment {experiment.id} ({experiment.count()}): trial {trial.id}, "
                         f"validation perplexity {trial.result.valid_perplexity:.2f}")

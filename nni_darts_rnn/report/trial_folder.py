@@ -63,13 +63,13 @@ class Trial:
         if self.recipe is None or self.seed is None:
             return []
         out = out or f"runs/{self.id}"
-        shared = corpus_words(self.options) + ["--recipe", self.recipe.name, "--seed", str(self.seed)]
+        shared = ["--recipe", self.recipe.name, "--seed", str(self.seed)]
         if self.options.threads:
             shared += ["--threads", str(self.options.threads)]  # sums of another number of threads differ in the last digits
         if self.options.device != "auto":
             shared += ["--device", self.options.device]
-        retrain = ["nni-darts-rnn", "retrain", *shared, *set_words(self.recipe, "retrain"), "--genotype", self.cell.to_json() if self.cell else out, "--out", out]
-        search = ["nni-darts-rnn", "search", *shared, *set_words(self.recipe, "search"), "--out", out]
+        retrain = ["nni-darts-rnn", "retrain", *corpus_words(self.options), *shared, *set_words(self.recipe, "retrain"), "--genotype", self.cell.to_json() if self.cell else out, "--out", out]
+        search = ["nni-darts-rnn", "search", *corpus_words(self.options, searches=True), *shared, *set_words(self.recipe, "search"), "--out", out]
         return [shlex.join(words) for words in ([retrain] if self.cell else [search, retrain])]
 
     def repeats(self) -> bool:
@@ -77,13 +77,13 @@ class Trial:
         return BUDGET not in self.parameters or self.recipe is None or not self.recipe.retrain.anneal
 
 
-def corpus_words(options, learns: bool = True) -> list[str]:
-    """The options that name the corpus again, as a command's words; the text for α only where the command learns."""
+def corpus_words(options, searches: bool = False) -> list[str]:
+    """The options that name the corpus again, as a command's words; the text for α only where the command searches."""
     words = ["--corpus", str(options.corpus or "pydoc")]
     for name in ("corpus_folder", "corpus_mirror"):
         if getattr(options, name):
             words += ["--" + name.replace("_", "-"), str(getattr(options, name))]
-    return words + (["--alpha-fraction", f"{options.alpha_fraction:g}"] if learns and options.alpha_fraction else [])
+    return words + (["--alpha-fraction", f"{options.alpha_fraction:g}"] if searches and options.alpha_fraction else [])
 
 
 def set_words(recipe: Recipe, part: str) -> list[str]:
