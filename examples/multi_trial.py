@@ -11,6 +11,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
+import pytorch_lightning as pl
 from nni.nas.experiment import NasExperiment
 from nni.nas.experiment.config import NasExperimentConfig
 
@@ -63,6 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--shared", action="store_true")
     arguments = parser.parse_args(argv)
     corpus, recipe = load_corpus(arguments.corpus), get_recipe(arguments.recipe)
+    pl.seed_everything(0, verbose=False)  # the space's own weights, from which in format "raw" every cell starts
     if arguments.shared:
         found = shared_weights(corpus, recipe, arguments.trials)
     else:

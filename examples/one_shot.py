@@ -13,17 +13,20 @@ from nni.nas.experiment import NasExperiment
 from nni_darts_rnn import Genotype, get_recipe, load_corpus, search_evaluator, strategies
 from nni_darts_rnn.learner import retrain
 from nni_darts_rnn.search import make_space
+from nni_darts_rnn.search import make_strategy as make_second_order
 
 NAMES = ("SecondOrderDARTS", "DARTS", "GumbelDARTS", "Proxyless", "RandomOneShot", "ENAS")
 
 
 def make_strategy(name: str, recipe):
-    """The strategy with the recipe's settings, and what Lightning's Trainer has to be told for it."""
+    """The strategy with those of the recipe's settings that it has, and what Lightning's Trainer has to be told for it."""
     if name == "RandomOneShot":
         return strategies.RandomOneShot(), {"gradient_clip_val": recipe.clip}
     if name == "ENAS":
         return strategies.ENAS(gradient_clip_val=recipe.clip, batches_per_update=10), {}
-    return getattr(strategies, name)(arc_learning_rate=recipe.arch_lr, gradient_clip_val=recipe.clip), {}
+    if name == "SecondOrderDARTS":
+        return make_second_order(recipe), {}
+    return getattr(strategies, name)(arc_learning_rate=recipe.arch_lr, gradient_clip_val=recipe.clip, warmup_epochs=recipe.warmup_epochs), {}
 
 
 def search(name: str, corpus, recipe, seed: int = 0, folder: str | Path | None = None, **trainer_options):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 from array import array
 from collections.abc import Iterable, Iterator
@@ -148,6 +149,8 @@ def _pieces(path: Path) -> Iterator[list[str]]:
     with open(path, "rb") as file:
         while block := file.read(_BLOCK):
             last, block = block[-1:], rest + block
+            if not done and block.startswith(codecs.BOM_UTF8):  # some editors' first three bytes, no part of a word
+                done, block = len(codecs.BOM_UTF8), block[len(codecs.BOM_UTF8):]
             cut = 1 + max(block.rfind(space) for space in (b" ", b"\n", b"\t"))  # 0 where there is none; never inside a character
             if len(block) - cut > _BLOCK:
                 raise ValueError(f"{path}: a word of more than {_BLOCK:,} bytes at byte {done + cut}; is this text?")
@@ -196,7 +199,7 @@ def _encode(name: str, pieces: dict[str, Iterable[list[str]]]) -> Corpus:
 def _mapped(name: str, paths: dict[str, Path]) -> Corpus:
     """The corpus of three large texts as ids in files of the cache folder, mapped into memory: pages are read when they are used."""
     key = "-".join(download.digest(path)[:20] for path in paths.values())
-    folder = download.cache_folder() / f"encoded-{key}"
+    folder = download.cache_folder() / f"encoded-2-{key}"  # 2: a version of how texts are cut into words
     with download.made_once(folder) as new:
         if new:
             index: dict[str, int] = _Growing()

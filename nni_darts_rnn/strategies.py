@@ -27,7 +27,7 @@ from nni.mutable import Categorical, CategoricalMultiple
 from nni.nas import strategy as nni_strategy
 from nni.nas.execution.event import ModelEventType
 from nni.nas.oneshot.pytorch.supermodule.differentiable import DifferentiableMixedInput, DifferentiableMixedLayer
-from nni.nas.oneshot.pytorch.supermodule.proxyless import ProxylessMixedInput, ProxylessMixedLayer
+from nni.nas.oneshot.pytorch.supermodule.proxyless import ProxylessMixedInput, ProxylessMixedLayer, ProxylessMixedRepeat
 from nni.nas.space import ModelStatus
 from nni.nas.strategy import Random, RegularizedEvolution
 from nni.nas.strategy.middleware import Deduplication
@@ -69,11 +69,19 @@ class Proxyless(_InOrder, nni_strategy.Proxyless):
 
 
 def _strongest_paths(module) -> dict:
-    """What the mixed layers below Proxyless's would export; its own draw a path."""
+    """What the mixed layers below Proxyless's would export; its own draw a path. Of a `Repeat` the depth that is likeliest of those allowed."""
     below = {ProxylessMixedLayer: DifferentiableMixedLayer, ProxylessMixedInput: DifferentiableMixedInput}
     sample: dict = {}
+    repeats = [layer for layer in module.supernet_modules() if isinstance(layer, ProxylessMixedRepeat)]
     for layer in module.supernet_modules():
-        sample.update(below.get(type(layer), type(layer)).export(layer, memo=sample))
+        if layer not in repeats:
+            sample.update(below.get(type(layer), type(layer)).export(layer, memo=sample))
+    for repeat in repeats:  # a depth is how many of its blocks are there, each by a choice of its own
+        probabilities = repeat.export_probs({})[repeat.depth_choice.label]
+        depth = max(repeat.depth_choice.values, key=lambda d: float(probabilities[d]))
+        sample[repeat.depth_choice.label] = depth
+        for k in range(repeat.min_depth, repeat.max_depth):
+            sample[repeat.blocks[k].label] = "1" if k < depth else "0"
     return sample
 
 

@@ -103,6 +103,20 @@ def test_alpha_fraction_takes_the_end_of_the_training_text(small):
     assert whole.without_alpha() is whole
 
 
+def test_a_byte_order_mark_is_no_part_of_a_word(tmp_path):
+    folder = write(tmp_path / "marked", train="\ufeffthe cat\nthe dog\n", valid="\ufeff", test="the\ufeff cat\n")
+    (folder / "valid.txt").write_bytes(b"\xef\xbb\xbfthe \xff")
+    with pytest.raises(ValueError, match="byte 7 is not UTF-8"):
+        load_corpus(folder)
+    (folder / "valid.txt").write_text("\ufeffdog\n", encoding="utf-8")
+    c = load_corpus(folder)
+    assert c.vocab.words == ("the", "cat", "<eos>", "dog", "<unk>")
+    assert [c.vocab.words[i] for i in c.valid] == ["dog", "<eos>"] and [c.vocab.words[i] for i in c.test] == ["<unk>", "cat", "<eos>"]
+    (folder / "valid.txt").write_bytes(b"\xef\xbb\xbf")
+    with pytest.raises(ValueError, match="no words in it"):
+        load_corpus(folder)
+
+
 def test_reading_in_pieces_gives_the_same_tokens(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     words = [str(w) for w in rng.choice(["ä", "été", "word", "longerword", "\n", "\n\n", "\t", "\r\n", "x"], 3000)]

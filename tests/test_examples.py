@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from nni_darts_rnn.genotype import Genotype
 from nni_darts_rnn.recipes import get_recipe
@@ -64,3 +65,19 @@ def test_importing_an_example_runs_nothing(name, capsys):
     before = set(sys.modules)
     example(name)
     assert not capsys.readouterr().out and before <= set(sys.modules)
+
+
+@pytest.mark.parametrize("config", sorted(EXAMPLES.glob("*.yml")), ids=lambda path: path.stem)
+def test_the_web_page_knows_which_result_is_best(config):
+    """It asks the tuner's options, whether the tuner has a use for them or not; without one it takes the largest."""
+    settings = yaml.safe_load(config.read_text())
+    chosen = settings.get("tuner") or settings["advisor"]
+    assert chosen["classArgs"]["optimize_mode"] == ("maximize" if "--maximize" in config.read_text() else "minimize")
+
+
+def test_the_strategy_of_an_example_has_the_recipes_settings():
+    module, recipe = example("one_shot"), get_recipe("small", {"search.epsilon": 0.01, "search.arch_beta1": 0.5}).search
+    ours, _ = module.make_strategy("SecondOrderDARTS", recipe)
+    assert ours.warmup_epochs == 4 and [ours.second_order[name] for name in ("unrolled_lr", "epsilon", "arc_betas")] == [2.0, 0.01, (0.5, 0.999)]
+    for name in ("DARTS", "GumbelDARTS", "Proxyless"):
+        assert module.make_strategy(name, recipe)[0].warmup_epochs == 4

@@ -25,7 +25,7 @@ from nni.nas import strategy as nni_strategy
 from nni.nas.evaluator import FunctionalEvaluator
 from nni.nas.experiment import NasExperiment
 from nni.nas.experiment.config import NasExperimentConfig
-from nni.nas.nn.pytorch import InputChoice, LayerChoice, ModelSpace
+from nni.nas.nn.pytorch import InputChoice, LayerChoice, ModelSpace, Repeat
 from nni.nas.oneshot.pytorch.supermodule.sampling import PathSamplingLayer
 from nni.runtime.trial_command_channel import TrialCommandChannel, get_default_trial_command_channel, set_default_trial_command_channel
 from nnictl import free_port
@@ -111,6 +111,34 @@ def test_proxyless_exports_the_strongest_paths():
     torch.manual_seed(0)
     assert exported(nni_strategy.Proxyless()) == {0, 1}
     assert exported(strategies.Proxyless()) == {1}
+
+
+class Repeated(ModelSpace):
+    """A layer 1, 2 or 4 times."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = LayerChoice([nn.Linear(2, 2), nn.Identity()], label="layer")
+        self.repeat = Repeat(lambda i: nn.Linear(2, 2), nni.choice("depth", [1, 2, 4]))
+
+
+def test_proxyless_exports_the_likeliest_depth():
+    strategy = strategies.Proxyless()
+    supernet = strategy.mutate_model(Repeated())
+    module = strategy.configure_oneshot_module(inner := search_evaluator(text(), RECIPE, accelerator="cpu").module)
+    inner.set_model(supernet)
+    blocks = [supernet.repeat.blocks[k] for k in range(1, 4)]
+    for towards, depth in ((2.0, 4), (-2.0, 1), (0.4, 2)):  # at 0.4 a depth of 3 is likeliest, which is none of the choices
+        with torch.no_grad():
+            for block in blocks:
+                block._arch_alpha.copy_(torch.tensor([0.0, towards]))
+        chance = torch.softmax(torch.tensor([0.0, towards]), 0)[1]
+        of_depth = {1: (1 - chance) ** 3, 2: 3 * chance * (1 - chance) ** 2, 3: 3 * chance ** 2 * (1 - chance), 4: chance ** 3}
+        assert depth == max((1, 2, 4), key=of_depth.get)
+        sample = {str(key): value for key, value in module.export().items()}
+        assert sample["depth"] == depth and all(module.export() == module.export() for _ in range(5))
+        assert [sample[block.label] for block in blocks] == ["1" if k < depth else "0" for k in (1, 2, 3)]
+        assert Repeated().freeze(module.export()).repeat is not None
 
 
 @pytest.mark.parametrize("kind, repeats", [(nni_strategy.RandomOneShot, False), (strategies.RandomOneShot, True)])
