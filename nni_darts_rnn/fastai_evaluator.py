@@ -73,8 +73,8 @@ class FastaiEvaluator(Evaluator):
         for name in OF_THE_SPACE:
             if name in settings:
                 raise ValueError(f"settings: {name} is the model space's; give it there")
-        if learner is not None and (epochs is None or settings or any(v is not None for v in (corpus, recipe, corpus_folder, corpus_mirror))):
-            raise ValueError("learner: a learner of your own goes with epochs, and without corpus, recipe and settings")
+        if learner is not None and (epochs is None or settings or device != "auto" or any(v is not None for v in (corpus, recipe, corpus_folder, corpus_mirror))):
+            raise ValueError("learner: a learner of your own goes with epochs, and without corpus, recipe, settings and device, which its loaders have")
         if onnx:
             if learner is not None:
                 raise ValueError("onnx: only the language model is written; leave it out with a learner of your own")

@@ -1,5 +1,6 @@
 """The report: what is on the page, that nothing in a trial's files gets into its markup, and that a real browser shows it without complaint."""
 
+import html
 import json
 import re
 import shlex
@@ -14,9 +15,10 @@ from test_experiments import home, run, trial_folder, write_experiment, write_mi
 
 from nni_darts_rnn.files import write_csv, write_text
 from nni_darts_rnn.report.experiments import load_experiment
-from nni_darts_rnn.report.page import render
+from nni_darts_rnn.report.page import render, write_trial_report
 from nni_darts_rnn.report.pictures import inline_svg
 from nni_darts_rnn.report.trial_section import folded
+from nni_darts_rnn.trial import Parser, add_run_options
 
 NASTY = "<script>alert('x')</script>\"'&<img src=https://example.org/x.png>"
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -152,6 +154,15 @@ def test_what_the_command_says(home, capsys):  # noqa: F811
     text = capsys.readouterr()
     assert text.out == "report.html\n"
     assert text.err.splitlines() == ["experiment abcd1234 done: 1 succeeded; drawing", "next: nni-darts-rnn best abcd1234"]
+
+
+def test_a_trials_own_page_has_commands_for_any_folder(home):  # noqa: F811
+    folder, options = home / "trial", Parser()
+    add_run_options(options)
+    write_trial(folder, 80.0)
+    (home / "texts").mkdir()
+    page = write_trial_report(folder, options.parse_args(["--corpus", "texts", "--recipe", "small"]), "abcd1234", "aaaaa").read_text()
+    assert f"--corpus {home / 'texts'} " in html.unescape(page).replace("\\\n", " ")
 
 
 def test_folded_commands_are_the_same_commands():

@@ -149,9 +149,14 @@ def _trial_options(command: str | None, code_folder: str | None):
     except ValueError:
         options = parser.parse_args([])
         options.drawn = False
+    return located(options, code_folder) if code_folder else options
+
+
+def located(options: argparse.Namespace, folder: str | Path) -> argparse.Namespace:
+    """The options of a trial that ran in `folder`, with paths that do for commands typed elsewhere."""
+    found = argparse.Namespace(**vars(options))
     for name in ("corpus", "corpus_folder"):
-        value = getattr(options, name)
-        # relative to where the trials ran, which is not where the next command is typed
-        if code_folder and value and not (name == "corpus" and value in CORPUS_NAMES) and (Path(code_folder) / value).is_dir():
-            setattr(options, name, str(Path(code_folder) / value))
-    return options
+        value = getattr(found, name)
+        if value and not (name == "corpus" and value in CORPUS_NAMES) and (Path(folder) / value).is_dir():
+            setattr(found, name, str(Path(folder) / value))
+    return found

@@ -13,7 +13,7 @@ from .. import __version__
 from ..files import write_text
 from ..outputs import figures
 from ..talk import duration
-from .experiments import Experiment
+from .experiments import Experiment, located
 from .pictures import cell_picture, picture
 from .style import PAGE
 from .trial_folder import Trial, read_trial
@@ -29,7 +29,8 @@ def write_report(experiment: Experiment, path: str | Path) -> Path:
 
 
 def write_trial_report(folder: str | Path, options, experiment: str, trial: str) -> Path:
-    """`folder`/report.html about the one trial that has left its results there, of these ids. `options` are the trial command's."""
+    """`folder`/report.html about the one trial that has left its results there, of these ids. `options` are those of its command, this process's."""
+    options = located(options, Path.cwd())
     found = read_trial(trial, Path(folder), {}, options, alive=False)
     return write_report(Experiment(experiment, Path(folder), f"Trial {trial}", "this trial alone", None, None, options, (found,)),
                         Path(folder) / "report.html")
