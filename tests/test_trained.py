@@ -45,7 +45,7 @@ def test_tied_weight_is_stored_once(tmp_path):
 
 
 def refused(folder, match):
-    with pytest.raises(ValueError, match=match) as caught:
+    with pytest.raises(ValueError, match=match or None) as caught:
         load_trained(folder)
     assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
 
