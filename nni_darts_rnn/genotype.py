@@ -183,7 +183,7 @@ def load_genotype(source: Genotype | str | Path) -> Genotype:
     if text.lstrip().startswith("{"):
         return Genotype.from_json(text)
     path = Path(text)
-    if os.path.isdir(path):  # False for what is no path at all, where Path.is_dir raises
+    if os.path.isdir(text):  # False for what is no path at all, where Path.is_dir raises
         path = path / "genotype.json"
         if not path.is_file():
             raise ValueError(f"genotype {text!r}: that folder has no genotype.json")

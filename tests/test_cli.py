@@ -142,6 +142,8 @@ def test_search_and_retrain_refuse(command, options, words, place, capsys):
     (["retrain"], "the following arguments are required: --genotype"),
     (["retrain", "--genotype", "DARTS_V3"], "did you mean 'DARTS_V"),
     (["retrain", "--genotype", "nowhere.json"], "neither a file nor one of"),
+    (["retrain", "--genotype", ""], "genotype '' is neither a file nor one of"),
+    (["retrain", "--from", ""], "experiment '' is neither an id nor a folder"),
     (["retrain", "--genotype", '{"recurrent": [["tnah", 0]]}'], "did you mean 'tanh'?"),
     (["retrain", "--genotype", "{"], "genotype: not JSON"),
     (["search", "--seed", "-1"], "seed: '-1' must be a whole number from 0"),

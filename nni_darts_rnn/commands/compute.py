@@ -113,7 +113,7 @@ def recipes(arguments) -> None:
 def _start(arguments):
     """Checks every setting, then opens the corpus: (recipe, seed, corpus, talk)."""
     seed, recipe = checked_seed(getattr(arguments, "seed", 0)), checked_recipe(arguments, {})
-    if getattr(arguments, "genotype", None):
+    if getattr(arguments, "genotype", None) is not None:
         from ..genotype import load_genotype
 
         arguments.genotype = load_genotype(arguments.genotype)
@@ -156,7 +156,7 @@ def _to_convergence(recipe: Recipe) -> Recipe:
 def _choose_cell(arguments) -> str | None:
     """Puts the best trial's cell, corpus and recipe in place for `--from`, the usual ones otherwise; a name for the results, or None."""
     name = None
-    if arguments.experiment:
+    if arguments.experiment is not None:
         experiment = load_experiment(arguments.experiment)
         trial = experiment.best()
         arguments.genotype, name = trial.result.genotype, f"{experiment.id}-{trial.id}"
@@ -169,7 +169,7 @@ def _choose_cell(arguments) -> str | None:
                 setattr(arguments, option, getattr(arguments, option) or getattr(trial.options, option))
         Talk(arguments)(f"best of experiment {experiment.id} ({experiment.count()}): trial {trial.id}, "
                         f"validation perplexity {trial.result.valid_perplexity:.2f}")
-    elif not arguments.genotype:
+    elif arguments.genotype is None:
         raise ValueError("the following arguments are required: --genotype or --from")
     arguments.corpus = "pydoc" if arguments.corpus is None else arguments.corpus  # an empty text is no corpus, and is refused as one
     arguments.recipe = "small" if arguments.recipe is None else arguments.recipe
