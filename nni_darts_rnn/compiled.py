@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from . import supernet
+from .exports import CellStruct
 from .extension import State
 from .graph import Graph
-from .library import CellStruct
 from .workspace import give, take
 
 
@@ -66,13 +66,10 @@ def run_backward(run: Run, d_outputs: Tensor, needs: tuple[bool, ...]) -> list[T
 
 def _arguments(run: Run, keep: bool, **more: Tensor | None) -> CellStruct:
     """The struct of csrc/cell.h."""
-    tensors = {**run.buffers, "outputs": run.outputs, **more}
     graph, (T, B, H) = run.graph, run.outputs.shape
-    arguments = CellStruct(T, B, H, graph.n_nodes, graph.n_edges, torch.get_num_threads(), graph.normalise, keep, run.rounded, supernet.BATCHNORM_EPS,
-                      **{name: ctypes.addressof(graph.arrays[name]) for name in ("incoming", "source", "op")},
-                      **{name: t.data_ptr() for name, t in tensors.items() if t is not None})
-    arguments.tensors = tensors  # the struct has their addresses alone, and under torch.compile nothing else need hold them until the call
-    return arguments
+    struct = CellStruct(T, B, H, graph.n_nodes, graph.n_edges, torch.get_num_threads(), graph.normalise, keep, run.rounded, supernet.BATCHNORM_EPS,
+                        **{name: ctypes.addressof(graph.arrays[name]) for name in ("incoming", "source", "op")})
+    return struct.hold({**run.buffers, "outputs": run.outputs, **more})
 
 
 def rounds(dtype: torch.dtype, smallest: int) -> bool:

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .compiled import padded, rounds
+from .exports import CrossEntropyStruct
 from .extension import State, enabled
 from .fused import again, autocast_dtype, differentiable, plain, subclassed
-from .library import CrossEntropyStruct
 from .workspace import give, take
 
 _CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}  # numbers in one block of logits: the CPU's cache, and enough for a GPU to be busy
@@ -94,10 +94,8 @@ def _compiled(x: Tensor, w: Tensor, b: Tensor | None, targets: Tensor, needs, ro
     grads = [x.new_empty(shape) if need else None for shape, need in zip(((R, H), (V, H), (V,)), needs)]
     workspace, scratch = take("loss", {"logits": State.loaded.block * V, "packed": H * padded(V)} | ({"packed_back": V * padded(H)} if needs[0] else {})
                               | ({"d_w_transposed": padded(V) * H} if needs[1] else {}), x.dtype)
-    tensors = {"x": x, "w": w, "b": b, "targets": y, "nll": nll, **dict(zip(("d_x", "d_w", "d_b"), grads)), **scratch}
-    arguments = CrossEntropyStruct(R, H, V, torch.get_num_threads(), rounded and rounds(x.dtype, min(H, V)), 1 / R if any(needs[:3]) else 0.0,
-                                   **{name: t.data_ptr() for name, t in tensors.items() if t is not None})
-    arguments.tensors = tensors  # as in `compiled`
+    arguments = CrossEntropyStruct(R, H, V, torch.get_num_threads(), rounded and rounds(x.dtype, min(H, V)), 1 / R if any(needs[:3]) else 0.0)
+    arguments.hold({"x": x, "w": w, "b": b, "targets": y, "nll": nll, **dict(zip(("d_x", "d_w", "d_b"), grads)), **scratch})
     bad = State.loaded.cross_entropy[x.dtype](ctypes.byref(arguments))
     give("loss", workspace)
     if bad >= 0:

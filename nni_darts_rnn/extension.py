@@ -25,8 +25,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .exports import Library
 from .files import digest, hold
-from .library import Library
 
 SOURCES = Path(__file__).with_name("csrc")
 BUILD_SECONDS = 12.0

@@ -163,9 +163,14 @@ def checked_recipe(arguments: argparse.Namespace, parameters: dict):
     return get_recipe(get_recipe(arguments.recipe, settings), parameters)
 
 
+def set_keys(arguments: argparse.Namespace) -> list[str]:
+    """The fields that `--set` names."""
+    return [text.partition("=")[0].strip() for text in arguments.set]
+
+
 def without_search(arguments: argparse.Namespace) -> str | None:
     """One line about the fields of `--set` that are of a search, for a command that has none."""
-    unread = [text.partition("=")[0].strip() for text in arguments.set if text.strip().startswith("search.")]
+    unread = [key for key in set_keys(arguments) if key.startswith("search.")]
     return f"a retraining has no search, so {', '.join(unread)} changes nothing here" if unread else None
 
 

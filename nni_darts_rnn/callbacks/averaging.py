@@ -7,7 +7,7 @@ from fastai.callback.tracker import SaveModelCallback
 from fastai.optimizer import OptimWrapper
 from torch import Tensor
 
-from .fit_only import FitOnly
+from .fit_only import ValidatedEpochs
 
 
 class AveragedSGD(OptimWrapper):
@@ -22,7 +22,7 @@ class AveragedSGD(OptimWrapper):
             super()._set_hyper(name, values)
 
 
-class NTASGD(FitOnly):
+class NTASGD(ValidatedEpochs):
     """SGD until `monitor` (lower is better) has not improved for `nonmono` epochs on the best before them, then averaged SGD.
 
     Merity et al. 2017, algorithm 1. The switch is to `torch.optim.ASGD(t0=0, lambd=0)` with the same learning rate and weight decay; from then on
@@ -36,7 +36,7 @@ class NTASGD(FitOnly):
         self.nonmono, self.monitor = nonmono, monitor
         self.logs: list[float] = []
         self.kept: list[tuple[Tensor, Tensor]] | None = None
-        self.validated, self.before = False, 0  # validated epochs of earlier fits
+        self.before = 0  # validated epochs of earlier fits
 
     @property
     def averaging(self) -> bool:
@@ -44,7 +44,7 @@ class NTASGD(FitOnly):
 
     def start_fit(self):
         self.put_back()  # a fit that was interrupted while it validated left the averages there
-        self.validated, self.before = False, len(self.logs)
+        self.before = len(self.logs)
         self.column = list(self.recorder.metric_names[1:]).index(self.monitor)
 
     def before_step(self):
@@ -65,14 +65,10 @@ class NTASGD(FitOnly):
                 self.kept.append((p, p.detach().clone()))
                 p.copy_(state["ax"])
 
-    def after_validate(self):
-        self.validated = self.judged()
-
     def after_epoch(self):
         self.put_back()
-        if not self.validated:
+        if not self.newly_validated():
             return
-        self.validated = False
         value = float(self.recorder.values[-1][self.column])
         if not self.averaging and len(self.logs) > self.nonmono and value > min(self.logs[:-self.nonmono]):
             self.start_averaging()

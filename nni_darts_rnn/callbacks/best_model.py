@@ -9,10 +9,10 @@ from fastai.callback.tracker import SaveModelCallback, TrackerCallback
 from fastai.learner import save_model
 
 from ..files import whole
-from .fit_only import FitOnly
+from .fit_only import ValidatedEpochs
 
 
-class BestModel(FitOnly, SaveModelCallback):
+class BestModel(ValidatedEpochs, SaveModelCallback):
     """`SaveModelCallback` without its message, loading tensors only (fastai's own unpickles whatever the file holds), never a half-written
     file and never one that another fit left behind."""
 
@@ -20,16 +20,12 @@ class BestModel(FitOnly, SaveModelCallback):
         super().__init__(monitor=monitor, comp=comp, min_delta=min_delta, fname=fname, with_opt=with_opt)
 
     def start_fit(self):
-        self.last_saved_path, self.validated = None, False
+        self.last_saved_path = None
         TrackerCallback.before_fit(self)
 
-    def after_validate(self):
-        self.validated = self.judged()
-
     def after_epoch(self):
-        if not self.validated:  # an epoch that `fit(start_epoch=…)` skipped, or a cancelled one
+        if not self.newly_validated():
             return
-        self.validated = False
         TrackerCallback.after_epoch(self)
         if self.new_best:
             self._save(self.fname)

@@ -1,4 +1,4 @@
-"""The base of callbacks that a validation does not concern."""
+"""The bases of callbacks that a validation beside a fit does not concern, and of those that follow a fit's validated epochs."""
 
 from __future__ import annotations
 
@@ -14,9 +14,23 @@ class FitOnly(Callback):
         else:
             self.start_fit()
 
-    def judged(self) -> bool:
-        """After `after_validate`: whether the epoch has a validation loss. A cancelled validation, such as `lr_find`'s, comes to that event too."""
-        return not self.learn.recorder.cancel_valid
-
     def start_fit(self):
         """`before_fit` of a real fit."""
+
+
+class ValidatedEpochs(FitOnly):
+    """Knows in `after_epoch` whether the epoch was validated: one that `fit(start_epoch=…)` skips, or that somebody cancels, was not."""
+
+    def before_fit(self):
+        if not self.learn.lock.locked():
+            self.validated = False
+        super().before_fit()
+
+    def after_validate(self):
+        # a cancelled validation, such as `lr_find`'s, comes to this event too
+        self.validated = not self.learn.recorder.cancel_valid
+
+    def newly_validated(self) -> bool:
+        """Asked once after an epoch: whether it has a validation loss."""
+        validated, self.validated = self.validated, False
+        return validated

@@ -15,10 +15,10 @@ from ..fastai_streams import already_trained
 from ..files import write_csv
 from ..health import watched_spread
 from .averaging import NTASGD
-from .fit_only import FitOnly
+from .fit_only import FitOnly, ValidatedEpochs
 
 
-class MetricsCSV(FitOnly, CSVLogger):
+class MetricsCSV(ValidatedEpochs, CSVLogger):
     """`CSVLogger` that `Learner.validate` does not truncate, that makes its folder, that `Learner.export` can leave out, and that has a row of every epoch that was
     trained and validated: those that `fit(start_epoch=…)` skips keep theirs."""
 
@@ -34,17 +34,12 @@ class MetricsCSV(FitOnly, CSVLogger):
             kept = [row for row in (self.path / self.fname).read_text().splitlines(True) if (epoch := row.partition(",")[0]).isdigit() and int(epoch) < first]
         CSVLogger.before_fit(self)
         self.file.writelines(kept)
-        self.validated = False
-
-    def after_validate(self):
-        self.validated = self.judged()
 
     def _write_line(self, log):
-        if self.validated:
+        if self.newly_validated():
             super()._write_line(log)
         else:
             self.old_logger(log)
-        self.validated = False
 
 
 class PerplexityInBar(Callback):
@@ -57,7 +52,7 @@ class PerplexityInBar(Callback):
             self.learn.progress.pbar.comment = f"perplexity {_exp(float(self.learn.smooth_loss)):.1f}"
 
 
-class PrintGenotype(FitOnly):
+class PrintGenotype(ValidatedEpochs):
     """Prints the cell that α stands for after every `every`-th epoch; `genotypes` keeps them all. The model must have `genotype()`."""
 
     order = NTASGD.order + 1
@@ -65,16 +60,9 @@ class PrintGenotype(FitOnly):
     def __init__(self, every: int = 1):
         self.every, self.genotypes = every, []
 
-    def start_fit(self):
-        self.validated = False
-
-    def after_validate(self):
-        self.validated = self.judged()
-
     def after_epoch(self):
-        if not self.validated:  # as in `BestModel`
+        if not self.newly_validated():
             return
-        self.validated = False
         cell = self.learn.model.genotype()
         self.genotypes.append(cell)
         if len(self.genotypes) % self.every == 0:

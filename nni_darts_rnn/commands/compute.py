@@ -10,7 +10,7 @@ from ..recipes import Recipe, get_recipe
 from ..report.experiments import load_experiment
 from ..report.trial_folder import corpus_words, set_words
 from ..talk import Talk, answer
-from ..trial import checked_recipe, checked_seed, keeping, open_corpus, prepare_torch, without_search
+from ..trial import checked_recipe, checked_seed, keeping, open_corpus, prepare_torch, set_keys, without_search
 
 READING = ("retrain.bptt", "retrain.eval_batch_size", "retrain.test_batch_size")  # all that a recipe says of how a text is read to measure perplexity
 MOST_EPOCHS = 1000  # of a retraining that ends when it no longer gets better
@@ -69,7 +69,7 @@ def evaluate(arguments) -> None:
     from ..text.baselines import bigram_perplexity, unigram_perplexity
     from ..trained import load_trained, read_description
 
-    for key in (text.partition("=")[0].strip() for text in arguments.set):
+    for key in set_keys(arguments):
         if key not in READING:
             raise ValueError(f"--set {key}: evaluating takes no other field of a recipe than {', '.join(READING)}" + did_you_mean(key, READING))
     if arguments.recipe is None:  # the perplexities that its training ended with depend on the batches, if little

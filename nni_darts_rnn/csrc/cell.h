@@ -5,7 +5,7 @@
 #include <cstdint>
 
 extern "C" {
-struct Cell {  // mirrored, field by field, in library.py
+struct Cell {  // mirrored, field by field, in exports.py
   int64_t steps, batch, hidden, nodes, edges, threads;
   int64_t normalise;  // 1: with the batch's statistics, 0: not at all
   int64_t keep;       // 1: pre0, pre, states, masked have all time steps, for the backward pass; 0: one step, and pre one edge, used again and again

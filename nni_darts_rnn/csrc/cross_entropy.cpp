@@ -21,7 +21,7 @@
 #include "team.h"
 
 extern "C" {
-struct LinearCrossEntropy {  // mirrored, field by field, in library.py
+struct LinearCrossEntropy {  // mirrored, field by field, in exports.py
   int64_t rows, hidden, words, threads;  // R, H, V
   int64_t rounded;                       // 1: the operands of all products are rounded to bfloat16, of `float` numbers where `cell_rounds()`
   double scale;                          // of the gradients; 0: none is wanted

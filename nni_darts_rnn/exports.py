@@ -8,7 +8,17 @@ from pathlib import Path
 import torch
 
 
-class CellStruct(ctypes.Structure):
+class _Struct(ctypes.Structure):
+    def hold(self, tensors: dict[str, torch.Tensor | None]):
+        """The struct with the addresses of these, and with the tensors themselves, which under torch.compile nothing else need hold until the call."""
+        self.tensors = tensors
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                setattr(self, name, tensor.data_ptr())
+        return self
+
+
+class CellStruct(_Struct):
     """struct Cell of cell.h; shapes are given there."""
 
     _fields_ = ([(name, ctypes.c_int64) for name in ("steps", "batch", "hidden", "nodes", "edges", "threads", "normalise", "keep", "rounded")]
@@ -20,7 +30,7 @@ class CellStruct(ctypes.Structure):
                     "d_outputs", "d_states", "d_masked", "carry", "d_h", "d_h0", "d_W0_h", "d_Ws", "d_p")])
 
 
-class CrossEntropyStruct(ctypes.Structure):
+class CrossEntropyStruct(_Struct):
     """struct LinearCrossEntropy of cross_entropy.cpp; shapes are given there."""
 
     _fields_ = ([(name, ctypes.c_int64) for name in ("rows", "hidden", "words", "threads", "rounded")]
@@ -37,7 +47,7 @@ class Library:
         for size, struct in (("cell_struct_size", CellStruct), ("cross_entropy_struct_size", CrossEntropyStruct)):
             getattr(library, size).restype = ctypes.c_int64
             if getattr(library, size)() != ctypes.sizeof(struct):
-                raise OSError(f"{path.name} does not fit this version of library.py")
+                raise OSError(f"{path.name} does not fit this version of exports.py")
         library.cross_entropy_block.restype = library.cell_rounds.restype = ctypes.c_int64
         self.rounds = bool(library.cell_rounds())
         self.block = library.cross_entropy_block()
