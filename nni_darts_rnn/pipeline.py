@@ -99,6 +99,9 @@ def search_phase(corpus: Corpus, recipe: SearchRecipe, seed: int, folder: Path, 
 
 
 def _search_phase(corpus, recipe, seed, folder, report, progress, device, store) -> dict:
+    from .nas_layers import import_layers
+
+    import_layers()
     from .search import search
 
     take_fast_path(corpus, recipe, device)

@@ -8,6 +8,9 @@ import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: threads that wait for each other by spinning are slow beside other processes
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from nni_darts_rnn.nas_layers import import_layers
+
+    import_layers()  # in a new environment each of them would write NNI's file, and read what the other has written so far
 
 from nnictl import Experiment
 
