@@ -19,7 +19,7 @@ class Run(NamedTuple):
     """What a forward pass leaves: its results, and the buffers the backward pass reads."""
 
     graph: Graph
-    rounded: bool  # the operands of products, to bfloat16
+    parts: int  # of the operands of products: see `parts`
     outputs: Tensor  # (T, B, H)
     workspace: Tensor  # the memory of the larger buffers
     buffers: dict[str, Tensor | None]  # by the names that csrc/cell.h has for them
@@ -30,13 +30,14 @@ def run_forward(graph: Graph, x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tens
     """Run the cell on tensors without a graph; with `keep` the buffers hold every time step, for `run_backward`.
 
     x_proj, h0, W0_h, Ws and mask as in `supernet.mixed_cell`; p (E, 4), in the order of `graph.OPS`, for a mixed cell, None for a discrete one.
-    `rounded` asks for bfloat16 operands in the products of a float32 cell; they stay whole on a processor that would gain nothing.
+    `rounded` asks for bfloat16 operands in the products of a float32 cell; they keep all digits on a processor that would gain nothing.
     """
     (T, B, _), H, N, E = x_proj.shape, h0.shape[1], graph.n_nodes, graph.n_edges
-    steps, new = (T if keep else 1), x_proj.new_empty
+    steps, new, n_parts = (T if keep else 1), x_proj.new_empty, parts(x_proj.dtype, rounded, H, B // torch.get_num_threads())
     inputs = {name: t.contiguous() for name, t in (("x_proj", x_proj), ("h0", h0), ("W0_h", W0_h), ("Ws", Ws))}
-    workspace, large = take("cell", {"pre": (T * E if keep else 1) * B * 2 * H, "states": (N + 1) * steps * B * H, "scale": steps * (N + 1) * H, "packed": (N + 1) * H * padded(2 * H)}
-                             | ({"packed_back": (N + 1) * 2 * H * padded(H)} if keep else {})
+    workspace, large = take("cell", {"pre": (T * E if keep else 1) * B * 2 * H, "states": (N + 1) * steps * B * H, "scale": steps * (N + 1) * H,
+                                     "packed": (N + 1) * room(n_parts, H, 2 * H)}
+                             | ({"packed_back": (N + 1) * room(n_parts, 2 * H, H)} if keep else {})
                              | ({} if mask is None else {"masked": N * steps * B * H, "previous": steps * B * H}), x_proj.dtype)
     buffers = {
         **inputs, "mask": None if mask is None else mask.contiguous(),
@@ -44,7 +45,7 @@ def run_forward(graph: Graph, x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tens
         "present": new(E).fill_(1) if p is None else p.sum(1), "average": x_proj.new_tensor(graph.average),
         "pre0": new(steps, B, 2 * H), **large,
     }
-    result = Run(graph, rounded and rounds(x_proj.dtype, H), new(T, B, H), workspace, buffers)
+    result = Run(graph, n_parts, new(T, B, H), workspace, buffers)
     arguments = _arguments(result, keep)
     State.loaded.forward[x_proj.dtype](ctypes.byref(arguments))
     if not keep:
@@ -67,15 +68,29 @@ def run_backward(run: Run, d_outputs: Tensor, needs: tuple[bool, ...]) -> list[T
 def _arguments(run: Run, keep: bool, **more: Tensor | None) -> CellStruct:
     """The struct of csrc/cell.h."""
     graph, (T, B, H) = run.graph, run.outputs.shape
-    struct = CellStruct(T, B, H, graph.n_nodes, graph.n_edges, torch.get_num_threads(), graph.normalise, keep, run.rounded, supernet.BATCHNORM_EPS,
+    struct = CellStruct(T, B, H, graph.n_nodes, graph.n_edges, torch.get_num_threads(), graph.normalise, keep, run.parts, supernet.BATCHNORM_EPS,
                         **{name: ctypes.addressof(graph.arrays[name]) for name in ("incoming", "source", "op")})
     return struct.hold({**run.buffers, "outputs": run.outputs, **more})
 
 
-def rounds(dtype: torch.dtype, smallest: int) -> bool:
-    """Whether this processor gains from bfloat16 in the products of these numbers, of which the smallest matrix has so many rows or columns: packed in
-    tiles of 32 terms (bfloat.h), those of fewer than 16 would outgrow the room that is allotted for whole numbers."""
-    return State.loaded.rounds and dtype == torch.float32 and smallest >= 16
+def parts(dtype: torch.dtype, rounded: bool, smallest: int, rows: int) -> int:
+    """How many bfloat16 numbers the products of these numbers take each operand as (bfloat.h): 1 if it is to be rounded; 2 where torch may use fewer digits than float32's
+    (`torch.set_float32_matmul_precision`), 3 for all of them; 0, as it is, where a processor would not gain from that.
+
+    The smallest matrix has `smallest` rows or columns, and a thread about `rows` of what it multiplies.
+    """
+    if not State.loaded.rounds or dtype != torch.float32:
+        return 0
+    if rounded:
+        return int(smallest >= 16)
+    if rows < 16 or 3 * smallest < 2 * padded(smallest):  # tiles of 16 rows and 32 terms, too empty to be faster
+        return 0
+    return 3 if torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee") else 2
+
+
+def room(parts: int, rows: int, columns: int) -> int:
+    """Numbers for which a packed matrix needs room."""
+    return padded(columns) * (-(-parts * padded(rows) // 2) if parts else rows)
 
 
 def padded(columns: int) -> int:

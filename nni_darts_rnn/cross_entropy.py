@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .compiled import padded, rounds
+from .compiled import padded, parts, room
 from .exports import CrossEntropyStruct
 from .extension import State, enabled
 from .fused import again, autocast_dtype, differentiable, plain, subclassed
@@ -92,9 +92,10 @@ def _compiled(x: Tensor, w: Tensor, b: Tensor | None, targets: Tensor, needs, ro
     x, w, b, y = x.contiguous(), w.contiguous(), None if b is None else b.contiguous(), targets.contiguous()
     nll = x.new_empty(R, dtype=torch.float64)
     grads = [x.new_empty(shape) if need else None for shape, need in zip(((R, H), (V, H), (V,)), needs)]
-    workspace, scratch = take("loss", {"logits": State.loaded.block * V, "packed": H * padded(V)} | ({"packed_back": V * padded(H)} if needs[0] else {})
+    n_parts = parts(x.dtype, rounded, min(H, V), State.loaded.block // torch.get_num_threads())
+    workspace, scratch = take("loss", {"logits": State.loaded.block * V, "packed": room(n_parts, H, V)} | ({"packed_back": room(n_parts, V, H)} if needs[0] else {})
                               | ({"d_w_transposed": padded(V) * H} if needs[1] else {}), x.dtype)
-    arguments = CrossEntropyStruct(R, H, V, torch.get_num_threads(), rounded and rounds(x.dtype, min(H, V)), 1 / R if any(needs[:3]) else 0.0)
+    arguments = CrossEntropyStruct(R, H, V, torch.get_num_threads(), n_parts, 1 / R if any(needs[:3]) else 0.0)
     arguments.hold({"x": x, "w": w, "b": b, "targets": y, "nll": nll, **dict(zip(("d_x", "d_w", "d_b"), grads)), **scratch})
     bad = State.loaded.cross_entropy[x.dtype](ctypes.byref(arguments))
     give("loss", workspace)

@@ -21,7 +21,7 @@ class _Struct(ctypes.Structure):
 class CellStruct(_Struct):
     """struct Cell of cell.h; shapes are given there."""
 
-    _fields_ = ([(name, ctypes.c_int64) for name in ("steps", "batch", "hidden", "nodes", "edges", "threads", "normalise", "keep", "rounded")]
+    _fields_ = ([(name, ctypes.c_int64) for name in ("steps", "batch", "hidden", "nodes", "edges", "threads", "normalise", "keep", "parts")]
                 + [("eps", ctypes.c_double)]
                 + [(name, ctypes.c_void_p) for name in (
                     "incoming", "source", "op",
@@ -33,14 +33,14 @@ class CellStruct(_Struct):
 class CrossEntropyStruct(_Struct):
     """struct LinearCrossEntropy of cross_entropy.cpp; shapes are given there."""
 
-    _fields_ = ([(name, ctypes.c_int64) for name in ("rows", "hidden", "words", "threads", "rounded")]
+    _fields_ = ([(name, ctypes.c_int64) for name in ("rows", "hidden", "words", "threads", "parts")]
                 + [("scale", ctypes.c_double)]
                 + [(name, ctypes.c_void_p) for name in ("x", "w", "b", "targets", "nll", "d_x", "d_w", "d_b", "logits", "packed", "packed_back", "d_w_transposed")])
 
 
 class Library:
     """The loaded extension: `forward[dtype]`, `backward[dtype]`, `cross_entropy[dtype]`; `block`, the rows of logits that the last one needs;
-    `rounds`, whether products of bfloat16 are faster here than of float32."""
+    `rounds`, whether there are tiles here, whose products of bfloat16 are faster than those of float32."""
 
     def __init__(self, path: Path):
         library = ctypes.CDLL(str(path))

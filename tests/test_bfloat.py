@@ -1,11 +1,12 @@
-"""Products in bfloat16, of the cell and of the loss, against readable forms whose operands are rounded one by one."""
+"""Products of bfloat16 numbers, of the cells and of the loss: rounded operands against readable forms whose operands are rounded one by one, operands that are sums of two or
+three such numbers against readable forms in float64."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from nni_darts_rnn import cell, extension, fused
+from nni_darts_rnn import bilevel, cell, compiled, extension, fused, supernet
 from nni_darts_rnn.cross_entropy import linear_cross_entropy
 from nni_darts_rnn.genotype import DARTS_V1, DARTS_V2, Genotype
 
@@ -164,3 +165,86 @@ def test_a_graph_of_rounded_products_twice_and_its_second_derivative():
     assert all(map(torch.equal, first, second))
     (grad,) = torch.autograd.grad(out.sum(), leaves[:1], create_graph=True)  # the readable form's, with all digits
     assert torch.autograd.grad(grad.pow(2).sum(), leaves[1])[0].abs().sum() > 0
+
+
+FEWER, ALL = ("high", 2, 2e-5), ("highest", 3, 1e-6)  # what torch allows, the numbers an operand is taken as, and how far off that may be
+DIGITS = pytest.mark.parametrize("allowed, parts, off", [FEWER, ALL], ids=["two numbers", "three numbers"])
+
+
+@pytest.fixture
+def precision():
+    before = torch.get_float32_matmul_precision()
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision(before)
+
+
+def near(ours, readable, inputs, off):
+    """Results and gradients by `ours` in float32 against those by the readable form in float64."""
+    results = [ends(ours, inputs, torch.float32, torch.enable_grad()), ends(readable, inputs, torch.float64, torch.enable_grad())]
+    for a, b in zip(*results):
+        assert a.dtype == torch.float32 and (a - b).norm() < off * b.norm()
+
+
+@needs_tiles
+@DIGITS
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("T, B, H", [(1, 33, 64), (3, 70, 44), (2, 300, 96)])
+def test_cells_of_sums(T, B, H, masked, allowed, parts, off, precision):
+    precision(allowed)
+    assert compiled.parts(torch.float32, False, H, B // torch.get_num_threads()) == parts
+    for N in (1, 3):
+        inputs, mask = cell_inputs(T, B, H, N)
+        inputs.append(torch.randn(N * (N + 1) // 2, 5, generator=torch.Generator().manual_seed(1)).softmax(1))
+        smooth = Genotype((("tanh", 0), ("identity", 0), ("sigmoid", 1))[:N])  # a kink of relu's has no nearest gradient
+        inputs[-1][:, 2] = 0
+
+        def discrete(function, *a):
+            return function(*a, smooth, mask.to(a[0].dtype) if masked else None)
+
+        def mixed(function, *a):
+            return function(*a, mask.to(a[0].dtype) if masked else None)
+
+        near(lambda *a: discrete(fused.discrete_cell, *a), lambda *a: discrete(cell.discrete_cell, *a), inputs[:-1], off)
+        near(lambda *a: mixed(fused.mixed_cell, *a), lambda *a: mixed(supernet.mixed_cell, *a), inputs, 5 * off)  # statistics of the batch magnify
+
+
+@needs_tiles
+@DIGITS
+@pytest.mark.parametrize("R, H, V", [(128, 32, 44), (150, 44, 77), (600, 66, 530), (601, 96, 1000)])  # one block of words, and several
+def test_a_loss_of_sums(R, H, V, allowed, parts, off, precision):
+    precision(allowed)
+    g = torch.Generator().manual_seed(3)
+    inputs = [torch.randn(shape, generator=g) for shape in ((R, H), (V, H), (V,))]
+    y = torch.randint(V, (R,), generator=g)
+    near(lambda *a: linear_cross_entropy(*a, y), lambda x, w, b: F.cross_entropy(F.linear(x, w, b), y), [inputs[0], inputs[1] / H**0.5, inputs[2]], off)
+
+
+@needs_tiles
+@pytest.mark.parametrize("T, B, H", [(1, 33, 64), (3, 70, 44)])
+def test_three_numbers_are_no_worse_than_whole_ones(T, B, H, monkeypatch):
+    inputs, _ = cell_inputs(T, B, H, 8)
+    inputs.append(torch.randn(36, 5, generator=torch.Generator().manual_seed(1)).softmax(1))
+    exact = ends(supernet.mixed_cell, inputs, torch.float64, torch.enable_grad())
+
+    def worst():
+        return max(float((a - b).norm() / b.norm()) for a, b in zip(ends(fused.mixed_cell, inputs, torch.float32, torch.enable_grad()), exact))
+
+    of_three = worst()
+    monkeypatch.setattr(extension.State.loaded, "rounds", False)
+    assert 0 < of_three < 2 * worst()
+
+
+@needs_extension
+def test_what_operands_are_taken_as(monkeypatch, precision):
+    monkeypatch.setattr(extension.State.loaded, "rounds", True)
+    assert compiled.parts(torch.float64, False, 300, 128) == compiled.parts(torch.float64, True, 300, 128) == 0
+    assert [compiled.parts(torch.float32, True, H, 1) for H in (15, 16)] == [0, 1]
+    assert [compiled.parts(torch.float32, False, H, 16) for H in (21, 22, 33, 42, 43, 64, 65, 300)] == [0, 3, 0, 0, 3, 3, 3, 3]  # tiles at least two thirds full
+    assert [compiled.parts(torch.float32, False, 64, rows) for rows in (1, 15, 16)] == [0, 0, 3]
+    for allowed, expected in (("high", 2), ("medium", 2), ("highest", 3)):
+        precision(allowed)
+        assert compiled.parts(torch.float32, False, 64, 16) == expected
+        with bilevel.all_digits():  # for a difference of gradients
+            assert compiled.parts(torch.float32, False, 64, 16) == 3
+    monkeypatch.setattr(extension.State.loaded, "rounds", False)
+    assert compiled.parts(torch.float32, False, 64, 16) == compiled.parts(torch.float32, True, 64, 16) == 0

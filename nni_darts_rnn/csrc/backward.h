@@ -21,7 +21,7 @@ template <class T, class P> struct Backward : Sequence<T, P> {
   mutable std::vector<T> undrawn;          // (few(),2H): pre-activations of an edge that the drawn cell has not
 
   Backward(const Cell& cell, Team<T>& all, int64_t k, double* s)
-      : Base(cell, all, k), sums(s), panel(P::depth * P::columns), undrawn(d.d_p && d.edges == N ? few() * 2 * H : 0) {}
+      : Base(cell, all, k), sums(s), panel(P::terms(P::depth) * P::columns), undrawn(d.d_p && d.edges == N ? few() * 2 * H : 0) {}
 
   void run() const {
     T *const carry = static_cast<T*>(d.carry), *const dh = static_cast<T*>(d.d_h);

@@ -1,6 +1,8 @@
-// Products whose operands are rounded to bfloat16 and whose sums are float32's, by the tiles of AMX: 16 rows of 64 bytes, of which one instruction multiplies
-// two, 16x32 numbers by 32x16, onto 16x16 sums (Intel, "Architecture Instruction Set Extensions Programming Reference", chapter 3). The names are those of
-// `Whole` in product.h. Where a compiler or a processor has no AMX, `rounds()` is false and `Rounded` is `Whole`.
+// Products of numbers taken as sums of bfloat16 numbers, whose sums are float32's, by the tiles of AMX: 16 rows of 64 bytes, of which one instruction multiplies
+// two, 16x32 numbers by 32x16, onto 16x16 sums (Intel, "Architecture Instruction Set Extensions Programming Reference", chapter 3). One number for an operand rounds
+// it to bfloat16; with two, x = x1 + x2, a product is a1 b1 + a1 b2 + a2 b1, good to 16 bits of its operands; three, in six products, have float32's 24 (Henry, Tang and
+// Heinecke 2019, "Leveraging the bfloat16 artificial intelligence datatype for higher-precision computations"). The names are those of `Whole` in product.h.
+// Where a compiler or a processor has no AMX, `rounds()` is false and there is `Whole` alone.
 
 #pragma once
 
@@ -24,13 +26,15 @@ inline bool rounds() {
   return granted;
 }
 
-struct Rounded {
+// `Parts` numbers for each operand
+template <int Parts> struct Tiles {
   using Number = uint16_t;
   using Buffer = std::vector<Number, Aligned<Number>>;
   static constexpr int64_t columns = 32, rows = 16, depth = 512, step = 32, tile = rows * step;  // `step` terms of a sum at a time
+  static constexpr int64_t both = Parts * tile;
   static_assert(columns == Tile<float>::columns, "what lies in panels of float is packed again");
   static int64_t steps(int64_t k) { return (k + step - 1) / step; }
-  static int64_t terms(int64_t k) { return steps(k) * step; }
+  static int64_t terms(int64_t k) { return steps(k) * step * Parts; }
 
   // The eight tiles are whole ones for as long as this is there; then they are what they were to somebody else
   class Ready {
@@ -60,37 +64,38 @@ struct Rounded {
   };
   static Left rows_of(int64_t m, int64_t k, const float* a, int64_t lda, Buffer& buffer) {
     const int64_t all = steps(k);
-    buffer.resize((m + rows - 1) / rows * all * tile);
+    buffer.resize((m + rows - 1) / rows * all * both);
     for (int64_t r = 0; r < m; r++, a += lda)
-      for (int64_t s = 0; s < all; s++) round(std::min(step, k - s * step), a + s * step, buffer.data() + (r / rows * all + s) * tile + r % rows * step);
+      for (int64_t s = 0; s < all; s++) round(std::min(step, k - s * step), a + s * step, buffer.data() + (r / rows * all + s) * both + r % rows * step, tile);
     return {buffer.data(), all};
   }
   static Left columns_of(int64_t m, int64_t k, const float* a, int64_t lda, Buffer& buffer) {
     const int64_t all = steps(k);
-    buffer.resize((m + rows - 1) / rows * all * tile);
+    buffer.resize((m + rows - 1) / rows * all * both);
     for (int64_t i = 0; i < m; i += rows)
       for (int64_t s = 0; s < all; s++) {
-        alignas(64) uint32_t pairs[tile / 2];
-        interleave(std::min(step, k - s * step), std::min(rows, m - i), a + s * step * lda + i, lda, pairs);
-        transpose(pairs, buffer.data() + (i / rows * all + s) * tile);
+        alignas(64) Number terms_first[both];
+        interleave(std::min(step, k - s * step), std::min(rows, m - i), a + s * step * lda + i, lda, terms_first, tile);
+        for (int p = 0; p < Parts; p++) transpose(terms_first + p * tile, buffer.data() + (i / rows * all + s) * both + p * tile);
       }
     return {buffer.data(), all};
   }
 
-  // A panel: of each step two tiles, in which the terms 2j and 2j + 1 of a column lie side by side. W lies row after row (column = 1), or column after column (row = 1)
+  // A panel: of each step and part two tiles, in which the terms 2j and 2j + 1 of a column lie side by side. W lies row after row (column = 1), or column after column (row = 1)
   static void pack(int64_t k, int64_t n, const float* w, int64_t row, int64_t column, Number* panel) {
-    for (int64_t s = 0; s < k; s += step)
-      for (int64_t v = 0; v < columns; v += 16, panel += tile) {
+    for (int64_t s = 0; s < k; s += step, panel += 2 * both)
+      for (int64_t v = 0; v < columns; v += 16) {
         const float* const from = w + s * row + v * column;
         const int64_t terms = std::min(step, k - s), width = std::max<int64_t>(0, std::min<int64_t>(16, n - v));
-        alignas(64) uint32_t pairs[tile / 2] = {};
-        if (row == 1) {
-          for (int64_t u = 0; u < width; u++) round(terms, from + u * column, reinterpret_cast<Number*>(pairs) + u * step);
-          transpose(pairs, panel);
-        } else {
-          interleave(terms, width, from, row, pairs);
-          std::memcpy(panel, pairs, sizeof pairs);
+        Number* const to = panel + v / 16 * tile;
+        if (row != 1) {
+          interleave(terms, width, from, row, to, 2 * tile);
+          continue;
         }
+        alignas(64) Number columns_first[both];
+        if (width < 16) std::fill_n(columns_first, both, Number(0));
+        for (int64_t u = 0; u < width; u++) round(terms, from + u * column, columns_first + u * step, tile);
+        for (int p = 0; p < Parts; p++) transpose(columns_first + p * tile, to + 2 * p * tile);
       }
   }
   static const Number* repack(int64_t k, const float* w, Buffer& buffer) {
@@ -101,37 +106,55 @@ struct Rounded {
 
   static void multiply(int64_t m, int64_t n, const Left& left, const Number* panels, int64_t stride, bool add, float* c, int64_t ldc) {
     asm volatile("" ::: "memory");  // GCC does not know that loading a tile reads memory
-    const int64_t piece = m > 2 * rows ? 8 : left.steps;  // steps of a panel that stay in the first cache for all rows
+    const int64_t piece = Parts == 1 && m > 2 * rows ? 8 : left.steps;  // steps of a panel that stay in the first cache for all rows, where products do not outlast loading them
     for (int64_t v = 0; v < n; v += columns, panels += stride)
       for (int64_t s = 0; s < left.steps; s += piece) {
         const int64_t count = std::min(piece, left.steps - s);
         for (int64_t r = 0; r < m; r += 2 * rows)
-          block(std::min(2 * rows, m - r), std::min(columns, n - v), count, left.a + (r / rows * left.steps + s) * tile, left.steps * tile, panels + 2 * s * tile, add || s,
+          block(std::min(2 * rows, m - r), std::min(columns, n - v), count, left.a + (r / rows * left.steps + s) * both, left.steps * both, panels + 2 * s * both, add || s,
                 c + r * ldc + v, ldc);
       }
   }
 
  private:
-  // n <= step numbers -> step, zero from n on
-  static void round(int64_t n, const float* from, Number* to) {
+  // n <= step numbers -> step of each part, `apart` from one to the next, zero from n on
+  static void round(int64_t n, const float* from, Number* to, int64_t apart) {
     const auto there = [&](int64_t first) { return __mmask16(n >= first + 16 ? 0xffff : n > first ? (1u << (n - first)) - 1 : 0); };
-    const auto rounded = _mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(there(16), from + 16), _mm512_maskz_loadu_ps(there(0), from));
-    std::memcpy(to, &rounded, sizeof rounded);
-  }
-  // terms <= step rows of `width` <= 16 numbers -> 16 pairs of rows, zero beyond
-  static void interleave(int64_t terms, int64_t width, const float* from, int64_t row, uint32_t* pairs) {
-    const auto load = [&](int64_t u) { return u < terms ? _mm512_maskz_loadu_ps(__mmask16((1u << width) - 1), from + u * row) : _mm512_setzero_ps(); };
-    for (int64_t u = 0; u < step; u += 2, pairs += 16) {
-      const auto even = _mm512_cvtneps_pbh(load(u)), odd = _mm512_cvtneps_pbh(load(u + 1));
-      __m256i low, high;
-      std::memcpy(&low, &even, sizeof low), std::memcpy(&high, &odd, sizeof high);
-      const __m512i both = _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
-      std::memcpy(pairs, &both, sizeof both);
+    __m512 high = _mm512_maskz_loadu_ps(there(16), from + 16), low = _mm512_maskz_loadu_ps(there(0), from);
+    for (int p = 0; p < Parts; p++, to += apart) {
+      const __m512i rounded = both_halves(high, low);
+      __builtin_memcpy(to, &rounded, sizeof rounded);
+      if (p + 1 == Parts) break;
+      low = _mm512_sub_ps(low, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(rounded)), 16)));
+      high = _mm512_sub_ps(high, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(rounded, 1)), 16)));
     }
   }
+  // terms <= step rows of `width` <= 16 numbers -> 16 pairs of rows of each part, zero beyond
+  static void interleave(int64_t terms, int64_t width, const float* from, int64_t row, Number* to, int64_t apart) {
+    const auto load = [&](int64_t u) { return u < terms ? _mm512_maskz_loadu_ps(__mmask16((1u << width) - 1), from + u * row) : _mm512_setzero_ps(); };
+    const __m512i upper = _mm512_set1_epi32(int(0xffff0000)), turns = _mm512_add_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+                                                                                       _mm512_slli_epi32(_mm512_set_epi32(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16), 16));
+    for (int64_t u = 0; u < step; u += 2, to += step) {
+      __m512 even = load(u), odd = load(u + 1);
+      for (int p = 0; p < Parts; p++) {
+        const __m512i pairs = _mm512_permutexvar_epi16(turns, both_halves(odd, even));
+        __builtin_memcpy(to + p * apart, &pairs, sizeof pairs);
+        if (p + 1 == Parts) break;
+        even = _mm512_sub_ps(even, _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)));
+        odd = _mm512_sub_ps(odd, _mm512_castsi512_ps(_mm512_and_si512(pairs, upper)));
+      }
+    }
+  }
+  static __m512i both_halves(__m512 high, __m512 low) {
+    const auto rounded = _mm512_cvtne2ps_pbh(high, low);
+    __m512i bits;
+    __builtin_memcpy(&bits, &rounded, sizeof bits);
+    return bits;
+  }
   // 16x16 pairs
-  static void transpose(const uint32_t* pairs, Number* to) {
-    uint32_t turned[tile / 2];
+  static void transpose(const Number* from, Number* to) {
+    uint32_t pairs[tile / 2], turned[tile / 2];
+    std::memcpy(pairs, from, sizeof pairs);
     for (int64_t i = 0; i < 16; i++)
       for (int64_t j = 0; j < 16; j++) turned[i * 16 + j] = pairs[j * 16 + i];
     std::memcpy(to, turned, sizeof turned);
@@ -162,17 +185,31 @@ struct Rounded {
       _tile_zero(2);
       _tile_zero(3);
     }
-    for (int64_t s = 0; s < steps; s++, a += tile, panel += 2 * tile) {
-      _tile_loadd(4, a, 64);
-      _tile_loadd(6, panel, 64);
+    const auto left = [&](int p) {
+      _tile_loadd(4, a + p * tile, 64);
+      if constexpr (R > 1) _tile_loadd(5, a + below + p * tile, 64);
+    };
+    const auto right = [&](int p) {
+      _tile_loadd(6, panel + 2 * p * tile, 64);
+      _tile_loadd(7, panel + (2 * p + 1) * tile, 64);
+    };
+    const auto product = [] {
       _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, panel + tile, 64);
       _tile_dpbf16ps(1, 4, 7);
       if constexpr (R > 1) {
-        _tile_loadd(5, a + below, 64);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
       }
+    };
+    for (int64_t s = 0; s < steps; s++, a += both, panel += 2 * both) {
+      right(0);
+      for (int p = Parts - 1; p > 0; p--) {  // (Parts − 1, 0), (Parts − 2, 0), (Parts − 2, 1), (Parts − 3, 1) …: one new operand a product
+        left(p), product();
+        if (p < Parts - 1) right(Parts - 1 - p), product();
+      }
+      left(0), product();
+      if constexpr (Parts > 1) right(Parts - 1), product();
+      if constexpr (Parts > 2) right(0), product();
     }
     _tile_stored(0, c, bytes);
     _tile_stored(1, c + 16, bytes);
@@ -184,9 +221,19 @@ struct Rounded {
   }
 };
 
+// f(product) for the products of `parts` numbers an operand; 0: of operands as they are
+template <class F> void with_parts(int64_t parts, F f) {
+  switch (parts) {
+    case 1: return f(Tiles<1>{});
+    case 2: return f(Tiles<2>{});
+    case 3: return f(Tiles<3>{});
+    default: f(Whole<float>{});
+  }
+}
+
 #else
 
 inline bool rounds() { return false; }
-using Rounded = Whole<float>;
+template <class F> void with_parts(int64_t, F f) { f(Whole<float>{}); }
 
 #endif

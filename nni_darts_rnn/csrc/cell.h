@@ -9,7 +9,7 @@ struct Cell {  // mirrored, field by field, in exports.py
   int64_t steps, batch, hidden, nodes, edges, threads;
   int64_t normalise;  // 1: with the batch's statistics, 0: not at all
   int64_t keep;       // 1: pre0, pre, states, masked have all time steps, for the backward pass; 0: one step, and pre one edge, used again and again
-  int64_t rounded;    // 1: the operands of all products are rounded to bfloat16, of a `float` cell where `cell_rounds()`
+  int64_t parts;      // bfloat16 numbers that an operand of a product is taken as, 1 to 3, of a `float` cell where `cell_rounds()`; 0: as it is
   double eps;
   const int64_t *incoming;         // (N+1): node i's edges are incoming[i-1] … incoming[i]
   const int64_t *source, *op;      // (E): the state an edge reads; MIX or one nonlinearity

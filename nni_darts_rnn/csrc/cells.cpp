@@ -73,8 +73,12 @@ template <class T, class P> void run_backward(const Cell& d) {
 extern "C" {
 int64_t cell_struct_size() { return sizeof(Cell); }
 int64_t cell_rounds() { return rounds(); }
-void cell_forward_float(const Cell* cell) { cell->rounded ? run_forward<float, Rounded>(*cell) : run_forward<float, Whole<float>>(*cell); }
+void cell_forward_float(const Cell* cell) {
+  with_parts(cell->parts, [&](auto product) { run_forward<float, decltype(product)>(*cell); });
+}
 void cell_forward_double(const Cell* cell) { run_forward<double, Whole<double>>(*cell); }
-void cell_backward_float(const Cell* cell) { cell->rounded ? run_backward<float, Rounded>(*cell) : run_backward<float, Whole<float>>(*cell); }
+void cell_backward_float(const Cell* cell) {
+  with_parts(cell->parts, [&](auto product) { run_backward<float, decltype(product)>(*cell); });
+}
 void cell_backward_double(const Cell* cell) { run_backward<double, Whole<double>>(*cell); }
 }

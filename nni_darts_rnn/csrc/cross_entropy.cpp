@@ -23,7 +23,7 @@
 extern "C" {
 struct LinearCrossEntropy {  // mirrored, field by field, in exports.py
   int64_t rows, hidden, words, threads;  // R, H, V
-  int64_t rounded;                       // 1: the operands of all products are rounded to bfloat16, of `float` numbers where `cell_rounds()`
+  int64_t parts;                         // as in cell.h
   double scale;                          // of the gradients; 0: none is wanted
   const void *x, *w, *b;                 // (R,H); (V,H); (V) or null
   const int64_t* targets;                // (R)
@@ -63,7 +63,7 @@ template <class T> T exponentials(int64_t n, T* __restrict x, T top) {
   return sum;
 }
 
-// P: `Whole<T>` or `Rounded`
+// P: `Whole<T>` or `Tiles<…>`
 template <class T, class P> struct Share {
   using Number = typename P::Number;
   using Buffer = typename P::Buffer;
@@ -134,7 +134,7 @@ template <class T, class P> struct Share {
     T* const dx = d_x + (r + lo) * H;
     for (int64_t v = 0; v < V; v += DEPTH) {
       const int64_t width = std::min(DEPTH, V - v);
-      P::multiply(n, H, P::rows_of(n, width, own + v * n, width, left), packed_back + v * C, C * P::terms(V), v > 0, dx, H);
+      P::multiply(n, H, P::rows_of(n, width, own + v * n, width, left), packed_back + P::terms(v) * C, C * P::terms(V), v > 0, dx, H);
     }
     for (int64_t k = 0; k < n; k++)
       for (int64_t u = 0; u < H; u++) dx[k * H + u] *= q[lo + k];
@@ -176,6 +176,10 @@ template <class T, class P> int64_t cross_entropy(const LinearCrossEntropy& d) {
 }  // namespace
 
 extern "C" {
-int64_t cross_entropy_float(const LinearCrossEntropy* d) { return d->rounded ? cross_entropy<float, Rounded>(*d) : cross_entropy<float, Whole<float>>(*d); }
+int64_t cross_entropy_float(const LinearCrossEntropy* d) {
+  int64_t bad;
+  with_parts(d->parts, [&](auto product) { bad = cross_entropy<float, decltype(product)>(*d); });
+  return bad;
+}
 int64_t cross_entropy_double(const LinearCrossEntropy* d) { return cross_entropy<double, Whole<double>>(*d); }
 }

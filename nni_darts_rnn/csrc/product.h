@@ -1,4 +1,4 @@
-// Products with matrices that are packed once and used at every time step: C (m,n) = [C +] A (m,k) W (k,n), in all digits; bfloat.h has those of rounded numbers.
+// Products with matrices that are packed once and used at every time step: C (m,n) = [C +] A (m,k) W (k,n), in all digits; bfloat.h has those by tiles.
 //
 // A BLAS copies W into an order of its own at every call, which is a tenth of the time and more where m is a small batch. Here W is cut into panels
 // of `columns` columns, each stored row after row; a tile of `rows` x `columns` numbers of C stays in registers while a panel passes through it (Goto and
@@ -92,7 +92,7 @@ template <class T> struct Aligned {
   bool operator!=(const Aligned&) const { return false; }
 };
 
-// How the numbers of a product lie, and the product; `Rounded` in bfloat.h has the same names
+// How the numbers of a product lie, and the product; `Tiles` in bfloat.h has the same names
 template <class T> struct Whole {
   using Number = T;  // of what is packed
   using Buffer = std::vector<Number, Aligned<Number>>;

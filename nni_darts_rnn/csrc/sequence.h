@@ -48,7 +48,7 @@ template <class T> struct Team {
   }
 };
 
-// What one thread of a team knows: the cell, and the rows lo … lo + n of the batch that it owns. P: `Whole<T>` or `Rounded`.
+// What one thread of a team knows: the cell, and the rows lo … lo + n of the batch that it owns. P: `Whole<T>` or `Tiles<…>`.
 template <class T, class P> struct Sequence {
   using Number = typename P::Number;
   const Cell& d;
@@ -71,7 +71,7 @@ template <class T, class P> struct Sequence {
   // Rows whose pre-activations stay in the second cache between a product and its edge: whole tiles. A matrix that has no room there itself is read again
   // for all of these, so that there are more of them.
   int64_t few() const {
-    const bool large = 2 * H * H * int64_t(sizeof(Number)) > LARGE;
+    const bool large = numbers<P>(H, 2 * H) * int64_t(sizeof(Number)) > LARGE;
     return std::max<int64_t>(1, (large ? 4 : 1) * CACHED / (P::rows * 2 * H * int64_t(sizeof(T)))) * P::rows;
   }
 
