@@ -27,7 +27,7 @@ from published_step import Original
 from step_size import CLIP, DECAY, DROPOUT, EPSILON, RATE, SIZES, TAR, Size
 from torch import Tensor, nn
 
-from nni_darts_rnn import fused
+from nni_darts_rnn import extension, fused
 from nni_darts_rnn.bilevel import RandomState, TrainingPass, WeightStep, architecture_gradient
 from nni_darts_rnn.model import LanguageModel, activation_regularisation
 from nni_darts_rnn.supernet import MixedRNN
@@ -36,10 +36,13 @@ RESULTS = Path(__file__).parent / "results" / "search_step.json"
 
 
 class Ours:
-    """`bilevel.architecture_gradient` and the weight step, with one of three cells: "readable", "eager" (what runs where nothing is compiled), "fused"."""
+    """`bilevel.architecture_gradient` and the weight step, with one of three cells: "readable", "eager" (what runs where nothing is compiled), "fused".
 
-    def __init__(self, size: Size, cell: str, relaxation: str = "edge", own_gradient: bool = False):
-        self.cell, self.own_gradient = cell, own_gradient
+    Of the last, `digits`: "all" and "fewer", as torch allows, on a processor's tiles for bfloat16 where it has them, and "no tiles".
+    """
+
+    def __init__(self, size: Size, cell: str, relaxation: str = "edge", own_gradient: bool = False, digits: str = "all"):
+        self.cell, self.own_gradient, self.digits = cell, own_gradient, digits
         rnn = MixedRNN(size.H, size.H, size.N, dropout_x=DROPOUT["dropout_x"], dropout_h=DROPOUT["dropout_h"], relaxation=relaxation)
         self.model = LanguageModel(size.V, rnn, dropout=DROPOUT["dropout"], dropout_i=DROPOUT["dropout_i"])
         named = dict(self.model.named_parameters())
@@ -55,8 +58,10 @@ class Ours:
 
     def __call__(self, train, valid) -> None:
         fused.enable(self.cell == "fused")
-        with fused.reference() if self.cell == "readable" else contextlib.nullcontext():
+        torch.set_float32_matmul_precision("high" if self.digits == "fewer" else "highest")
+        with fused.reference() if self.cell == "readable" else no_tiles() if self.digits == "no tiles" else contextlib.nullcontext():
             self.step(train, valid)
+        torch.set_float32_matmul_precision("highest")
 
     def step(self, train, valid) -> None:
         step = WeightStep.of(self.optimizer, self.weights, CLIP)
@@ -81,6 +86,19 @@ class Ours:
         return TrainingPass(grads, loss.detach(), start)
 
 
+@contextlib.contextmanager
+def no_tiles():
+    library = extension.State.loaded
+    if library is None:
+        yield
+        return
+    before, library.rounds = library.rounds, False
+    try:
+        yield
+    finally:
+        library.rounds = before
+
+
 class _LossModule(nn.Module):
     def __init__(self, model: LanguageModel):
         super().__init__()
@@ -101,7 +119,9 @@ VERSIONS = {
     "readable": lambda size: Ours(size, "readable"),
     "eager": lambda size: Ours(size, "eager"),
     "own-gradient": lambda size: Ours(size, "fused", own_gradient=True),
+    "no-tiles": lambda size: Ours(size, "fused", digits="no tiles"),
     "fused": lambda size: Ours(size, "fused"),
+    "fewer-digits": lambda size: Ours(size, "fused", digits="fewer"),  # what commands allow torch
     "drawn": lambda size: Ours(size, "fused", "gumbel"),  # a discrete cell for each sequence
     "nni-first-order": lambda size: through_nni(size, first_order=True, fast=False),  # as NNI computes it: with autograd
     "nni-second-order": lambda size: through_nni(size, first_order=False, fast=True),  # the whole product

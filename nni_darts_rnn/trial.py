@@ -202,10 +202,11 @@ def prepare_torch(arguments: argparse.Namespace) -> None:
 
     from .model import choose_device
 
+    choose_device(arguments.device)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    if choose_device(arguments.device).type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32; where it has too few digits, bilevel.py asks for all of them
+    # TF32 on a GPU, sums of two bfloat16 numbers where a CPU has tiles for them (compiled.py); where those are too few digits, bilevel.py asks for all of them
+    torch.set_float32_matmul_precision("high")
 
 
 if __name__ == "__main__":

@@ -64,6 +64,18 @@ def built_in_primitives():
         registry.update(before)
 
 
+@pytest.fixture(autouse=True)
+def digits_of_products():
+    """What a command allows torch is not for the tests after it."""
+    import torch
+
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    yield
+    for backend, was in zip(backends, before):
+        backend.fp32_precision = was
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """The example with the tiny recipe, typed inside examples/, run to its end."""

@@ -1,6 +1,8 @@
 """Products of bfloat16 numbers, of the cells and of the loss: rounded operands against readable forms whose operands are rounded one by one, operands that are sums of two or
 three such numbers against readable forms in float64."""
 
+import argparse
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from nni_darts_rnn import bilevel, cell, compiled, extension, fused, supernet
 from nni_darts_rnn.cross_entropy import linear_cross_entropy
 from nni_darts_rnn.genotype import DARTS_V1, DARTS_V2, Genotype
+from nni_darts_rnn.trial import prepare_torch
 
 needs_extension = pytest.mark.skipif(not fused.available(), reason=f"no extension here: {fused.why_not()}")
 needs_tiles = pytest.mark.skipif(not fused.available() or not extension.State.loaded.rounds, reason="this processor or this compiler has no AMX")
@@ -171,13 +174,6 @@ FEWER, ALL = ("high", 2, 2e-5), ("highest", 3, 1e-6)  # what torch allows, the n
 DIGITS = pytest.mark.parametrize("allowed, parts, off", [FEWER, ALL], ids=["two numbers", "three numbers"])
 
 
-@pytest.fixture
-def precision():
-    before = torch.get_float32_matmul_precision()
-    yield torch.set_float32_matmul_precision
-    torch.set_float32_matmul_precision(before)
-
-
 def near(ours, readable, inputs, off):
     """Results and gradients by `ours` in float32 against those by the readable form in float64."""
     results = [ends(ours, inputs, torch.float32, torch.enable_grad()), ends(readable, inputs, torch.float64, torch.enable_grad())]
@@ -189,8 +185,8 @@ def near(ours, readable, inputs, off):
 @DIGITS
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("T, B, H", [(1, 33, 64), (3, 70, 44), (2, 300, 96)])
-def test_cells_of_sums(T, B, H, masked, allowed, parts, off, precision):
-    precision(allowed)
+def test_cells_of_sums(T, B, H, masked, allowed, parts, off):
+    torch.set_float32_matmul_precision(allowed)
     assert compiled.parts(torch.float32, False, H, B // torch.get_num_threads()) == parts
     for N in (1, 3):
         inputs, mask = cell_inputs(T, B, H, N)
@@ -211,8 +207,8 @@ def test_cells_of_sums(T, B, H, masked, allowed, parts, off, precision):
 @needs_tiles
 @DIGITS
 @pytest.mark.parametrize("R, H, V", [(128, 32, 44), (150, 44, 77), (600, 66, 530), (601, 96, 1000)])  # one block of words, and several
-def test_a_loss_of_sums(R, H, V, allowed, parts, off, precision):
-    precision(allowed)
+def test_a_loss_of_sums(R, H, V, allowed, parts, off):
+    torch.set_float32_matmul_precision(allowed)
     g = torch.Generator().manual_seed(3)
     inputs = [torch.randn(shape, generator=g) for shape in ((R, H), (V, H), (V,))]
     y = torch.randint(V, (R,), generator=g)
@@ -235,16 +231,25 @@ def test_three_numbers_are_no_worse_than_whole_ones(T, B, H, monkeypatch):
 
 
 @needs_extension
-def test_what_operands_are_taken_as(monkeypatch, precision):
+def test_what_operands_are_taken_as(monkeypatch):
     monkeypatch.setattr(extension.State.loaded, "rounds", True)
     assert compiled.parts(torch.float64, False, 300, 128) == compiled.parts(torch.float64, True, 300, 128) == 0
     assert [compiled.parts(torch.float32, True, H, 1) for H in (15, 16)] == [0, 1]
     assert [compiled.parts(torch.float32, False, H, 16) for H in (21, 22, 33, 42, 43, 64, 65, 300)] == [0, 3, 0, 0, 3, 3, 3, 3]  # tiles at least two thirds full
     assert [compiled.parts(torch.float32, False, 64, rows) for rows in (1, 15, 16)] == [0, 0, 3]
     for allowed, expected in (("high", 2), ("medium", 2), ("highest", 3)):
-        precision(allowed)
+        torch.set_float32_matmul_precision(allowed)
         assert compiled.parts(torch.float32, False, 64, 16) == expected
         with bilevel.all_digits():  # for a difference of gradients
             assert compiled.parts(torch.float32, False, 64, 16) == 3
     monkeypatch.setattr(extension.State.loaded, "rounds", False)
     assert compiled.parts(torch.float32, False, 64, 16) == compiled.parts(torch.float32, True, 64, 16) == 0
+
+
+def test_commands_allow_fewer_digits_outside_differences():
+    prepare_torch(argparse.Namespace(threads=None, device="cpu"))
+    for matmul in (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul):
+        assert matmul.fp32_precision == "tf32"
+        with bilevel.all_digits():
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "tf32"

@@ -17,11 +17,11 @@ template <class T, class P> struct Backward : Sequence<T, P> {
       Base::multiply, Base::packed, Base::exchange, Base::mine;
 
   double* const sums;                      // this thread's share of d_p
-  mutable typename P::Buffer left, panel;  // a weight gradient's operands
+  mutable typename P::Buffer left, packed_rows;  // a weight gradient's operands
   mutable std::vector<T> undrawn;          // (few(),2H): pre-activations of an edge that the drawn cell has not
 
   Backward(const Cell& cell, Team<T>& all, int64_t k, double* s)
-      : Base(cell, all, k), sums(s), panel(P::terms(P::depth) * P::columns), undrawn(d.d_p && d.edges == N ? few() * 2 * H : 0) {}
+      : Base(cell, all, k), sums(s), undrawn(d.d_p && d.edges == N ? few() * 2 * H : 0) {}
 
   void run() const {
     T *const carry = static_cast<T*>(d.carry), *const dh = static_cast<T*>(d.d_h);
@@ -159,18 +159,22 @@ template <class T, class P> struct Backward : Sequence<T, P> {
     const T* G;
   };
 
-  // dW (H,2H) = [dW +] A^T G for all matrices that read the state A (m,H); `depth` rows are packed at a time
+  // dW (H,2H) = [dW +] A^T G for all matrices that read the state A (m,H); `depth` rows are packed at a time, all of this thread's columns of a few of them
+  // after the other, as they lie in memory
   void add_gradients(int64_t m, const T* A, const std::vector<Reader>& readers, bool add) const {
-    constexpr int64_t C = P::columns;
+    constexpr int64_t C = P::columns, few = 32;
     const int64_t all = panels<P>(2 * H), from = all * thread / team.threads() * C, to = std::min(2 * H, all * (thread + 1) / team.threads() * C);
+    const int64_t stride = P::terms(P::depth) * C;
+    packed_rows.resize((to - from + C - 1) / C * stride);
     for (int64_t r = 0; r < m && !readers.empty(); r += P::depth) {
       const int64_t k = std::min(P::depth, m - r);
       const auto transposed = P::columns_of(H, k, A + r * H, H, left);
-      for (const Reader& reader : readers)
-        for (int64_t v = from; v < to; v += C) {
-          P::pack(k, 2 * H - v, reader.G + r * 2 * H + v, 2 * H, 1, panel.data());
-          P::multiply(H, std::min(C, 2 * H - v), transposed, panel.data(), 0, add || r, reader.dW + v, 2 * H);
-        }
+      for (const Reader& reader : readers) {
+        for (int64_t u = 0; u < k; u += few)
+          for (int64_t v = from; v < to; v += C)
+            P::pack(std::min(few, k - u), 2 * H - v, reader.G + (r + u) * 2 * H + v, 2 * H, 1, packed_rows.data() + (v - from) / C * stride + P::terms(u) * C);
+        P::multiply(H, to - from, transposed, packed_rows.data(), stride, add || r, reader.dW + from, 2 * H);
+      }
     }
   }
 };

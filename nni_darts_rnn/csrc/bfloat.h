@@ -106,14 +106,9 @@ template <int Parts> struct Tiles {
 
   static void multiply(int64_t m, int64_t n, const Left& left, const Number* panels, int64_t stride, bool add, float* c, int64_t ldc) {
     asm volatile("" ::: "memory");  // GCC does not know that loading a tile reads memory
-    const int64_t piece = Parts == 1 && m > 2 * rows ? 8 : left.steps;  // steps of a panel that stay in the first cache for all rows, where products do not outlast loading them
     for (int64_t v = 0; v < n; v += columns, panels += stride)
-      for (int64_t s = 0; s < left.steps; s += piece) {
-        const int64_t count = std::min(piece, left.steps - s);
-        for (int64_t r = 0; r < m; r += 2 * rows)
-          block(std::min(2 * rows, m - r), std::min(columns, n - v), count, left.a + (r / rows * left.steps + s) * both, left.steps * both, panels + 2 * s * both, add || s,
-                c + r * ldc + v, ldc);
-      }
+      for (int64_t r = 0; r < m; r += 2 * rows)
+        block(std::min(2 * rows, m - r), std::min(columns, n - v), left.steps, left.a + r / rows * left.steps * both, left.steps * both, panels, add, c + r * ldc + v, ldc);
   }
 
  private:
