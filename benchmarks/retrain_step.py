@@ -4,7 +4,8 @@
 
 "layer": forward and backward of the recurrent layer alone, T·B tokens of random numbers; LSTM and GRU have as many recurrent parameters as the cell,
 4H² + 2NH², so their H is larger (all of one time step's arithmetic is then equal: two operations a parameter and token).
-"bfloat16" is "fused" with `retrain.precision=bfloat16`, which the compiled cell gains from on a processor with AMX.
+"fused" has all digits of float32, "fewer-digits" those that commands allow torch (TF32 on a GPU), "bfloat16" is `retrain.precision=bfloat16`; on a CPU the compiled cell
+gains from either where there is AMX.
 "model": the same with embedding, decoder, loss, clipping and SGD, for the forms of the cell.
 """
 
@@ -31,7 +32,7 @@ from nni_darts_rnn.model import LanguageModel
 RESULTS = Path(__file__).parent / "results" / "retrain_step.json"
 SIZES = {"small": Size(35, 32, 64, 2000), "paper": Size(35, 64, 850, 10000)}
 DROPOUT_X, DROPOUT_H = 0.75, 0.25
-FORMS = ("readable", "fused", "bfloat16")
+FORMS = ("readable", "fused", "fewer-digits", "bfloat16")
 
 
 class OriginalLayer(nn.Module):
@@ -80,7 +81,8 @@ def layers(size: Size, genotype: Genotype) -> dict[str, nn.Module]:
 
 def precision(name: str):
     """Turns the compiled cell on or off -> the context of a forward pass."""
-    fused.enable(name in ("fused", "bfloat16"))
+    fused.enable(name in FORMS[1:])
+    torch.set_float32_matmul_precision("high" if name == "fewer-digits" else "highest")
     return torch.autocast(torch.get_default_device().type, torch.bfloat16, enabled="bfloat16" in name)
 
 

@@ -202,8 +202,8 @@ def steps() -> str:
         "## Speed of a search step\n",
         "The share of the peak counts each version's own arithmetic: of 13 forward passes in the published order of the two steps (`original`, `own-gradient`), 6 in NNI's first-order "
         "step, 10 in the others, and two thirds of that where a cell is drawn (`search.relaxation=gumbel`). *fused* is ours, *eager* the same without a compiler, *readable* the form that both "
-        "are tested against, *products* as much arithmetic in multiplications alone.\n",
-        step("search_step.json"), "### The same with AVX-512\n", step("search_step_avx512.json")])
+        "are tested against, *no-tiles* is ours without AMX, *fewer-digits* ours as commands run it, *products* as much arithmetic in multiplications alone.\n",
+        step("search_step.json"), "### The same with AVX-512\n", step("search_step_avx512.json"), "### The same with AMX\n", step("search_step_amx.json")])
 
 
 def step(file: str) -> str:

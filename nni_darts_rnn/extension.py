@@ -249,19 +249,20 @@ def _last_line(text: str) -> str:
 
 
 def _checked(library: Library) -> Library:
-    """The library, once a tiny cell comes out of it right: a compiler that gets it wrong must not go unnoticed."""
+    """The library, once small cells come out of it right: a compiler that gets them wrong must not go unnoticed."""
     from . import cell, compiled  # here, since compiled imports this module
     from .genotype import Genotype
     from .graph import discrete_graph
 
-    generator = torch.Generator().manual_seed(0)
-    x, h, W0, Ws = (torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") for shape in ((2, 3, 8), (3, 4), (4, 8), (2, 4, 8)))
-    genotype = Genotype((("tanh", 0), ("sigmoid", 0)))
-    State.loaded, before = library, State.loaded
-    try:
-        got = compiled.run_forward(discrete_graph(genotype), x, h, W0, Ws, None, None, keep=False).outputs
-    finally:
-        State.loaded = before
-    if not torch.allclose(got, cell.discrete_cell(x, h, W0, Ws, genotype), rtol=0, atol=1e-10):
-        raise _Unavailable("the compiled cells compute wrong numbers on this machine", unexpected=True)
+    generator, genotype = torch.Generator().manual_seed(0), Genotype((("tanh", 0), ("sigmoid", 0)))
+    for dtype, B, H, off in ((torch.float64, 3, 4, 1e-10), (torch.float32, 32 * torch.get_num_threads(), 32, 1e-4)):  # the second in tiles, where there are any
+        shapes = (2, B, 2 * H), (B, H), (H, 2 * H), (2, H, 2 * H)
+        x, h, W0, Ws = (torch.randn(shape, generator=generator, dtype=dtype, device="cpu") / H**0.5 for shape in shapes)
+        State.loaded, before = library, State.loaded
+        try:
+            got = compiled.run_forward(discrete_graph(genotype), x, h, W0, Ws, None, None, keep=False).outputs
+        finally:
+            State.loaded = before
+        if not torch.allclose(got.double(), cell.discrete_cell(x.double(), h.double(), W0.double(), Ws.double(), genotype), rtol=0, atol=off):
+            raise _Unavailable("the compiled cells compute wrong numbers on this machine", unexpected=True)
     return library

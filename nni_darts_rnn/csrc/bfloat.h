@@ -2,6 +2,7 @@
 // two, 16x32 numbers by 32x16, onto 16x16 sums (Intel, "Architecture Instruction Set Extensions Programming Reference", chapter 3). One number for an operand rounds
 // it to bfloat16; with two, x = x1 + x2, a product is a1 b1 + a1 b2 + a2 b1, good to 16 bits of its operands; three, in six products, have float32's 24 (Henry, Tang and
 // Heinecke 2019, "Leveraging the bfloat16 artificial intelligence datatype for higher-precision computations"). The names are those of `Whole` in product.h.
+// Numbers below 2^-126 count as zero, and in two or three parts an infinite operand makes nan.
 // Where a compiler or a processor has no AMX, `rounds()` is false and there is `Whole` alone.
 
 #pragma once
