@@ -16,9 +16,9 @@ template <class T, class P> struct Backward : Sequence<T, P> {
   using Base::state, Base::masked, Base::pre0, Base::pre, Base::output, Base::before, Base::a, Base::edges_into, Base::few, Base::last_reader,
       Base::multiply, Base::packed, Base::exchange, Base::mine;
 
-  double* const sums;                      // this thread's share of d_p
+  double* const sums;                            // this thread's share of d_p
   mutable typename P::Buffer left, packed_rows;  // a weight gradient's operands
-  mutable std::vector<T> undrawn;          // (few(),2H): pre-activations of an edge that the drawn cell has not
+  mutable std::vector<T> undrawn;                // (few(),2H): pre-activations of an edge that the drawn cell has not
 
   Backward(const Cell& cell, Team<T>& all, int64_t k, double* s)
       : Base(cell, all, k), sums(s), undrawn(d.d_p && d.edges == N ? few() * 2 * H : 0) {}

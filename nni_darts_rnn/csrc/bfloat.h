@@ -32,7 +32,7 @@ template <int Parts> struct Tiles {
   using Number = uint16_t;
   using Buffer = std::vector<Number, Aligned<Number>>;
   static constexpr int64_t columns = 32, rows = 16, depth = 512, step = 32, tile = rows * step;  // `step` terms of a sum at a time
-  static constexpr int64_t both = Parts * tile;
+  static constexpr int64_t group = Parts * tile;  // numbers in the tiles of all parts
   static_assert(columns == Tile<float>::columns, "what lies in panels of float is packed again");
   static int64_t steps(int64_t k) { return (k + step - 1) / step; }
   static int64_t terms(int64_t k) { return steps(k) * step * Parts; }
@@ -65,26 +65,26 @@ template <int Parts> struct Tiles {
   };
   static Left rows_of(int64_t m, int64_t k, const float* a, int64_t lda, Buffer& buffer) {
     const int64_t all = steps(k);
-    buffer.resize((m + rows - 1) / rows * all * both);
+    buffer.resize((m + rows - 1) / rows * all * group);
     for (int64_t r = 0; r < m; r++, a += lda)
-      for (int64_t s = 0; s < all; s++) round(std::min(step, k - s * step), a + s * step, buffer.data() + (r / rows * all + s) * both + r % rows * step, tile);
+      for (int64_t s = 0; s < all; s++) round(std::min(step, k - s * step), a + s * step, buffer.data() + (r / rows * all + s) * group + r % rows * step, tile);
     return {buffer.data(), all};
   }
   static Left columns_of(int64_t m, int64_t k, const float* a, int64_t lda, Buffer& buffer) {
     const int64_t all = steps(k);
-    buffer.resize((m + rows - 1) / rows * all * both);
+    buffer.resize((m + rows - 1) / rows * all * group);
     for (int64_t i = 0; i < m; i += rows)
       for (int64_t s = 0; s < all; s++) {
-        alignas(64) Number terms_first[both];
+        alignas(64) Number terms_first[group];
         interleave(std::min(step, k - s * step), std::min(rows, m - i), a + s * step * lda + i, lda, terms_first, tile);
-        for (int p = 0; p < Parts; p++) transpose(terms_first + p * tile, buffer.data() + (i / rows * all + s) * both + p * tile);
+        for (int p = 0; p < Parts; p++) transpose(terms_first + p * tile, buffer.data() + (i / rows * all + s) * group + p * tile);
       }
     return {buffer.data(), all};
   }
 
   // A panel: of each step and part two tiles, in which the terms 2j and 2j + 1 of a column lie side by side. W lies row after row (column = 1), or column after column (row = 1)
   static void pack(int64_t k, int64_t n, const float* w, int64_t row, int64_t column, Number* panel) {
-    for (int64_t s = 0; s < k; s += step, panel += 2 * both)
+    for (int64_t s = 0; s < k; s += step, panel += 2 * group)
       for (int64_t v = 0; v < columns; v += 16) {
         const float* const from = w + s * row + v * column;
         const int64_t terms = std::min(step, k - s), width = std::max<int64_t>(0, std::min<int64_t>(16, n - v));
@@ -93,8 +93,8 @@ template <int Parts> struct Tiles {
           interleave(terms, width, from, row, to, 2 * tile);
           continue;
         }
-        alignas(64) Number columns_first[both];
-        if (width < 16) std::fill_n(columns_first, both, Number(0));
+        alignas(64) Number columns_first[group];
+        if (width < 16) std::fill_n(columns_first, group, Number(0));
         for (int64_t u = 0; u < width; u++) round(terms, from + u * column, columns_first + u * step, tile);
         for (int p = 0; p < Parts; p++) transpose(columns_first + p * tile, to + 2 * p * tile);
       }
@@ -109,7 +109,7 @@ template <int Parts> struct Tiles {
     asm volatile("" ::: "memory");  // GCC does not know that loading a tile reads memory
     for (int64_t v = 0; v < n; v += columns, panels += stride)
       for (int64_t r = 0; r < m; r += 2 * rows)
-        block(std::min(2 * rows, m - r), std::min(columns, n - v), left.steps, left.a + r / rows * left.steps * both, left.steps * both, panels, add, c + r * ldc + v, ldc);
+        block(std::min(2 * rows, m - r), std::min(columns, n - v), left.steps, left.a + r / rows * left.steps * group, left.steps * group, panels, add, c + r * ldc + v, ldc);
   }
 
  private:
@@ -197,7 +197,7 @@ template <int Parts> struct Tiles {
         _tile_dpbf16ps(3, 5, 7);
       }
     };
-    for (int64_t s = 0; s < steps; s++, a += both, panel += 2 * both) {
+    for (int64_t s = 0; s < steps; s++, a += group, panel += 2 * group) {
       right(0);
       for (int p = Parts - 1; p > 0; p--) {  // (Parts − 1, 0), (Parts − 2, 0), (Parts − 2, 1), (Parts − 3, 1) …: one new operand a product
         left(p), product();
