@@ -14,12 +14,18 @@ from .extension import State
 from .graph import Graph
 from .workspace import give, take
 
+SECOND_CACHE = 2**21
+"""Bytes: processors have a half to two MiB for each core."""
+FEW_ROWS = 6
+"""Of the batch for a thread; fewer are a tile of csrc/product.h that is not full."""
+
 
 class Run(NamedTuple):
     """What a forward pass leaves: its results, and the buffers the backward pass reads."""
 
     graph: Graph
     parts: int  # of the operands of products: see `parts`
+    by_units: bool  # what the threads share: see `by_units`
     outputs: Tensor  # (T, B, H)
     workspace: Tensor  # the memory of the larger buffers
     buffers: dict[str, Tensor | None]  # by the names that csrc/cell.h has for them
@@ -33,10 +39,11 @@ def run_forward(graph: Graph, x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tens
     `rounded` asks for bfloat16 operands in the products of a float32 cell; they keep all digits on a processor that would gain nothing.
     """
     (T, B, _), H, N, E = x_proj.shape, h0.shape[1], graph.n_nodes, graph.n_edges
-    steps, new, n_parts = (T if keep else 1), x_proj.new_empty, parts(x_proj.dtype, rounded, H, B // torch.get_num_threads())
+    steps, new, units = (T if keep else 1), x_proj.new_empty, by_units(B, (N + 1) * 2 * H * H * x_proj.element_size())
+    n_parts = parts(x_proj.dtype, rounded, H, B if units else B // torch.get_num_threads())
     inputs = {name: t.contiguous() for name, t in (("x_proj", x_proj), ("h0", h0), ("W0_h", W0_h), ("Ws", Ws))}
     workspace, large = take("cell", {"pre": (T * E if keep else 1) * B * 2 * H, "states": (N + 1) * steps * B * H, "scale": steps * (N + 1) * H,
-                                     "packed": (N + 1) * room(n_parts, H, 2 * H)}
+                                     "packed": (N + 1) * 2 * room(n_parts, H, H)}
                              | ({"packed_back": (N + 1) * room(n_parts, 2 * H, H)} if keep else {})
                              | ({} if mask is None else {"masked": N * steps * B * H, "previous": steps * B * H}), x_proj.dtype)
     buffers = {
@@ -45,7 +52,7 @@ def run_forward(graph: Graph, x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tens
         "present": new(E).fill_(1) if p is None else p.sum(1), "average": x_proj.new_tensor(graph.average),
         "pre0": new(steps, B, 2 * H), **large,
     }
-    result = Run(graph, n_parts, new(T, B, H), workspace, buffers)
+    result = Run(graph, n_parts, units, new(T, B, H), workspace, buffers)
     arguments = _arguments(result, keep)
     State.loaded.forward[x_proj.dtype](ctypes.byref(arguments))
     if not keep:
@@ -68,7 +75,7 @@ def run_backward(run: Run, d_outputs: Tensor, needs: tuple[bool, ...]) -> list[T
 def _arguments(run: Run, keep: bool, **more: Tensor | None) -> CellStruct:
     """The struct of csrc/cell.h."""
     graph, (T, B, H) = run.graph, run.outputs.shape
-    struct = CellStruct(T, B, H, graph.n_nodes, graph.n_edges, torch.get_num_threads(), graph.normalise, keep, run.parts, supernet.BATCHNORM_EPS,
+    struct = CellStruct(T, B, H, graph.n_nodes, graph.n_edges, torch.get_num_threads(), graph.normalise, keep, run.by_units, run.parts, supernet.BATCHNORM_EPS,
                         **{name: ctypes.addressof(graph.arrays[name]) for name in ("incoming", "source", "op")})
     return struct.hold({**run.buffers, "outputs": run.outputs, **more})
 
@@ -86,6 +93,16 @@ def parts(dtype: torch.dtype, rounded: bool, smallest: int, rows: int) -> int:
     if rows < 16 or 3 * smallest < 2 * padded(smallest):  # tiles of 16 rows and 32 terms, too empty to be faster
         return 0
     return 3 if torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee") else 2
+
+
+def by_units(batch: int, weights: int) -> bool:
+    """Whether the threads of a cell share its units and not the rows of its batch: of few rows, for `weights` bytes of matrices that outgrow a second cache.
+
+    A thread that has all units reads every matrix at every time step, from the third cache or from memory; with half of them it reads half, and takes the other
+    thread's half of every state from that one's cache. With two threads the shorter time was measured up to a batch of 14, a forward pass of 1 row then taking
+    0.54 to 0.63 of the time at 300, 512 and 850 units, and of 8 rows 0.66 to 0.82; where the matrices fit the second cache (128 units) it took 1.6 times as long.
+    """
+    return batch < FEW_ROWS * torch.get_num_threads() and weights > SECOND_CACHE
 
 
 def room(parts: int, rows: int, columns: int) -> int:

@@ -21,7 +21,7 @@ class _Struct(ctypes.Structure):
 class CellStruct(_Struct):
     """struct Cell of cell.h; shapes are given there."""
 
-    _fields_ = ([(name, ctypes.c_int64) for name in ("steps", "batch", "hidden", "nodes", "edges", "threads", "normalise", "keep", "parts")]
+    _fields_ = ([(name, ctypes.c_int64) for name in ("steps", "batch", "hidden", "nodes", "edges", "threads", "normalise", "keep", "by_units", "parts")]
                 + [("eps", ctypes.c_double)]
                 + [(name, ctypes.c_void_p) for name in (
                     "incoming", "source", "op",

@@ -159,6 +159,26 @@ def test_rounded_results_repeat_whatever_the_threads_and_between_other_products_
 
 
 @needs_tiles
+@pytest.mark.parametrize("allowed", ["bfloat16", "highest", "high"])
+@pytest.mark.parametrize("B", [1, 70])
+def test_tiles_of_shared_units(B, allowed, monkeypatch):
+    """Every number is what it is where threads share the rows."""
+    (*inputs,), mask = cell_inputs(3, B, 140, 8)
+    if allowed != "bfloat16":
+        torch.set_float32_matmul_precision(allowed)
+    results, threads = [], torch.get_num_threads()
+    try:
+        for shared, n in ((False, 1), (True, 2), (True, 3)):
+            torch.set_num_threads(n)
+            monkeypatch.setattr(compiled, "by_units", lambda *_: shared)
+            with torch.autocast("cpu", torch.bfloat16, enabled=allowed == "bfloat16"):
+                results.append(ends(lambda *b: fused.discrete_cell(*b, DARTS_V2, mask), inputs, torch.float32, torch.enable_grad()))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(x, y) for other in results[1:] for x, y in zip(other, results[0]))
+
+
+@needs_tiles
 def test_a_graph_of_rounded_products_twice_and_its_second_derivative():
     inputs, _ = cell_inputs(2, 5, 32, 8)
     leaves = [t.requires_grad_() for t in inputs]

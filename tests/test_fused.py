@@ -158,11 +158,13 @@ def test_the_readable_forms_are_not_what_runs(engine, monkeypatch):
 
 
 @needs_extension
+@pytest.mark.parametrize("by_units", [False, True])
 @pytest.mark.parametrize("refused", [False, True])
 @pytest.mark.parametrize("threads", [2, 3, 5])
-def test_threads_share_a_batch(threads, refused):
-    """Parts of different sizes, whose statistics are put together; and where OpenMP gives fewer threads than were asked for. T·B = 305 rows are
-    more than a weight gradient takes at a time."""
+def test_threads_share_a_batch(threads, refused, by_units, monkeypatch):
+    """Parts of different sizes, of the rows, whose statistics are put together, or of the units; and where OpenMP gives fewer threads than were asked for.
+    T·B = 305 rows are more than a weight gradient takes at a time."""
+    monkeypatch.setattr(compiled, "by_units", lambda *_: by_units)
     before, (*inputs, mask) = torch.get_num_threads(), tensors(5, 61, 70, 4)
     genotype = Genotype((("tanh", 0), ("relu", 0), ("sigmoid", 1), ("identity", 3)))
     gomp = ctypes.CDLL(None)  # the OpenMP library that torch has loaded
@@ -178,6 +180,35 @@ def test_threads_share_a_batch(threads, refused):
     finally:
         gomp.omp_set_max_active_levels(levels)
         torch.set_num_threads(before)
+
+
+@needs_extension
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("B", [1, 2, 11])
+def test_threads_share_the_units_of_few_rows(B, masked, monkeypatch):
+    """Four matrices of 200 x 400 numbers outgrow a second cache; every number is what it is where threads share the rows."""
+    before, (*inputs, mask) = torch.get_num_threads(), tensors(3, B, 200, 3)
+    genotype, mask, chosen, rule = Genotype((("relu", 0), ("sigmoid", 0), ("tanh", 1))), mask if masked else None, [], compiled.by_units
+    monkeypatch.setattr(compiled, "by_units", lambda *given: chosen.append(rule(*given)) or chosen[-1])
+    try:
+        torch.set_num_threads(2)
+        assert_close(*both_drawn(inputs, [True] * 5, mask), TOLERANCE[torch.float64])
+        units, readable = both_discrete(inputs[:4], genotype, [True] * 4, mask)
+        assert_close(units, readable, TOLERANCE[torch.float64])
+        assert chosen == [True, True]
+        monkeypatch.setattr(compiled, "by_units", lambda *_: False)
+        assert all(map(torch.equal, units, both_discrete(inputs[:4], genotype, [True] * 4, mask)[0]))
+        with torch.no_grad():  # buffers of one time step
+            assert torch.equal(fused.discrete_cell(*inputs[:4], genotype, mask), units[0])
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_extension
+def test_what_threads_share(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert compiled.by_units(1, 2**22) and compiled.by_units(11, 2**22)
+    assert not compiled.by_units(12, 2**22) and not compiled.by_units(1, 2**20)
 
 
 @needs_extension

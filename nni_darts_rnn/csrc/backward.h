@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cstring>
 
 #include "sequence.h"
 
@@ -12,15 +11,15 @@ namespace {
 template <class T, class P> struct Backward : Sequence<T, P> {
   using Base = Sequence<T, P>;
   using typename Base::Edge;
-  using Base::d, Base::team, Base::thread, Base::S, Base::B, Base::H, Base::N, Base::BH, Base::lo, Base::n, Base::mask, Base::mean, Base::spread;
+  using Base::d, Base::team, Base::thread, Base::S, Base::B, Base::H, Base::N, Base::BH, Base::lo, Base::n, Base::begin, Base::units, Base::mask, Base::mean, Base::spread;
   using Base::state, Base::masked, Base::pre0, Base::pre, Base::output, Base::before, Base::a, Base::edges_into, Base::few, Base::last_reader,
-      Base::multiply, Base::packed, Base::exchange, Base::mine;
+      Base::forth, Base::back, Base::packed, Base::exchange, Base::mine;
 
   double* const sums;                            // this thread's share of d_p
   mutable typename P::Buffer left, packed_rows;  // a weight gradient's operands
   mutable std::vector<T> undrawn;                // (few(),2H): pre-activations of an edge that the drawn cell has not
 
-  Backward(const Cell& cell, Team<T>& all, int64_t k, double* s)
+  Backward(const Cell& cell, Team<T, P>& all, int64_t k, double* s)
       : Base(cell, all, k), sums(s), undrawn(d.d_p && d.edges == N ? few() * 2 * H : 0) {}
 
   void run() const {
@@ -28,9 +27,10 @@ template <class T, class P> struct Backward : Sequence<T, P> {
     for (int64_t t = S - 1; t >= 0; t--) {
       for (int64_t i = N; i >= 0; i--) node_backward(i, t);
       // what reaches h beside `carry`, which node 0 has written
-      for (int64_t u = lo * H; u < (lo + n) * H; u++) carry[u] += mask ? dh[u] * mask[u] : dh[u];
+      for (int64_t b = lo; b < lo + n; b++)
+        for (int64_t u = b * H + begin; u < b * H + begin + units; u++) carry[u] += mask ? dh[u] * mask[u] : dh[u];
     }
-    if (d.d_h0) std::memcpy(static_cast<T*>(d.d_h0) + lo * H, carry + lo * H, sizeof(T) * n * H);
+    for (int64_t b = lo; b < lo + n && d.d_h0; b++) std::copy_n(carry + b * H + begin, units, static_cast<T*>(d.d_h0) + b * H + begin);
   }
 
   void node_backward(int64_t i, int64_t t) const {
@@ -40,13 +40,13 @@ template <class T, class P> struct Backward : Sequence<T, P> {
     for (int64_t b = lo; b < lo + n; b++) gather_row(i, t, b, share.first.data(), share.second.data());
     if (d.normalise) {
       const std::vector<Share>& all = exchange();
-      for (int64_t u = 0; u < H; u++) {
+      for (int64_t u = begin; u < begin + units; u++) {
         double across = 0, along = 0;
         for (const Share& other : all) across += other.first[u], along += other.second[u];
         mean[u] = T(across / double(B)), spread[u] = T(along / double(B));
       }
     }
-    if (i == 0) std::fill_n(static_cast<T*>(d.carry) + lo * H, n * H, T(0));
+    for (int64_t b = lo; b < lo + n && i == 0; b++) std::fill_n(static_cast<T*>(d.carry) + b * H + begin, units, T(0));
     const int64_t rows = few();
     for (int64_t from = lo; from < lo + n; from += rows) {
       const int64_t to = std::min(from + rows, lo + n);
@@ -57,22 +57,26 @@ template <class T, class P> struct Backward : Sequence<T, P> {
         // what is taken up next, in memory since the forward pass and too short a piece for the processor to see it coming
         const T* const next = k + 1 < edges.size() ? edges[k + 1].pre + from * 2 * H : to < lo + n ? edges[0].pre + to * 2 * H : nullptr;
         for (int64_t b = from; b < to; b++) {
-          T *const c = e.pre + b * 2 * H, *const z = c + H, *const ds = e.d_state + b * H;
-          const T *const s = e.state + b * H, *const row = dr + b * H;
-          for (int64_t v = 0; v < 2 * H && next; v += 64 / int64_t(sizeof(T))) __builtin_prefetch(next + (b - from) * 2 * H + v, 0, 2);
+          T *const c = e.pre + b * 2 * H + begin, *const z = c + H, *const ds = e.d_state + b * H + begin;
+          const T *const s = e.state + b * H + begin, *const row = dr + b * H + begin;
+          for (int64_t v = begin; v < begin + units && next; v += 64 / int64_t(sizeof(T)))
+            __builtin_prefetch(next + (b - from) * 2 * H + v, 0, 2), __builtin_prefetch(next + (b - from) * 2 * H + H + v, 0, 2);
           switch (e.op) {
-            case TANH: edge_backward<T, TANH, false>(H, c, z, s, row, e.p, ds, nullptr); break;
-            case RELU: edge_backward<T, RELU, false>(H, c, z, s, row, e.p, ds, nullptr); break;
-            case SIGMOID: edge_backward<T, SIGMOID, false>(H, c, z, s, row, e.p, ds, nullptr); break;
-            case IDENTITY: edge_backward<T, IDENTITY, false>(H, c, z, s, row, e.p, ds, nullptr); break;
+            case TANH: edge_backward<T, TANH, false>(units, c, z, s, row, e.p, ds, nullptr); break;
+            case RELU: edge_backward<T, RELU, false>(units, c, z, s, row, e.p, ds, nullptr); break;
+            case SIGMOID: edge_backward<T, SIGMOID, false>(units, c, z, s, row, e.p, ds, nullptr); break;
+            case IDENTITY: edge_backward<T, IDENTITY, false>(units, c, z, s, row, e.p, ds, nullptr); break;
             default:
-              if (d.d_p) edge_backward<T, MIX, true>(H, c, z, s, row, e.p, ds, sums + (i * (i - 1) / 2 + k) * 5);
-              else edge_backward<T, MIX, false>(H, c, z, s, row, e.p, ds, nullptr);
+              if (d.d_p) edge_backward<T, MIX, true>(units, c, z, s, row, e.p, ds, sums + (i * (i - 1) / 2 + k) * 5);
+              else edge_backward<T, MIX, false>(units, c, z, s, row, e.p, ds, nullptr);
           }
         }
-        multiply(to - from, H, 2 * H, e.pre + from * 2 * H, e.packed_back, e.add, e.d_masked + from * H);
+        if (!d.by_units) back(to - from, e.pre + from * 2 * H, e.packed_back, e.add, e.d_masked + from * H);
       }
     }
+    if (!d.by_units) return;
+    team.meeting.wait();  // a product takes the gradients of all units
+    for (const Edge& e : edges) back(n, e.pre, e.packed_back, e.add, e.d_masked);
   }
 
   // dr_i's row in ds_i's place
@@ -80,7 +84,7 @@ template <class T, class P> struct Backward : Sequence<T, P> {
     const T *__restrict s = state(i, t) + b * H, *__restrict across = mean.data(), *__restrict along = spread.data();
     const T* __restrict scale = static_cast<const T*>(d.scale) + (t * (N + 1) + i) * H;
 #pragma omp simd
-    for (int64_t u = 0; u < H; u++) dr[u] = scale[u] * (dr[u] - across[u] - s[u] * along[u]);
+    for (int64_t u = begin; u < begin + units; u++) dr[u] = scale[u] * (dr[u] - across[u] - s[u] * along[u]);
   }
 
   // dp of all pairs (j, i) and the rows from … to, from dr_i, in a cell whose one edge into node i is `drawn`
@@ -89,11 +93,11 @@ template <class T, class P> struct Backward : Sequence<T, P> {
     for (int64_t j = 0; j < i; j++) {
       double* const sum = sums + (i * (i - 1) / 2 + j) * 5;
       const bool there = j == d.source[d.incoming[i - 1]];
-      if (!there) multiply(to - from, 2 * H, H, masked(j, t) + from * H, packed(i), false, undrawn.data());
+      if (!there) forth(to - from, masked(j, t) + from * H, packed(i), false, undrawn.data());
       for (int64_t b = from; b < to; b++) {
-        const T *const c = there ? drawn.pre + b * 2 * H : undrawn.data() + (b - from) * 2 * H, *const s = state(j, t) + b * H;
-        if (there) edge_sums<T, true>(H, c, c + H, s, dr + b * H, sum);
-        else edge_sums<T, false>(H, c, c + H, s, dr + b * H, sum);
+        const T *const c = (there ? drawn.pre + b * 2 * H : undrawn.data() + (b - from) * 2 * H) + begin, *const s = state(j, t) + b * H + begin;
+        if (there) edge_sums<T, true>(units, c, c + H, s, dr + b * H + begin, sum);
+        else edge_sums<T, false>(units, c, c + H, s, dr + b * H + begin, sum);
       }
     }
   }
@@ -103,28 +107,29 @@ template <class T, class P> struct Backward : Sequence<T, P> {
     T* const d_states = static_cast<T*>(d.d_states);
     T* __restrict ds = d_states + i * BH + b * H;
     T* __restrict dh = static_cast<T*>(d.d_h) + b * H;
+    const int64_t end = begin + units;
     if (i == N) {  // a new time step: dh' is known, and no state has heard of it
       const T *out = static_cast<const T*>(d.d_outputs) + t * BH + b * H, *carry = static_cast<const T*>(d.carry) + b * H;
-      for (int64_t u = 0; u < H; u++) dh[u] = out[u] + carry[u];
-      for (int64_t j = 0; j <= N; j++) std::fill_n(d_states + j * BH + b * H, H, T(0));
+      for (int64_t u = begin; u < end; u++) dh[u] = out[u] + carry[u];
+      for (int64_t j = 0; j <= N; j++) std::fill_n(d_states + j * BH + b * H + begin, units, T(0));
     }
     if (const T w = a(i); w != 0)
 #pragma omp simd
-      for (int64_t u = 0; u < H; u++) ds[u] += w * dh[u];
+      for (int64_t u = begin; u < end; u++) ds[u] += w * dh[u];
     if (last_reader[i]) {
       const T* __restrict g = static_cast<const T*>(d.d_masked) + i * BH + b * H;
       const T* __restrict m = mask ? mask + b * H : nullptr;
       if (m)
 #pragma omp simd
-        for (int64_t u = 0; u < H; u++) ds[u] += m[u] * g[u];
+        for (int64_t u = begin; u < end; u++) ds[u] += m[u] * g[u];
       else
 #pragma omp simd
-        for (int64_t u = 0; u < H; u++) ds[u] += g[u];
+        for (int64_t u = begin; u < end; u++) ds[u] += g[u];
     }
     if (d.normalise) {
       const T* __restrict s = state(i, t) + b * H;
 #pragma omp simd
-      for (int64_t u = 0; u < H; u++) mean[u] += ds[u], along[u] += double(ds[u]) * s[u];
+      for (int64_t u = begin; u < end; u++) mean[u] += ds[u], along[u] += double(ds[u]) * s[u];
     }
   }
 

@@ -31,6 +31,8 @@
 //
 // One parallel region runs the whole sequence, and a thread owns a part of the batch: its rows of every pre-activation and state, which it alone
 // writes and reads, and so finds in its own cache. Threads meet only over the batch's statistics, once a node; the discrete cell has none.
+// Of a batch too small for that (`by_units`) each owns some of the units instead, and reads its share of the weights alone; they meet once a node, since a
+// product takes all units of a state.
 // All W_i are packed first, once for the forward products and transposed for the backward ones.
 // Sums over the batch are made of the threads' sums in the threads' order, so that the same number of threads gives the same bits.
 
@@ -45,7 +47,7 @@
 namespace {
 
 template <class T, class P> void run_forward(const Cell& d) {
-  Team<T> team(d);
+  Team<T, P> team(d);
   together(team.threads(), [&](int64_t k) {
     const typename P::Ready ready;
     Forward<T, P>(d, team, k).run();
@@ -53,7 +55,7 @@ template <class T, class P> void run_forward(const Cell& d) {
 }
 
 template <class T, class P> void run_backward(const Cell& d) {
-  Team<T> team(d);
+  Team<T, P> team(d);
   const int64_t threads = team.threads(), pairs = d.nodes * (d.nodes + 1) / 2, width = (pairs * 5 + 15) / 8 * 8;  // no two threads in one cache line
   std::vector<double> sums(threads * width, 0.0);
   together(threads, [&](int64_t k) {

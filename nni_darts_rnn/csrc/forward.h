@@ -12,16 +12,16 @@ namespace {
 template <class T, class P> struct Forward : Sequence<T, P> {
   using Base = Sequence<T, P>;
   using typename Base::Edge;
-  using Base::d, Base::team, Base::thread, Base::S, Base::B, Base::H, Base::N, Base::BH, Base::lo, Base::n, Base::mask, Base::mean, Base::spread;
-  using Base::kept, Base::state, Base::masked, Base::pre0, Base::output, Base::a, Base::edges_into, Base::few, Base::multiply, Base::packed, Base::packed_back, Base::exchange,
+  using Base::d, Base::team, Base::thread, Base::S, Base::B, Base::H, Base::N, Base::BH, Base::lo, Base::n, Base::begin, Base::units, Base::mask, Base::mean, Base::spread;
+  using Base::kept, Base::state, Base::masked, Base::pre0, Base::output, Base::a, Base::edges_into, Base::few, Base::forth, Base::packed, Base::packed_back, Base::exchange,
       Base::mine;
 
   using Base::Base;
 
   void run() const {
     pack_weights();
-    if (mask)
-      for (int64_t u = lo * H; u < (lo + n) * H; u++) static_cast<T*>(d.previous)[u] = static_cast<const T*>(d.h0)[u] * mask[u];
+    for (int64_t b = lo; b < lo + n && mask; b++)
+      for (int64_t u = b * H + begin; u < b * H + begin + units; u++) static_cast<T*>(d.previous)[u] = static_cast<const T*>(d.h0)[u] * mask[u];
     team.meeting.wait();
     for (int64_t t = 0; t < S; t++)
       for (int64_t i = 0; i <= N; i++) node_forward(i, t);
@@ -34,19 +34,24 @@ template <class T, class P> struct Forward : Sequence<T, P> {
     const int64_t rows = few();
     for (int64_t from = lo; from < lo + n; from += rows) {
       const int64_t to = std::min(from + rows, lo + n);
-      std::fill(r + from * H, r + to * H, T(0));
-      if (i == 0) std::copy_n(static_cast<const T*>(d.x_proj) + (t * B + from) * 2 * H, (to - from) * 2 * H, pre0(t) + from * 2 * H);
+      for (int64_t b = from; b < to; b++) {
+        std::fill_n(r + b * H + begin, units, T(0));
+        if (i) continue;
+        const T* const x = static_cast<const T*>(d.x_proj) + (t * B + b) * 2 * H + begin;
+        T* const c = pre0(t) + b * 2 * H + begin;
+        std::copy_n(x, units, c), std::copy_n(x + H, units, c + H);
+      }
       for (const Edge& e : edges) {
-        multiply(to - from, 2 * H, H, e.masked + from * H, e.packed, i == 0, e.pre + from * 2 * H);
+        forth(to - from, e.masked + from * H, e.packed, i == 0, e.pre + from * 2 * H);
         for (int64_t b = from; b < to; b++) {
-          T *const c = e.pre + b * 2 * H, *const row = r + b * H;
-          const T *const z = c + H, *const s = e.state + b * H;
+          T *const c = e.pre + b * 2 * H + begin, *const row = r + b * H + begin;
+          const T *const z = c + H, *const s = e.state + b * H + begin;
           switch (e.op) {
-            case TANH: edge_forward<T, TANH>(H, c, z, s, e.p, row); break;
-            case RELU: edge_forward<T, RELU>(H, c, z, s, e.p, row); break;
-            case SIGMOID: edge_forward<T, SIGMOID>(H, c, z, s, e.p, row); break;
-            case IDENTITY: edge_forward<T, IDENTITY>(H, c, z, s, e.p, row); break;
-            default: edge_forward<T, MIX>(H, c, z, s, e.p, row);
+            case TANH: edge_forward<T, TANH>(units, c, z, s, e.p, row); break;
+            case RELU: edge_forward<T, RELU>(units, c, z, s, e.p, row); break;
+            case SIGMOID: edge_forward<T, SIGMOID>(units, c, z, s, e.p, row); break;
+            case IDENTITY: edge_forward<T, IDENTITY>(units, c, z, s, e.p, row); break;
+            default: edge_forward<T, MIX>(units, c, z, s, e.p, row);
           }
         }
       }
@@ -54,31 +59,32 @@ template <class T, class P> struct Forward : Sequence<T, P> {
         double* __restrict sum = share.first.data();
         const T* __restrict row = r + b * H;
 #pragma omp simd
-        for (int64_t u = 0; u < H; u++) sum[u] += row[u];
+        for (int64_t u = begin; u < begin + units; u++) sum[u] += row[u];
       }
     }
     if (d.normalise) statistics(r, share, static_cast<T*>(d.scale) + (kept(t) * (N + 1) + i) * H);
     for (int64_t b = lo; b < lo + n; b++) finish_row(i, t, b);
+    if (d.by_units) team.meeting.wait();  // a product takes all units of a state
   }
 
   // `mean` and 1/√(v + eps) in `spread`, of the whole batch: each thread's mean and its squares about that (Chan, Golub and LeVeque 1979, eq. 2.1)
   void statistics(const T* r, Share& share, T* scale) const {
-    for (int64_t u = 0; u < H; u++) share.first[u] /= double(n);
+    for (int64_t u = begin; u < begin + units; u++) share.first[u] /= double(n);
     for (int64_t b = lo; b < lo + n; b++) {
       const T* __restrict row = r + b * H;
       const double* __restrict centre = share.first.data();
       double* __restrict squares = share.second.data();
 #pragma omp simd
-      for (int64_t u = 0; u < H; u++) squares[u] += (row[u] - centre[u]) * (row[u] - centre[u]);
+      for (int64_t u = begin; u < begin + units; u++) squares[u] += (row[u] - centre[u]) * (row[u] - centre[u]);
     }
     const std::vector<Share>& all = exchange();
-    for (int64_t u = 0; u < H; u++) {
+    for (int64_t u = begin; u < begin + units; u++) {
       double centre = 0, squares = 0;
       for (const Share& other : all) centre += other.first[u] * (double(other.rows) / double(B));
       for (const Share& other : all) squares += other.second[u] + double(other.rows) * (other.first[u] - centre) * (other.first[u] - centre);
       mean[u] = T(centre), spread[u] = T(1 / std::sqrt(squares / double(B) + d.eps));
     }
-    if (thread == 0) std::copy(spread.begin(), spread.end(), scale);
+    if (lo == 0) std::copy_n(spread.data() + begin, units, scale + begin);
   }
 
   // what becomes of a state's row: normalised, masked for the product, added to the output
@@ -88,33 +94,35 @@ template <class T, class P> struct Forward : Sequence<T, P> {
     if (d.normalise) {
       const T *__restrict centre = mean.data(), *__restrict v = spread.data();
 #pragma omp simd
-      for (int64_t u = 0; u < H; u++) row[u] = (row[u] - centre[u]) * v[u];
+      for (int64_t u = begin; u < begin + units; u++) row[u] = (row[u] - centre[u]) * v[u];
     }
-    if (i == 0) std::fill(out, out + H, T(0));
+    if (i == 0) std::fill_n(out + begin, units, T(0));
     if (const T w = a(i); w != 0)
 #pragma omp simd
-      for (int64_t u = 0; u < H; u++) out[u] += w * row[u];
+      for (int64_t u = begin; u < begin + units; u++) out[u] += w * row[u];
     if (!mask) return;
     const T* __restrict m = mask + b * H;
     if (i < N) {
       T* __restrict sm = masked(i, t) + b * H;
 #pragma omp simd
-      for (int64_t u = 0; u < H; u++) sm[u] = row[u] * m[u];
+      for (int64_t u = begin; u < begin + units; u++) sm[u] = row[u] * m[u];
     } else if (t + 1 < S) {
       T* __restrict hm = static_cast<T*>(d.previous) + kept(t + 1) * BH + b * H;
 #pragma omp simd
-      for (int64_t u = 0; u < H; u++) hm[u] = out[u] * m[u];
+      for (int64_t u = begin; u < begin + units; u++) hm[u] = out[u] * m[u];
     }
   }
 
   // this thread's share of the panels of all W
   void pack_weights() const {
     constexpr int64_t C = P::columns;
+    const int64_t width = d.by_units ? H : 2 * H;
     int64_t panel = 0;
     for (int64_t k = 0; k <= N; k++) {
       const T* const W = k ? static_cast<const T*>(d.Ws) + (k - 1) * H * 2 * H : static_cast<const T*>(d.W0_h);
-      for (int64_t v = 0; v < 2 * H; v += C)
-        if (panel++ % team.threads() == thread) P::pack(H, 2 * H - v, W + v, 2 * H, 1, packed(k) + v * P::terms(H));
+      for (int64_t from = 0; from < 2 * H; from += width)
+        for (int64_t v = 0; v < width; v += C)
+          if (panel++ % team.threads() == thread) P::pack(H, width - v, W + from + v, 2 * H, 1, packed(k) + (from ? numbers<P>(H, H) : 0) + v * P::terms(H));
       for (int64_t v = 0; v < H && d.keep; v += C)
         if (panel++ % team.threads() == thread) P::pack(2 * H, H - v, W + v * 2 * H, 1, 2 * H, packed_back(k) + v * P::terms(2 * H));
     }

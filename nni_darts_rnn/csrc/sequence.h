@@ -23,14 +23,15 @@ constexpr int64_t LARGE = 1 << 20;   // bytes of a matrix that a second cache ha
 // the next node's while another still reads this one's. In double precision, as torch's BatchNorm sums: Σ dr = 0 over the batch must hold to more digits
 // than the terms have, since a sigmoid near 1/2 multiplies it into α's gradient.
 struct Share {
-  int64_t rows;
+  int64_t rows = 0;
   std::vector<double> first, second;  // (H) each
+  explicit Share(int64_t units) : first(units), second(units) {}
 };
 
 // The threads of one sequence.
-template <class T> struct Team {
+template <class T, class P> struct Team {
   Meeting meeting;
-  std::vector<int64_t> bounds;   // thread k's rows: bounds[k] … bounds[k + 1]
+  std::vector<int64_t> bounds;   // thread k's rows, or units: bounds[k] … bounds[k + 1]
   std::vector<Share> shares[2];  // one a thread
 
   explicit Team(const Cell& d) : Team(d, size(d)) {}
@@ -38,32 +39,36 @@ template <class T> struct Team {
 
  private:
   Team(const Cell& d, int64_t threads) : meeting(threads) {
-    for (int64_t k = 0; k <= threads; k++) bounds.push_back(d.batch * k / threads);
-    for (auto& turn : shares) turn.assign(threads, {0, std::vector<double>(d.hidden), std::vector<double>(d.hidden)});
+    for (int64_t k = 0; k <= threads; k++)
+      bounds.push_back(d.by_units ? std::min(d.hidden, panels<P>(d.hidden) * k / threads * P::columns) : d.batch * k / threads);
+    for (auto& turn : shares) turn.assign(d.by_units ? 0 : threads, Share(d.hidden));
   }
   static int64_t size(const Cell& d) {
-    const int64_t edges = d.d_p ? d.nodes * (d.nodes + 1) / 2 : d.edges, meetings = d.normalise ? d.steps : 1;
-    const int64_t work = d.batch * d.hidden * (1 + d.hidden / 64) * edges / d.nodes * d.steps / meetings;
-    return std::max<int64_t>(1, std::min({d.threads, d.batch / ROWS, work / GRAIN}));
+    const int64_t edges = d.d_p ? d.nodes * (d.nodes + 1) / 2 : d.edges, meetings = d.normalise || d.by_units ? d.steps : 1;
+    const int64_t rows = d.by_units ? std::max(d.batch, P::rows) : d.batch;  // a row alone takes as long as a tile of them: the weights pass by once
+    const int64_t work = rows * d.hidden * (1 + d.hidden / 64) * edges / d.nodes * d.steps / meetings;
+    return std::max<int64_t>(1, std::min({d.threads, d.by_units ? panels<P>(d.hidden) : d.batch / ROWS, work / GRAIN}));
   }
 };
 
-// What one thread of a team knows: the cell, and the rows lo … lo + n of the batch that it owns. P: `Whole<T>` or `Tiles<…>`.
+// What one thread of a team knows: the cell, and what it owns, the rows lo … lo + n of the batch and of these the units begin … begin + units. P: `Whole<T>` or `Tiles<…>`.
 template <class T, class P> struct Sequence {
   using Number = typename P::Number;
   const Cell& d;
-  Team<T>& team;
+  Team<T, P>& team;
   const int64_t thread;
-  const int64_t S, B, H, N, BH, lo, n;
+  const int64_t S, B, H, N, BH, lo, n, begin, units;
   const T* mask;
   mutable int64_t turn = 0;
   mutable std::vector<T> mean, spread;  // (H) each: of the node at hand, over the whole batch
+  mutable std::vector<Share> whole;     // one, of a thread that has all rows
   mutable typename P::Buffer operand;   // of a product
   std::vector<int64_t> last_reader;     // (N+1): the last node that reads a state; 0: none
 
-  Sequence(const Cell& cell, Team<T>& all, int64_t k)
-      : d(cell), team(all), thread(k), S(cell.steps), B(cell.batch), H(cell.hidden), N(cell.nodes), BH(B * H), lo(all.bounds[k]), n(all.bounds[k + 1] - lo),
-        mask(static_cast<const T*>(cell.mask)), mean(H), spread(H), last_reader(N + 1) {
+  Sequence(const Cell& cell, Team<T, P>& all, int64_t k)
+      : d(cell), team(all), thread(k), S(cell.steps), B(cell.batch), H(cell.hidden), N(cell.nodes), BH(B * H), lo(d.by_units ? 0 : all.bounds[k]),
+        n(d.by_units ? B : all.bounds[k + 1] - lo), begin(d.by_units ? all.bounds[k] : 0), units(d.by_units ? all.bounds[k + 1] - begin : H),
+        mask(static_cast<const T*>(cell.mask)), mean(H), spread(H), whole(d.by_units, Share(H)), last_reader(N + 1) {
     for (int64_t i = 1; i <= N; i++)
       for (int64_t e = d.incoming[i - 1]; e < d.incoming[i]; e++) last_reader[d.source[e]] = i;
   }
@@ -71,8 +76,8 @@ template <class T, class P> struct Sequence {
   // Rows whose pre-activations stay in the second cache between a product and its edge: whole tiles. A matrix that has no room there itself is read again
   // for all of these, so that there are more of them.
   int64_t few() const {
-    const bool large = numbers<P>(H, 2 * H) * int64_t(sizeof(Number)) > LARGE;
-    return std::max<int64_t>(1, (large ? 4 : 1) * CACHED / (P::rows * 2 * H * int64_t(sizeof(T)))) * P::rows;
+    const bool large = numbers<P>(H, 2 * units) * int64_t(sizeof(Number)) > LARGE;
+    return std::max<int64_t>(1, (large ? 4 : 1) * CACHED / (P::rows * 2 * units * int64_t(sizeof(T)))) * P::rows;
   }
 
   int64_t kept(int64_t t) const { return d.keep ? t : 0; }
@@ -113,21 +118,29 @@ template <class T, class P> struct Sequence {
   }
 
   // W0_h, then the W_i
-  Number* packed(int64_t i) const { return static_cast<Number*>(d.packed) + i * numbers<P>(H, 2 * H); }
+  Number* packed(int64_t i) const { return static_cast<Number*>(d.packed) + i * 2 * numbers<P>(H, H); }
   Number* packed_back(int64_t i) const { return static_cast<Number*>(d.packed_back) + i * numbers<P>(2 * H, H); }
 
-  // C (m,n) = [C +] A W for a packed W (k,n); A and C with as many numbers from row to row as they have columns
-  void multiply(int64_t m, int64_t n, int64_t k, const T* a, const Number* packed, bool add, T* c) const {
-    P::multiply(m, n, P::rows_of(m, k, a, k, operand), packed, P::columns * P::terms(k), add, c, n);
+  // Of m rows, this thread's units of c and z, pre (m,2H) = [pre +] A W for A (m,H) and a packed W (H,2H)
+  void forth(int64_t m, const T* a, const Number* packed, bool add, T* pre) const {
+    const auto left = P::rows_of(m, H, a, H, operand);
+    const int64_t width = d.by_units ? units : 2 * H;
+    for (int64_t v = begin; v < (d.by_units ? 2 * H : H); v += H, packed += numbers<P>(H, H))
+      P::multiply(m, width, left, packed + begin * P::terms(H), P::columns * P::terms(H), add, pre + v, 2 * H);
+  }
+  // and of what the gradient of c and z, dpre (m,2H), sends back to A, d_a (m,H) = [d_a +] dpre W^T
+  void back(int64_t m, const T* dpre, const Number* packed_back, bool add, T* d_a) const {
+    P::multiply(m, units, P::rows_of(m, 2 * H, dpre, 2 * H, operand), packed_back + begin * P::terms(2 * H), P::columns * P::terms(2 * H), add, d_a + begin, H);
   }
 
-  // `mine` filled in by every thread -> all threads' shares
+  // `mine` filled in by every thread -> the shares of all that have rows of this thread's units
   const std::vector<Share>& exchange() const {
+    if (d.by_units) return whole;
     team.meeting.wait();
     return team.shares[turn++ % 2];
   }
   Share& mine() const {
-    Share& share = team.shares[turn % 2][thread];
+    Share& share = d.by_units ? whole[0] : team.shares[turn % 2][thread];
     if (!d.normalise) return share;  // nobody reads it
     share.rows = n;
     std::fill(share.first.begin(), share.first.end(), 0.0);
