@@ -194,10 +194,12 @@ def quiet_hosts() -> None:
 
 
 def prepare_torch(arguments: argparse.Namespace) -> None:
-    """Threads and device, checked and set; quiet hosts."""
+    """Threads and device, checked and set; large pages for large tensors; quiet hosts."""
     if arguments.threads is not None and not 1 <= arguments.threads <= 1024:
         raise ValueError(f"--threads: {arguments.threads} must be from 1 to 1024")
     quiet_hosts()
+    # gradients are new memory in every step; torch asks this once, before its first tensor of 2 MiB, and Linux for pages of that size then
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     import torch
 
     from .model import choose_device

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import few_rows
 import hardware
 import published_step
 import retrain_step
@@ -18,7 +19,7 @@ import search_step
 import through_nni
 from step_size import Size
 
-from nni_darts_rnn import DARTS_V2, fused
+from nni_darts_rnn import DARTS_V2, compiled, fused
 from nni_darts_rnn.model import LanguageModel
 from nni_darts_rnn.supernet import MixedRNN
 
@@ -64,6 +65,18 @@ def test_the_published_layer_is_the_readable_one(monkeypatch):
         readable.Ws.copy_(torch.stack(list(published.Ws)))
     x, h = torch.randn(SIZE.T, SIZE.B, SIZE.H), torch.randn(SIZE.B, SIZE.H)
     torch.testing.assert_close(published(x, h), readable(x, h))
+
+
+@pytest.mark.skipif(not fused.available(), reason=f"no extension here: {fused.why_not()}")
+def test_few_rows_compares_what_it_says(tmp_path, monkeypatch):
+    """Each form runs its own way: the compiled cell with what its threads are told to share, the others without it."""
+    seen, real = [], compiled.run_forward
+    monkeypatch.setattr(few_rows, "shortest", lambda steps, rounds: {name: step() or 0.5 for name, step in steps.items()})
+    monkeypatch.setattr(compiled, "run_forward", lambda *given, **named: seen.append(real(*given, **named)) or seen[-1])
+    few_rows.main(["--units", "32", "--rows", "2", "--threads", "1", "--save", str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())["tokens_per_second"]
+    assert found == {"32 units, 2 rows": dict.fromkeys(("original", "rows", "units", "LSTM", "GRU"), few_rows.STEPS * 2 / 0.5)}
+    assert [run.by_units for run in seen] == [False, True]
 
 
 def test_lstm_and_gru_have_as_many_parameters():

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nni_darts_rnn import cell, compiled, cross_entropy, eager, extension, fused, supernet, workspace
+from nni_darts_rnn import cell, compiled, cross_entropy, eager, extension, fused, supernet
 from nni_darts_rnn.genotype import DARTS_V1, DARTS_V2, ENAS, PRIMITIVES, Genotype
 from nni_darts_rnn.model import LanguageModel
 from nni_darts_rnn.supernet import MixedRNN
@@ -539,9 +539,11 @@ def test_the_switch():
     assert out.startswith("False") and "NNI_DARTS_RNN_FUSED=0" in out
 
 
-def test_a_large_workspace_asks_for_large_pages():
-    if not os.path.exists("/sys/kernel/mm/transparent_hugepage/enabled"):
-        pytest.skip("this kernel has no transparent large pages")
+PAGES = textwrap.dedent("""
+    import argparse, sys
+    import torch
+    from nni_darts_rnn import workspace
+    from nni_darts_rnn.trial import prepare_torch
 
     def advised(tensor):  # "hg" among the flags of the mapping that holds the tensor's middle
         middle, inside = tensor.data_ptr() + tensor.numel() * tensor.element_size() // 2, False
@@ -554,10 +556,20 @@ def test_a_large_workspace_asks_for_large_pages():
                     return "hg" in line.split()
         return None
 
+    if sys.argv[1] == "command":
+        prepare_torch(argparse.Namespace(threads=None, device="cpu"))
     numbers = workspace.LARGE // 4
-    plain, large = torch.empty(numbers), workspace.in_large_pages(torch.empty(numbers))
-    small = workspace.in_large_pages(torch.empty(numbers // 2))
-    assert (advised(plain), advised(small), advised(large)) == (False, False, True)
-    workspace.Spare.workspaces.clear()
-    taken, _ = workspace.take("cell", {"pre": numbers}, torch.float32)
-    assert advised(taken)
+    tensors = torch.empty(numbers), workspace.in_large_pages(torch.empty(numbers // 2)), workspace.in_large_pages(torch.empty(numbers)), workspace.take("cell", {"pre": numbers}, torch.float32)[0]
+    print(*map(advised, tensors))
+""")
+
+
+@pytest.mark.parametrize("who, allowed, expected", [("program", {}, "False False True True"), ("command", {}, "True True True True"),
+                                                    ("command", {"THP_MEM_ALLOC_ENABLE": "0"}, "False False True True")])
+def test_who_asks_for_large_pages(who, allowed, expected):
+    """A large workspace does, and a command has torch do it for all large tensors; what the environment says of that stays."""
+    if not os.path.exists("/sys/kernel/mm/transparent_hugepage/enabled"):
+        pytest.skip("this kernel has no transparent large pages")
+    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"} | allowed
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", PAGES, who], env=environment, capture_output=True, text=True, timeout=300)
+    assert (run.returncode, run.stdout.strip()) == (0, expected), run.stderr
