@@ -102,7 +102,8 @@ def by_units(batch: int, weights: int) -> bool:
     thread's half of every state from that one's cache. With two threads the shorter time was measured up to a batch of 14, a forward pass of 1 row then taking
     0.54 to 0.63 of the time at 300, 512 and 850 units, and of 8 rows 0.66 to 0.82; where the matrices fit the second cache (128 units) it took 1.6 times as long.
     """
-    return batch < FEW_ROWS * torch.get_num_threads() and weights > SECOND_CACHE
+    threads = torch.get_num_threads()
+    return threads > 1 and batch < FEW_ROWS * threads and weights > SECOND_CACHE
 
 
 def room(parts: int, rows: int, columns: int) -> int:

@@ -209,6 +209,8 @@ def test_what_threads_share(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert compiled.by_units(1, 2**22) and compiled.by_units(11, 2**22)
     assert not compiled.by_units(12, 2**22) and not compiled.by_units(1, 2**20)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert not compiled.by_units(1, 2**22)
 
 
 @needs_extension
