@@ -45,7 +45,9 @@ def stored(folder: Path) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="where `nni-darts-rnn retrain` has left its results")
-    found = stored(parser.parse_args().folder)
+    parser.add_argument("--note", help="a sentence on how it ran, for the results page")
+    options = parser.parse_args()
+    found = stored(options.folder) | ({"note": options.note} if options.note else {})
     kept = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     kept[f"{found['cell']}, {found['units']} units, {found['epochs']} epochs"] = found
     RESULTS.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
