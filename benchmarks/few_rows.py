@@ -8,14 +8,11 @@ No gradients, no dropout, float32 with all digits; 70 time steps. LSTM and GRU h
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-from datetime import date
 from pathlib import Path
 from unittest import mock
 
 import torch
-from hardware import add_options, machine, shortest, use
+from hardware import add_options, keep, made, shortest, use
 from retrain_step import layers
 from step_size import Size
 from torch import nn
@@ -52,24 +49,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--units", nargs="+", type=int, default=[300, 512, 850])
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 4, 10])
-    parser.add_argument("--rounds", type=int, default=5)
-    add_options(parser)
-    parser.add_argument("--save", nargs="?", type=Path, const=RESULTS, help=f"write JSON (default {RESULTS.name})")
+    add_options(parser, RESULTS)
     options = parser.parse_args(arguments)
     use(options)
     if not fused.available():
         parser.error(f"nothing to compare here: {fused.why_not()}")
-    result = {"command": "python benchmarks/few_rows.py " + " ".join(sys.argv[1:] if arguments is None else arguments), "date": date.today().isoformat(), "machine": machine(),
-              "threads": options.threads, "tokens_per_second": {}}
+    result = made(__file__, arguments, options) | {"tokens_per_second": {}}
     print(f"{'units':>6} {'rows':>5} {'original':>9} {'rows':>9} {'units':>9} {'LSTM':>9} {'GRU':>9}")
     for units in options.units:
         for rows in options.rows:
             found = measure(units, rows, options.rounds)
             result["tokens_per_second"][f"{units} units, {rows} rows"] = found
             print(f"{units:>6} {rows:>5} " + " ".join(f"{value:>9,.0f}" for value in found.values()), flush=True)
-    if options.save:
-        options.save.parent.mkdir(parents=True, exist_ok=True)
-        options.save.write_text(json.dumps(result, indent=2) + "\n")
+    keep(options.save, result)
 
 
 if __name__ == "__main__":

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import json
 import os
 import platform
 import resource
 import subprocess
+import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
 from pathlib import Path
 
 import torch
 
 
-def add_options(parser) -> None:
+def add_options(parser, results: Path) -> None:
+    """The options of a benchmark whose steps take turns; `results`: where `--save` keeps them."""
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="what the versions run on, and what the peak is of")
+    parser.add_argument("--save", nargs="?", type=Path, const=results, help=f"write JSON (default {results.name})")
 
 
 def use(options) -> None:
@@ -26,6 +32,19 @@ def use(options) -> None:
     torch.set_num_threads(options.threads)
     if options.device == "gpu":
         torch.set_default_device("cuda")
+
+
+def made(script: str, arguments: list[str] | None, options) -> dict:
+    """By which command, when and where; `script`: its `__file__`, `arguments`: those that its `main` was given."""
+    return {"command": f"python benchmarks/{Path(script).name} " + " ".join(sys.argv[1:] if arguments is None else arguments),
+            "date": date.today().isoformat(), "machine": machine(), "threads": options.threads}
+
+
+def keep(path: Path | None, found: dict) -> None:
+    """Writes what was found, where it is to be saved."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found, indent=2) + "\n")
 
 
 def on_gpu() -> bool:

@@ -12,15 +12,12 @@ gains from either where there is AMX.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import sys
-from datetime import date
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from hardware import add_options, gemm_peak, machine, shortest, use
+from hardware import add_options, gemm_peak, keep, made, shortest, use
 from step_size import Size
 from torch import Tensor, nn
 
@@ -127,15 +124,12 @@ def report(title: str, best: dict[str, float], size: Size) -> dict:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", nargs="+", choices=SIZES, default=["small"])
-    parser.add_argument("--rounds", type=int, default=5)
-    add_options(parser)
-    parser.add_argument("--save", nargs="?", type=Path, const=RESULTS, help=f"write JSON (default {RESULTS.name})")
+    add_options(parser, RESULTS)
     options = parser.parse_args(arguments)
     use(options)
     if not fused.available():
         print(f"the fast version is the readable one here: {fused.why_not()}")
-    result = {"command": "python benchmarks/retrain_step.py " + " ".join(sys.argv[1:] if arguments is None else arguments),
-              "date": date.today().isoformat(), "machine": machine(), "threads": options.threads, "sizes": {}}
+    result = made(__file__, arguments, options) | {"sizes": {}}
     for name in options.size:
         size, genotype, load, peak = SIZES[name], DARTS_V2, os.getloadavg()[0], gemm_peak()
         torch.manual_seed(0)
@@ -149,9 +143,7 @@ def main(arguments: list[str] | None = None) -> None:
         result["sizes"][name] = {"size": size._asdict(), "gemm_peak_flops": peak, "load_average": load, "layer_flops": flops, "layer": rows,
                                  "layer_hidden_sizes": {n: layer.hidden_size for n, layer in built.items()},
                                  "model": report("model", shortest(models, options.rounds), size)}
-    if options.save:
-        options.save.parent.mkdir(parents=True, exist_ok=True)
-        options.save.write_text(json.dumps(result, indent=2) + "\n")
+    keep(options.save, result)
 
 
 if __name__ == "__main__":

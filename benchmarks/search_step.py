@@ -18,12 +18,11 @@ import json
 import os
 import subprocess
 import sys
-from datetime import date
 from pathlib import Path
 from unittest import mock
 
 import torch
-from hardware import Products, add_options, gemm_peak, machine, peak_gb, shortest, use
+from hardware import Products, add_options, gemm_peak, keep, made, peak_gb, shortest, use
 from published_step import Original
 from step_size import CLIP, DECAY, DROPOUT, EPSILON, RATE, SIZES, TAR, Size
 from torch import Tensor, nn
@@ -173,10 +172,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", nargs="+", choices=SIZES, default=["small"])
     parser.add_argument("--versions", nargs="+", choices=VERSIONS, default=list(VERSIONS), help="the first is what ratios refer to")
-    parser.add_argument("--rounds", type=int, default=5)
-    add_options(parser)
+    add_options(parser, RESULTS)
     parser.add_argument("--growth", action="store_true", help="how the fast step grows with each axis, from the small size")
-    parser.add_argument("--save", nargs="?", type=Path, const=RESULTS, help=f"write JSON (default {RESULTS.name})")
     parser.add_argument("--memory-of", choices=VERSIONS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     use(options)
@@ -189,21 +186,18 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if not fused.available():
         print(f"the compiled versions are those that need no compiler here: {fused.why_not()}")
-    made = {"command": "python benchmarks/search_step.py " + " ".join(sys.argv[1:] if arguments is None else arguments),
-            "date": date.today().isoformat(), "machine": machine(), "threads": options.threads}
+    how = made(__file__, arguments, options)
     if options.growth:
-        save(options.save, {"growth": growth(SIZES["small"], options.rounds) | made})
+        save(options.save, {"growth": growth(SIZES["small"], options.rounds) | how})
         return
     for name in options.size:
-        save(options.save, {name: measure(name, options) | made})
+        save(options.save, {name: measure(name, options) | how})
 
 
 def save(path: Path | None, found: dict) -> None:
     """Add what was found to the file, where other sizes may stand."""
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        before = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps(before | found, indent=2) + "\n")
+    before = json.loads(path.read_text()) if path is not None and path.exists() else {}
+    keep(path, before | found)
 
 
 if __name__ == "__main__":

@@ -163,7 +163,7 @@ def test_rounded_results_repeat_whatever_the_threads_and_between_other_products_
 @pytest.mark.parametrize("B", [1, 70])
 def test_tiles_of_shared_units(B, allowed, monkeypatch):
     """Every number is what it is where threads share the rows."""
-    (*inputs,), mask = cell_inputs(3, B, 140, 8)
+    inputs, mask = cell_inputs(3, B, 140, 8)
     if allowed != "bfloat16":
         torch.set_float32_matmul_precision(allowed)
     results, threads = [], torch.get_num_threads()
