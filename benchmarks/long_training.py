@@ -37,9 +37,10 @@ def stored(folder: Path) -> dict:
              "--seed", str(trained["seed"]), "--threads", str(torch.get_num_threads()), "--out", "trained"]
     with (folder / "retrain.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    return {"cell": cell, "units": recipe.retrain.hidden_size, "precision": recipe.retrain.precision, "anneal": recipe.retrain.anneal, **trained["result"],
-            "curve": [round(float(row["perplexity"]), 3) for row in rows], "tokens_per_second": max(float(row["tokens_per_second"]) for row in rows),
-            "command": shlex.join(words), "date": date.today().isoformat(), "machine": machine()}
+    return {"cell": cell, "units": recipe.retrain.hidden_size, "optimizer": recipe.retrain.optimizer, "precision": recipe.retrain.precision,
+            "anneal": recipe.retrain.anneal, **trained["result"], "curve": [round(float(row["perplexity"]), 3) for row in rows],
+            "tokens_per_second": max(float(row["tokens_per_second"]) for row in rows), "command": shlex.join(words),
+            "date": date.today().isoformat(), "machine": machine()}
 
 
 def main() -> None:
@@ -49,7 +50,7 @@ def main() -> None:
     options = parser.parse_args()
     found = stored(options.folder) | ({"note": options.note} if options.note else {})
     kept = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    kept[f"{found['cell']}, {found['units']} units, {found['epochs']} epochs"] = found
+    kept[f"{found['cell']}, {found['units']} units, {found['epochs']} epochs, {found['optimizer']}"] = found
     RESULTS.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     plot_curves([{"phase": "validation", "epoch": k + 1, f"{name}_perplexity": value} for name, one in kept.items() for k, value in enumerate(one["curve"])],
                 RESULTS.with_suffix(".svg"))

@@ -154,15 +154,15 @@ def long_training() -> str:
     found = stored("long_training.json")
     if found is None:
         return ""
-    rows = [(one["cell"], one["units"], f"{one['parameters']:,}", one["precision"], f"{one['epochs']}, {one['anneal']:.0%}", f"{one['valid_perplexity']:.2f}", f"{one['test_perplexity']:.2f}",
+    rows = [(one["cell"], one["units"], f"{one['parameters']:,}", one["optimizer"], one["precision"], f"{one['epochs']}, {one['anneal']:.0%}", f"{one['valid_perplexity']:.2f}", f"{one['test_perplexity']:.2f}",
              f"{one['tokens_per_second']:,.0f}", f"{one['retrain_seconds'] / 60:.0f}") for one in found.values()]
     marks = sorted({k for one in found.values() for k in (1, 2, 4, 8, 12, 16, 24, one["epochs"]) if k <= one["epochs"]})
-    curves = [(f"{one['cell']}, {one['epochs']} epochs", *(f"{one['curve'][k - 1]:.1f}" if k <= one["epochs"] else "" for k in marks)) for one in found.values()]
+    curves = [(f"{one['cell']}, {one['epochs']} epochs, {one['optimizer']}", *(f"{one['curve'][k - 1]:.1f}" if k <= one["epochs"] else "" for k in marks)) for one in found.values()]
     return "\n".join([
         "## Long trainings with all words\n",
         "Penn Treebank with all of its 10,000 words, one training each; those of 17 epochs ran side by side. Published cells of 850 units have validation perplexities of 63.4 to "
         "67.3 after 300 epochs (Li and Talwalkar 2019, table 3).\n",
-        table(("cell", "units", "parameters", "products", "epochs, share of falling rate", "validation", "test", "tokens/s", "minutes"), rows),
+        table(("cell", "units", "parameters", "optimizer", "products", "epochs, share of falling rate", "validation", "test", "tokens/s", "minutes"), rows),
         "Validation perplexity after so many epochs:\n",
         table(("cell", *marks), curves), "![Validation perplexity of every epoch](../benchmarks/results/long_training.svg)\n",
         *(made(one) + (f"{one['note']}\n" if "note" in one else "") for one in found.values())])

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from .genotype import RELAXATIONS, did_you_mean, one_of
 
+ADAMS_LR = 0.1  # Adam moves every weight by about its rate; the weights begin within ± init_range, which is not more
 MOST = 1e30  # of a number without a limit of its own: what it is multiplied by must find room in float32 too
 
 
@@ -110,8 +111,10 @@ class RetrainRecipe:
     bptt_std: float = _field(5.0, 0, 1e6, help="standard deviation of the length")
     min_bptt: int = _field(5, 1, help="shortest length")
     max_bptt_above: int = _field(20, 0, help="the longest length is `bptt` plus this")
-    lr: float = _field(20.0, 0, help="SGD's learning rate for a batch of `bptt` steps; scaled by length/bptt")
-    weight_decay: float = _field(8e-7, 0, help="SGD's weight decay")
+    optimizer: str = _field("sgd", choices=("sgd", "adam"),
+                            help="of the weights; adam, with `lr` near 0.005 and `nonmono` none, is ahead where millions of weights are trained for tens of epochs")
+    lr: float = _field(20.0, 0, help="the optimizer's learning rate for a batch of `bptt` steps; scaled by length/bptt")
+    weight_decay: float = _field(8e-7, 0, help="the optimizer's weight decay")
     clip: float = _field(0.25, 1e-12, optional=True, help="largest norm of the gradient; none: no clipping")
     dropout: float = _rate(0.75, "dropout of the outputs")
     dropout_h: float = _rate(0.25, "dropout of the states before each node's matrix")
@@ -124,12 +127,16 @@ class RetrainRecipe:
     anneal: float = _field(0.0, 0, 1, help="the share of the epochs, at the end, over which the learning rate falls to 0 along a cosine")
     precision: str = _field("float32", choices=("float32", "bfloat16"),
                             help="of a training step's matrix products; bfloat16 rounds their operands, which is several times as fast at large sizes on a CPU with AMX")
-    nonmono: int = _field(5, 1, help="epochs without improvement before averaging (ASGD) begins")
+    nonmono: int = _field(5, 1, optional=True, help="epochs without improvement before averaging (ASGD) begins; none: never")
     epochs: int = _field(3600, 1, help="passes over the training text, at most")
     patience: int = _field(None, 1, optional=True, help="epochs without a new best validation perplexity that end the training; none: all epochs are run")
 
     def __post_init__(self):
-        if self.patience is not None and self.patience <= self.nonmono:
+        if self.optimizer == "adam" and self.nonmono is not None:
+            raise ValueError(f"retrain.nonmono: averaging is of SGD, not of retrain.optimizer = adam; give none instead of {self.nonmono}")
+        if self.optimizer == "adam" and self.lr > ADAMS_LR:
+            raise ValueError(f"retrain.lr: {self.lr:g} is a rate for SGD; retrain.optimizer = adam takes at most {ADAMS_LR}, and 0.005 is usual")
+        if self.patience is not None and self.nonmono is not None and self.patience <= self.nonmono:
             raise ValueError(f"retrain.patience: {self.patience} must be above retrain.nonmono = {self.nonmono}: averaging, which begins after so many epochs "
                              "without improvement, would never be tried")
         if self.patience is not None and self.anneal:

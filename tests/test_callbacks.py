@@ -103,6 +103,21 @@ def test_the_rate_is_fastais_flat_cos(tmp_path):
         assert torch.allclose(a, b, atol=1e-6)
 
 
+def test_adam_by_hand(tmp_path):
+    """Kingma and Ba 2015, algorithm 1, with the step's rate × length/bptt and the clipped gradient; weight decay 0, as the smallest here is."""
+    recipe = get_recipe(SMALL, {"retrain.optimizer": "adam", "retrain.lr": 0.02, "retrain.nonmono": None, "retrain.weight_decay": 0, "retrain.bptt_std": 2.0}).retrain
+    watch = Watch()
+    run(lm_learner(language_dls(corpus(), recipe, 3, "cpu", tmp_path), CELL, recipe, seed=3, cbs=[watch]), 4)
+    assert watch.averaging == [False] * 4 and len({s["T"] for s in watch.steps}) > 1
+    for name, w in watch.steps[0]["before"].items():
+        w, m, v = w.double(), 0.0, 0.0
+        for t, s in enumerate(watch.steps, 1):
+            g = s["grads"][name].double()
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+            w = w - 0.02 * s["T"] / recipe.bptt * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+            assert torch.allclose(s["after"][name].double(), w, atol=2e-6), (name, t)
+
+
 def scripted(values) -> ValueMetric:
     values = iter(values)
     return ValueMetric(lambda: next(values), "scripted")

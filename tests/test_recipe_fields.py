@@ -18,7 +18,8 @@ SEARCH = dict(hidden_size=6, n_nodes=2, batch_size=4, eval_batch_size=3, bptt=7,
 ORIGINAL = SEARCH | dict(hvp="finite_difference", neumann_terms=0, reproduce_original=True)  # which goes with no other gradient
 RETRAIN = dict(hidden_size=6, batch_size=4, eval_batch_size=3, test_batch_size=2, bptt=7, short_bptt_probability=0.4, bptt_std=1.5, min_bptt=3,
                max_bptt_above=2, lr=3.0, weight_decay=1e-3, clip=0.7, dropout=0.11, dropout_h=0.12, dropout_x=0.13, dropout_i=0.14, dropout_e=0.15,
-               init_range=0.5, ar=0.2, tar=0.3, anneal=0.6, nonmono=4, epochs=1, patience=None, precision="bfloat16")
+               init_range=0.5, ar=0.2, tar=0.3, anneal=0.6, nonmono=4, epochs=1, patience=None, precision="bfloat16", optimizer="sgd")
+ADAM = RETRAIN | dict(optimizer="adam", lr=0.03, nonmono=None)
 
 
 def corpus(n: int = 200) -> Corpus:
@@ -45,7 +46,7 @@ def test_the_tables_name_every_field():
     assert set(SEARCH) == {f.name for f in dataclasses.fields(SearchRecipe)} and set(RETRAIN) == {f.name for f in dataclasses.fields(RetrainRecipe)}
     paper = get_recipe("penn")
     assert all(SEARCH[k] != getattr(paper.search, k) for k in SEARCH if k != "reproduce_original") and ORIGINAL["reproduce_original"]
-    assert all(RETRAIN[k] != getattr(paper.retrain, k) for k in RETRAIN if k != "patience")  # which goes without `anneal`: see below
+    assert all(RETRAIN[k] != getattr(paper.retrain, k) for k in RETRAIN if k not in ("patience", "optimizer")) and ADAM["optimizer"] != paper.retrain.optimizer  # patience goes without `anneal`: see below
 
 
 @pytest.mark.parametrize("settings", [SEARCH, ORIGINAL], ids=["search", "original"])
@@ -75,22 +76,25 @@ def test_search_through_nni(settings):
     assert evaluator.module.hidden_train.shape == evaluator.module.hidden_valid.shape == (4, 6)
 
 
-def test_retraining_through_fastai(tmp_path):
+@pytest.mark.parametrize("settings", [RETRAIN, ADAM], ids=["sgd", "adam"])
+def test_retraining_through_fastai(tmp_path, settings):
     from fastai.callback.training import GradientClip
 
     from nni_darts_rnn.callbacks import NTASGD, ActivationRegularizer, AnnealLR, ScaleLRByLength
     from nni_darts_rnn.learner import language_dls, lm_learner, retrain
 
-    recipe = override(RetrainRecipe(), RETRAIN)
+    recipe = override(RetrainRecipe(), settings)
     learn = lm_learner(language_dls(corpus(), recipe, 0, "cpu", tmp_path), "DARTS_V1", recipe, path=tmp_path)
     of = {kind: next(cb for cb in learn.cbs if isinstance(cb, kind)) for kind in (GradientClip, NTASGD, ActivationRegularizer, AnnealLR, ScaleLRByLength)}
+    learn.create_opt()
     rule, valid = learn.dls.train.dataset.rule, learn.dls.valid.dataset
     found = lm_fields(learn.model.lm) | {
         "batch_size": learn.dls.train.dataset.stream.shape[1], "eval_batch_size": valid.stream.shape[1], "bptt": rule.bptt,
         "short_bptt_probability": rule.short_probability, "bptt_std": rule.std, "min_bptt": rule.minimum, "max_bptt_above": rule.maximum - rule.bptt,
         "lr": learn.lr, "weight_decay": learn.wd, "clip": of[GradientClip].max_norm, "ar": of[ActivationRegularizer].alpha,
-        "tar": of[ActivationRegularizer].beta, "nonmono": of[NTASGD].nonmono, "anneal": of[AnnealLR].share, "precision": learn.model.precision}
-    assert found == {k: v for k, v in RETRAIN.items() if k not in ("test_batch_size", "epochs", "patience")}
+        "tar": of[ActivationRegularizer].beta, "nonmono": of[NTASGD].nonmono, "anneal": of[AnnealLR].share, "precision": learn.model.precision,
+        "optimizer": type(learn.opt.opt).__name__.lower()}
+    assert found == {k: v for k, v in settings.items() if k not in ("test_batch_size", "epochs", "patience")}
     assert of[ScaleLRByLength].bptt == 7 and valid.rule.bptt == 7 and valid.rule.std == 0
     patient = lm_learner(language_dls(corpus(), recipe, 0, "cpu", tmp_path), "DARTS_V1", override(recipe, {"anneal": 0, "patience": 6}), path=tmp_path)
     assert not hasattr(patient, "anneal_lr")

@@ -17,7 +17,7 @@ SEARCH = SHARED | dict(hidden_size=300, n_nodes=8, batch_size=256, weight_decay=
                        arch_beta1=0.9, arch_beta2=0.999, relaxation="edge", hvp="finite_difference", epsilon=3e-2, unrolled_lr=None, neumann_terms=0,
                        warmup_epochs=0, alpha_dropout=True, own_gradient=False, reproduce_original=False)
 RETRAIN = SHARED | dict(hidden_size=850, batch_size=64, test_batch_size=1, bptt_std=5, min_bptt=5, max_bptt_above=20, weight_decay=8e-7,
-                        dropout_e=0.1, precision="float32", nonmono=5, epochs=3600, patience=None)
+                        dropout_e=0.1, optimizer="sgd", precision="float32", nonmono=5, epochs=3600, patience=None)
 
 
 @pytest.mark.parametrize("name, search, retrain", [
@@ -164,6 +164,9 @@ def test_to_dict_is_json_and_comes_back():
     ("penn", {"search.epsilon": 1e300}, "search.epsilon: 1e+300 must be a number of at least 1e-12, and at most 1e+30"),
     ("penn", {"search.epochs": 3, "search.warmup_epochs": 3}, "search.warmup_epochs: 3 must be below search.epochs = 3: α would never move"),
     ("tiny", {"retrain.anneal": 0.5, "retrain.patience": 4}, "retrain.anneal: 0.5 goes with a number of epochs that is known"),
+    ("penn", {"retrain.optimizer": "adm"}, "retrain.optimizer: 'adm' is none of sgd, adam; did you mean 'adam'?"),
+    ("penn", {"retrain.optimizer": "adam", "retrain.lr": 0.005}, "retrain.nonmono: averaging is of SGD, not of retrain.optimizer = adam; give none instead of 5"),
+    ("penn", {"retrain.optimizer": "adam", "retrain.nonmono": None}, "retrain.lr: 20 is a rate for SGD; retrain.optimizer = adam takes at most 0.1"),
     ("tiny", {"retrain.anneal": 1.1}, "retrain.anneal: 1.1 must be a number of at least 0 and at most 1"),
     ("tiny", {"retrain.bptt": 1, "retrain.max_bptt_above": 0}, "retrain.min_bptt: 3 must be at most bptt + max_bptt_above = 1"),
     ("penn", {"search.reproduce_original": True, "search.clip": None}, "search.reproduce_original"),

@@ -21,6 +21,7 @@ from nni_darts_rnn.checkpoints.file import read_about, read_state
 from nni_darts_rnn.checkpoints.stopping import Stopped, Terminated, stop_requests
 from nni_darts_rnn.checkpoints.store import Checkpoints, Every, Keeping, alone_in, run_identity
 from nni_darts_rnn.files import digest
+from nni_darts_rnn.recipes import get_recipe
 
 TIMES = {"seconds", "tokens_per_second"}
 
@@ -125,6 +126,21 @@ def test_signals_finish_the_step_keep_the_run_and_end_it(tmp_path, monkeypatch, 
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     phase(name, tmp_path / "killed")
     check_same(tmp_path / "whole", tmp_path / "killed", name)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adam_goes_on_with_its_moments(tmp_path, monkeypatch):
+    adam = {"retrain.optimizer": "adam", "retrain.lr": 0.02, "retrain.nonmono": None}
+    monkeypatch.setattr("crashes.RECIPE", get_recipe(RECIPE, adam))
+    monkeypatch.setattr(pipeline, "_draw", lambda *args: None)
+    phase("retrain", tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stopped_after(4, signal.SIGTERM, patch)
+        with pytest.raises(Terminated):
+            phase("retrain", tmp_path / "killed", every=5)
+    phase("retrain", tmp_path / "killed")
+    state = check_same(tmp_path / "whole", tmp_path / "killed", "retrain")
+    assert state["optimizer"]["state"][0]["exp_avg"].abs().max() > 0 and state["averaging"]["averages"] is None
 
 
 @pytest.mark.usefixtures("terminal")
@@ -292,7 +308,6 @@ def test_through_the_command_line(tmp_path, monkeypatch):
     assert done.returncode == 0 and "search: goes on from epoch " in done.stderr, done.stderr
     assert not (tmp_path / "killed" / "checkpoint").exists()
     from nni_darts_rnn.corpus import load_corpus
-    from nni_darts_rnn.recipes import get_recipe
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

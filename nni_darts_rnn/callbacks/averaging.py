@@ -23,7 +23,7 @@ class AveragedSGD(OptimWrapper):
 
 
 class NTASGD(ValidatedEpochs):
-    """SGD until `monitor` (lower is better) has not improved for `nonmono` epochs on the best before them, then averaged SGD.
+    """SGD until `monitor` (lower is better) has not improved for `nonmono` epochs on the best before them, then averaged SGD; never with None.
 
     Merity et al. 2017, algorithm 1. The switch is to `torch.optim.ASGD(t0=0, lambd=0)` with the same learning rate and weight decay; from then on
     validation sees the averaged weights, and so does whatever saves the model up to `SaveModelCallback`. torch's average leaves out the
@@ -32,7 +32,7 @@ class NTASGD(ValidatedEpochs):
 
     order = SaveModelCallback.order + 1
 
-    def __init__(self, nonmono: int = 5, monitor: str = "valid_loss"):
+    def __init__(self, nonmono: int | None = 5, monitor: str = "valid_loss"):
         self.nonmono, self.monitor = nonmono, monitor
         self.logs: list[float] = []
         self.kept: list[tuple[Tensor, Tensor]] | None = None
@@ -70,7 +70,7 @@ class NTASGD(ValidatedEpochs):
         if not self.newly_validated():
             return
         value = float(self.recorder.values[-1][self.column])
-        if not self.averaging and len(self.logs) > self.nonmono and value > min(self.logs[:-self.nonmono]):
+        if self.nonmono is not None and not self.averaging and len(self.logs) > self.nonmono and value > min(self.logs[:-self.nonmono]):
             self.start_averaging()
         self.logs.append(value)
 

@@ -60,7 +60,7 @@ class ResumableLearner(Learner):
 class RetrainCheckpoints(Callback):
     """Keeps a retraining so that it can go on after any step, and lets it go on from `state`.
 
-    A checkpoint holds the weights, the hidden state, the averages of NT-ASGD once it runs, the best model so far, every random generator,
+    A checkpoint holds the weights, the hidden state, the averages of NT-ASGD once it runs or Adam's, the best model so far, every random generator,
     the position in the text, and what `EpochReport` and fastai's Recorder have counted. The Learner is a `ResumableLearner` whose training
     loader is a `StreamLoader`. fastai's lists of the rate and loss of every step are emptied after each epoch: a run of days needs no memory for them.
     """
@@ -90,6 +90,8 @@ class RetrainCheckpoints(Callback):
         self.learn.train_iter = state["train_iter"]
         self.model.load_state_dict(state["model"])
         self._cb(NTASGD).load_state_dict(state["averaging"])
+        if state["optimizer"] is not None:
+            self.opt.opt.load_state_dict(state["optimizer"])
         self.opt.set_hyper("lr", rate)  # smaller than the kept one after a return to this checkpoint
         self._cb(BestModel).load_state_dict(state["best"])
         self._cb(EpochReport).rows = list(state["rows"])
@@ -131,9 +133,10 @@ class RetrainCheckpoints(Callback):
 
     def _save(self, epoch: int, batch: int, in_epoch: dict | None = None) -> None:
         check_finite(weights=list(self.model.parameters()))  # what a run returns to has to be good
-        smooth = self.recorder.smooth_loss
+        smooth, averaging = self.recorder.smooth_loss, self._cb(NTASGD)
         self.store.save(epoch, batch, {
-            "model": self.model.state_dict(), "hidden": self.model.hidden, "averaging": self._cb(NTASGD).state_dict(),
+            "model": self.model.state_dict(), "hidden": self.model.hidden, "averaging": averaging.state_dict(),
+            "optimizer": None if averaging.averaging else self.opt.opt.state_dict(),  # the averages are in that of `averaging`
             "best": self._cb(BestModel).state_dict(), "random": random_state(), "rows": self._cb(EpochReport).rows,
             "values": [list(values) for values in self.recorder.values], "smooth_loss": (smooth.count, smooth.val),
             "train_iter": self.learn.train_iter, "in_epoch": in_epoch, "rollbacks": self.rollbacks, "seconds": self.seconds})

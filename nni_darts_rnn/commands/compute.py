@@ -149,7 +149,7 @@ def _out(arguments, name: str, seed: int) -> Path:
 def _to_convergence(recipe: Recipe) -> Recipe:
     """The recipe of a trial, which is often short, with a retraining that goes on while it gets better."""
     r = recipe.retrain
-    return get_recipe(recipe, {"retrain.epochs": max(MOST_EPOCHS, r.epochs), "retrain.patience": r.patience or max(10, 2 * r.nonmono),
+    return get_recipe(recipe, {"retrain.epochs": max(MOST_EPOCHS, r.epochs), "retrain.patience": r.patience or max(10, 2 * (r.nonmono or 0)),
                                "retrain.anneal": 0.0})
 
 
