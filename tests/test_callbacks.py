@@ -139,6 +139,9 @@ def test_averaging_starts_after_nonmono_epochs_without_improvement(tmp_path):
     # by hand: 3.2 is the first value above the best of those three epochs earlier and more, min(5, 4, 3); then no way back
     assert watch.averaging == [False] * 6 + [True] * 2
     assert learn.ntasgd.logs == values
+    never = Watch()
+    run(averaging_learner(tmp_path, values, nonmono=None, cbs=[never]), len(values))
+    assert never.averaging == [False] * len(values)
 
 
 def test_validation_and_the_saved_model_are_the_averages(tmp_path):
