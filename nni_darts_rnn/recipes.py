@@ -112,7 +112,7 @@ class RetrainRecipe:
     min_bptt: int = _field(5, 1, help="shortest length")
     max_bptt_above: int = _field(20, 0, help="the longest length is `bptt` plus this")
     optimizer: str = _field("sgd", choices=("sgd", "adam"),
-                            help="of the weights; adam, with `lr` near 0.005 and `nonmono` none, is ahead where millions of weights are trained for tens of epochs")
+                            help="of the weights; adam, with `lr` near 0.005 and `nonmono` none, is ahead where millions of weights are trained for a few epochs")
     lr: float = _field(20.0, 0, help="the optimizer's learning rate for a batch of `bptt` steps; scaled by length/bptt")
     weight_decay: float = _field(8e-7, 0, help="the optimizer's weight decay")
     clip: float = _field(0.25, 1e-12, optional=True, help="largest norm of the gradient; none: no clipping")
