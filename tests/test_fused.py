@@ -251,6 +251,18 @@ def test_float32():
         assert_close(*both_discrete(inputs[:4], genotype, [True] * 4, mask), TOLERANCE[torch.float32])
 
 
+@needs_extension
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("H", [1, 7, 8, 9, 15, 16, 17, 23, 24, 25, 31, 32, 33, 40, 48, 52])
+def test_rows_that_end_anywhere_in_a_register(H, dtype):
+    """A register has 4 to 16 numbers, a panel of a packed matrix two of them."""
+    *inputs, mask = tensors(3, 13, H, 3, dtype)
+    assert_close(*both_mixed(inputs, [True] * 5, mask), TOLERANCE[dtype])
+    assert_close(*both_drawn(inputs, [True] * 5, mask), TOLERANCE[dtype])
+    for op in OPS:
+        assert_close(*both_discrete(inputs[:4], Genotype(((op, 0), ("tanh", 1), (op, 1))), [True] * 4, mask), TOLERANCE[dtype])
+
+
 @each_engine
 @pytest.mark.parametrize("size", [1.0, 1e-2, 1e-4])
 def test_float32_keeps_its_digits_however_small_the_numbers(size):
@@ -406,6 +418,23 @@ def test_linear_cross_entropy(R, H, V, compiled, needs, with_bias, monkeypatch):
             wanted = [t for t in leaves if t is not None and t.requires_grad]
             results.append([loss.detach(), *(torch.autograd.grad(3 * loss, wanted) if wanted else ())])
         assert_close(*results, 1e-10 if dtype == torch.float64 else 1e-5)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_the_loss_of_logits_that_rise_from_word_to_word(dtype):
+    """A few words are taken at a time (csrc/cross_entropy.cpp): by steps of 12 and of 60, from words that are ruled out, and by more than an exponential has room for."""
+    g = torch.Generator().manual_seed(3)
+    R, H, V = 150, 7, 1600
+    x, w = torch.randn(R, H, generator=g, dtype=torch.float64), torch.randn(V, H, generator=g, dtype=torch.float64)
+    y = torch.randint(1000, V, (R,), generator=g)
+    steps = torch.arange(V, dtype=torch.float64).div(256, rounding_mode="floor")
+    ruled_out, far = torch.where(steps < 2, -torch.inf, steps), torch.where(steps < 3, -1e30, steps)
+    for b in (12 * steps, 60 * steps, -60 * steps, ruled_out, far):
+        given, readable = ([t.to(kind).requires_grad_() for t in (x, w, b)] for kind in (dtype, torch.float64))
+        loss, expected = cross_entropy.linear_cross_entropy(*given, y), F.cross_entropy(F.linear(readable[0], readable[1], readable[2]), y)
+        pairs = [(loss, expected), *zip(torch.autograd.grad(loss, given), torch.autograd.grad(expected, readable))]
+        for got, want in pairs:
+            assert got.dtype == dtype and (got.double() - want).abs().max() <= TOLERANCE[dtype] * want.abs().max().clamp(min=1e-3)
 
 
 def test_linear_cross_entropy_differentiates_twice_and_refuses_bad_targets():

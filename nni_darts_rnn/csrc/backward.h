@@ -168,7 +168,8 @@ template <class T, class P> struct Backward : Sequence<T, P> {
   // after the other, as they lie in memory
   void add_gradients(int64_t m, const T* A, const std::vector<Reader>& readers, bool add) const {
     constexpr int64_t C = P::columns, few = 32;
-    const int64_t all = panels<P>(2 * H), from = all * thread / team.threads() * C, to = std::min(2 * H, all * (thread + 1) / team.threads() * C);
+    constexpr int64_t least = P::narrowest;
+    const int64_t all = (2 * H + least - 1) / least, from = all * thread / team.threads() * least, to = std::min(2 * H, all * (thread + 1) / team.threads() * least);
     const int64_t stride = P::terms(P::depth) * C;
     packed_rows.resize((to - from + C - 1) / C * stride);
     for (int64_t r = 0; r < m && !readers.empty(); r += P::depth) {

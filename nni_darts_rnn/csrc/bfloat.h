@@ -31,7 +31,7 @@ inline bool rounds() {
 template <int Parts> struct Tiles {
   using Number = uint16_t;
   using Buffer = std::vector<Number, Aligned<Number>>;
-  static constexpr int64_t columns = 32, rows = 16, depth = 512, step = 32, tile = rows * step;  // `step` terms of a sum at a time
+  static constexpr int64_t columns = 32, narrowest = 32, rows = 16, depth = 512, step = 32, tile = rows * step;  // `step` terms of a sum at a time
   static constexpr int64_t group = Parts * tile;  // numbers in the tiles of all parts
   static_assert(columns == Tile<float>::columns, "what lies in panels of float is packed again");
   static int64_t steps(int64_t k) { return (k + step - 1) / step; }

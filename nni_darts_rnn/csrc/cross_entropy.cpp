@@ -1,12 +1,14 @@
 // The cross-entropy of a linear layer and its gradients on the CPU, by blocks of rows; `cross_entropy.py` calls it, and what it must equal is torch's
 // F.cross_entropy(F.linear(x, w, b), y). Only a block's logits are ever there, and its share of the gradients is taken at once:
 //
-//   logits = x w^T + b     e_rv = exp(logits_rv − max_v logits_rv), in the logits' place     nll_r = log Σ_v e_rv − log e_ry
+//   logits = x w^T + b     e_rv = exp(logits_rv − base_r), in the logits' place     nll_r = log Σ_v e_rv − log e_ry
 //   g_rv = e_rv − [v = y_r] Σ_v e_rv, in the same place     q_r = scale / Σ_v e_rv
 //   dx_r = q_r Σ_v g_rv w_v     dw_v = Σ_r q_r g_rv x_r     db_v = Σ_r q_r g_rv
 //
-// A thread owns a part of a block's rows for everything but dw and db, of which it owns words. Its logits lie a few words of all its rows at a time, in
-// the order in which products make and read them. dw is kept transposed, a panel of words after the other, until the end: the tile of product.h then
+// base_r is what a row's largest logit was when it had to be chosen: a few words of all rows are taken at a time, exponentials and all, while they are in cache
+// (Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"), and only where later ones are far above it are the earlier ones made smaller.
+// A thread owns a part of a block's rows for everything but dw and db, of which it owns words. Its logits lie in the order in which products make and read
+// them. dw is kept transposed, a panel of words after the other, until the end: the tile of product.h then
 // runs along the words, as the logits do.
 
 #include <algorithm>
@@ -39,9 +41,11 @@ int64_t cross_entropy_block() { return 256; }
 namespace {
 
 constexpr int64_t GRAIN = 8192;  // logits for which another thread pays
+constexpr int HIGHER = 20;       // than `base` a logit may be: e^20 times as many words as there are is far from float's end
 
-// n logits of a row get their bias -> the largest of them and `top`
-template <class T> T add_bias(int64_t n, T* __restrict x, const T* __restrict bias, T top) {
+// n logits of a row get their bias -> the largest of them
+template <class T> T add_bias(int64_t n, T* __restrict x, const T* __restrict bias) {
+  T top = std::numeric_limits<T>::lowest();
   if (bias)
 #pragma omp simd reduction(max : top)
     for (int64_t v = 0; v < n; v++) x[v] += bias[v], top = x[v] > top ? x[v] : top;
@@ -51,13 +55,13 @@ template <class T> T add_bias(int64_t n, T* __restrict x, const T* __restrict bi
   return top;
 }
 
-// n logits of a row become exp(x − top) -> their sum
-template <class T> T exponentials(int64_t n, T* __restrict x, T top) {
+// n logits of a row become exp(x − base) -> their sum
+template <class T> T exponentials(int64_t n, T* __restrict x, T base) {
   T sum = 0;
   const Range<T> range = exp_range<T>();
 #pragma omp simd reduction(+ : sum)
   for (int64_t v = 0; v < n; v++) {
-    x[v] = exp_<T>(range(x[v] - top));
+    x[v] = exp_<T>(range(x[v] - base));
     sum += x[v];
   }
   return sum;
@@ -108,27 +112,29 @@ template <class T, class P> struct Share {
     T* const own = logits + lo * V;
     const auto from = P::rows_of(n, H, x + (r + lo) * H, H, left);
     const int64_t* const y = d.targets + r + lo;
-    std::vector<T> top(n, -std::numeric_limits<T>::infinity()), at(n);
+    std::vector<T> base(n, std::numeric_limits<T>::lowest()), at(n);
+    std::vector<double> sum(n);
     for (int64_t v = 0; v < V; v += DEPTH) {
       const int64_t width = std::min(DEPTH, V - v);
       T* const part = own + v * n;  // (n,width)
       P::multiply(n, width, from, packed + v * P::terms(H), C * P::terms(H), false, part, width);
-      for (int64_t k = 0; k < n; k++) top[k] = add_bias<T>(width, part + k * width, b ? b + v : nullptr, top[k]);
-    }
-    const auto target = [&](int64_t k) -> T& {
-      const int64_t v = y[k] / DEPTH * DEPTH;
-      return own[v * n + k * std::min(DEPTH, V - v) + y[k] - v];
-    };
-    for (int64_t k = 0; k < n; k++) at[k] = target(k);
-    std::vector<double> sum(n);
-    for (int64_t v = 0; v < V; v += DEPTH) {
-      const int64_t width = std::min(DEPTH, V - v);
-      for (int64_t k = 0; k < n; k++) sum[k] += exponentials<T>(width, own + v * n + k * width, top[k]);
+      for (int64_t k = 0; k < n; k++) {
+        T* const logits = part + k * width;
+        if (const T top = add_bias<T>(width, logits, b ? b + v : nullptr); top > base[k] + HIGHER) {
+          const T smaller = exp_<T>(exp_range<T>()(base[k] - top));
+          for (int64_t u = 0; u < v; u += DEPTH)
+            for (T *e = own + u * n + k * DEPTH, *end = e + DEPTH; e < end; e++) *e *= smaller;
+          base[k] = top, sum[k] *= smaller;
+        }
+        if (y[k] / DEPTH * DEPTH == v) at[k] = logits[y[k] - v];
+        sum[k] += exponentials<T>(width, logits, base[k]);
+      }
     }
     for (int64_t k = 0; k < n; k++) {
-      d.nll[r + lo + k] = std::log(sum[k]) - double(at[k] - top[k]);
+      d.nll[r + lo + k] = std::log(sum[k]) - double(at[k] - base[k]);
       q[lo + k] = T(d.scale / sum[k]);
-      target(k) -= T(sum[k]);
+      const int64_t v = y[k] / DEPTH * DEPTH;
+      own[v * n + k * std::min(DEPTH, V - v) + y[k] - v] -= T(sum[k]);
     }
     if (!d_x) return;
     T* const dx = d_x + (r + lo) * H;

@@ -6,6 +6,8 @@
 
 #include "elementary.h"
 
+#define ALONE __attribute__((noinline))  // among a caller's loops the constants of the functions would not all stay in registers
+
 namespace {
 
 enum Op : int64_t { TANH, RELU, SIGMOID, IDENTITY, MIX };
@@ -38,28 +40,57 @@ template <class T, int64_t OP> ALWAYS_INLINE T mixture(T z, const Mix<T>& p, con
   }
 }
 
+// Units of a row that are taken a whole register at a time. With masks (AVX-512) the others are one more register, where a compiler would take them in
+// pieces and one by one: 12 of 300 were as long as 64.
+#if defined(__AVX512F__)
+template <class T> constexpr int64_t LANES = 64 / sizeof(T);
+template <class T> constexpr T lane[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#else
+template <class T> constexpr int64_t LANES = 1;
+template <class T> constexpr T lane[] = {0};
+#endif
+template <class T> ALWAYS_INLINE int64_t whole_registers(int64_t n) { return n / LANES<T> * LANES<T>; }
+
 // r += P s + σ(c)(M − P s) on n units; c becomes σ(c)
 template <class T, int64_t OP>
-void edge_forward(int64_t n, T* __restrict c, const T* __restrict z, const T* __restrict s, Mix<T> p, T* __restrict r) {
+ALONE void edge_forward(int64_t n, T* __restrict c, const T* __restrict z, const T* __restrict s, Mix<T> p, T* __restrict r) {
   const Range<T> range = argument<T, OP>(), gates = exp_range<T>();
-#pragma omp simd
-  for (int64_t u = 0; u < n; u++) c[u] = gate(gates(c[u]));  // apart from what follows: the processor then has more numbers under way
-#pragma omp simd
-  for (int64_t u = 0; u < n; u++) {
+  const auto open = [&](int64_t u) INLINED { c[u] = gate(gates(c[u])); };
+  const auto add = [&](int64_t u) INLINED {
     T slope, t, g;
     const T m = mixture<T, OP>(z[u], p, range, slope, t, g), carried = p.P * s[u];
     r[u] += carried + c[u] * (m - carried);
-  }
+  };
+  const int64_t whole = whole_registers<T>(n);
+#pragma omp simd
+  for (int64_t u = 0; u < whole; u++) open(u);  // apart from what follows: the processor then has more numbers under way
+#pragma omp simd
+  for (int64_t u = 0; u < whole; u++) add(u);
+  if (whole == n) return;
+#pragma omp simd
+  for (int64_t u = 0; u < LANES<T>; u++)
+    if (lane<T>[u] < T(n - whole)) open(whole + u), add(whole + u);
+}
+
+// `unit(u, stay, st, sr, ss, si)` for n units, with what they add to the five sums
+template <class T, class F> ALWAYS_INLINE void add_up(int64_t n, const F& unit, double* sums) {
+  T stay = 0, st = 0, sr = 0, ss = 0, si = 0;
+  const int64_t whole = whole_registers<T>(n);
+#pragma omp simd reduction(+ : stay, st, sr, ss, si)
+  for (int64_t u = 0; u < whole; u++) unit(u, stay, st, sr, ss, si);
+  if (whole < n)
+#pragma omp simd reduction(+ : stay, st, sr, ss, si)
+    for (int64_t u = 0; u < LANES<T>; u++)
+      if (lane<T>[u] < T(n - whole)) unit(whole + u, stay, st, sr, ss, si);
+  if (sums) sums[0] += stay, sums[1] += st, sums[2] += sr, sums[3] += ss, sums[4] += si;
 }
 
 // σ(c), z -> dc, dz; ds += dr P (1 − σ); with PROB the sums for dp
 template <class T, int64_t OP, bool PROB>
-void edge_backward(int64_t n, T* __restrict c, T* __restrict z, const T* __restrict s, const T* __restrict dr, Mix<T> p,
-                   T* __restrict ds, double* sums) {
+ALONE void edge_backward(int64_t n, T* __restrict c, T* __restrict z, const T* __restrict s, const T* __restrict dr, Mix<T> p,
+                         T* __restrict ds, double* sums) {
   const Range<T> range = argument<T, OP>();
-  T stay = 0, st = 0, sr = 0, ss = 0, si = 0;
-#pragma omp simd reduction(+ : stay, st, sr, ss, si)
-  for (int64_t u = 0; u < n; u++) {
+  add_up<T>(n, [&](int64_t u, T& stay, T& st, T& sr, T& ss, T& si) INLINED {
     T slope, t, g;
     const T m = mixture<T, OP>(z[u], p, range, slope, t, g), carried = p.P * s[u], open = c[u];
     const T moved = dr[u] * open, left = dr[u] * (T(1) - open);
@@ -73,16 +104,13 @@ void edge_backward(int64_t n, T* __restrict c, T* __restrict z, const T* __restr
     ds[u] += p.P * left;
     c[u] = left * open * (m - carried);
     z[u] = moved * slope;
-  }
-  if constexpr (PROB) sums[0] += stay, sums[1] += st, sums[2] += sr, sums[3] += ss, sums[4] += si;
+  }, PROB ? sums : nullptr);
 }
 
 // edge_backward's sums for dp alone; `OPEN`: σ(c) is in c's place already
-template <class T, bool OPEN> void edge_sums(int64_t n, const T* __restrict c, const T* __restrict z, const T* __restrict s, const T* __restrict dr, double* sums) {
+template <class T, bool OPEN> ALONE void edge_sums(int64_t n, const T* __restrict c, const T* __restrict z, const T* __restrict s, const T* __restrict dr, double* sums) {
   const Range<T> range = argument<T, MIX>(), gates = exp_range<T>();
-  T stay = 0, st = 0, sr = 0, ss = 0, si = 0;
-#pragma omp simd reduction(+ : stay, st, sr, ss, si)
-  for (int64_t u = 0; u < n; u++) {
+  add_up<T>(n, [&](int64_t u, T& stay, T& st, T& sr, T& ss, T& si) INLINED {
     T t, g;
     tanh_sigmoid(range(z[u]), t, g);
     const T open = OPEN ? c[u] : gate(gates(c[u])), moved = dr[u] * open;
@@ -91,8 +119,7 @@ template <class T, bool OPEN> void edge_sums(int64_t n, const T* __restrict c, c
     sr += moved * (z[u] < T(0) ? T(0) : z[u]);
     ss += moved * g;
     si += moved * z[u];
-  }
-  sums[0] += stay, sums[1] += st, sums[2] += sr, sums[3] += ss, sums[4] += si;
+  }, sums);
 }
 
 }  // namespace

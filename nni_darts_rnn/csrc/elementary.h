@@ -5,16 +5,17 @@
 #include <cstdint>
 #include <type_traits>
 
-#define ALWAYS_INLINE inline __attribute__((always_inline))  // or loops over these are not vectorised
+#define INLINED __attribute__((always_inline))  // or loops over these are not vectorised
+#define ALWAYS_INLINE inline INLINED
 
 template <class T> struct Format;
 template <> struct Format<float> {
-  using Int = int32_t;
+  using Bits = uint32_t;
   static constexpr int degree = 7, bias = 127, shift = 23;  // of the Taylor polynomial on |r| <= ln2/2; of the number format
   static constexpr float low = -87.f, both = -29.f;         // where exp and σ stay as they are, and where the two do that tanh_sigmoid multiplies: no overflow
 };
 template <> struct Format<double> {
-  using Int = int64_t;
+  using Bits = uint64_t;
   static constexpr int degree = 13, bias = 1023, shift = 52;
   static constexpr double low = -700., both = -230.;
 };
@@ -44,8 +45,11 @@ template <class T, int k> ALWAYS_INLINE T taylor(T r) {
 // x = n ln2 + r with |r| <= ln2/2 -> r, and 2^n in `scale`; branch-free so that loops over it vectorise. NaN stays NaN. x must be in range.
 template <class T> ALWAYS_INLINE T reduce(T x, T& scale) {
   using F = Format<T>;
-  const T n = __builtin_rint(x * T(1.4426950408889634074));
-  typename F::Int bits = (typename F::Int(int32_t(n)) + F::bias) << F::shift;
+  constexpr T whole = T(int64_t(3) << (F::shift - 1));  // 1.5 · 2^shift: what is added to it is rounded to a whole number, which the lowest bits then hold
+  const T sum = x * T(1.4426950408889634074) + whole, n = sum - whole;
+  typename F::Bits bits;
+  __builtin_memcpy(&bits, &sum, sizeof bits);
+  bits = (bits + F::bias) << F::shift;
   __builtin_memcpy(&scale, &bits, sizeof scale);
 #ifdef __FP_FAST_FMAF
   if constexpr (std::is_same<T, float>::value) return __builtin_fmaf(n, T(-0.6931471805599453), x);  // float's ln2 is off by 2e-9, the result by n times that: no digit to |x| = 20

@@ -37,40 +37,42 @@ template <class T> void narrow(int64_t rows, int64_t n, const T* sums, bool add,
     for (int64_t v = 0; v < n; v++) c[v] = add ? c[v] + sums[v] : sums[v];
 }
 
-// R rows of C, the n <= columns of one panel; A's element (r, u) is a[r * row + u * step]
-template <class T, int R>
+// R rows of C, the n <= columns of one panel, which fill W registers; A's element (r, u) is a[r * row + u * step]
+template <class T, int R, int W>
 void tile(int64_t n, int64_t k, const T* __restrict a, int64_t row, int64_t step, const T* __restrict panel, bool add, T* __restrict c, int64_t ldc) {
   using V = typename Tile<T>::Vector;
   constexpr int L = Tile<T>::lanes, C = Tile<T>::columns;
-  V left[R], right[R];
+  V sum[R][W];
 #pragma GCC unroll 16
-  for (int r = 0; r < R; r++) {
-    left[r] = right[r] = V{};
-    __builtin_prefetch(c + r * ldc, 1), __builtin_prefetch(c + r * ldc + n - 1, 1);  // C is seldom in cache
-  }
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+    for (int v = 0; v < W; v++) sum[r][v] = V{};
   for (int64_t u = 0; u < k; u++, a += step, panel += C) {
-    const V w0 = load(panel), w1 = load(panel + L);
+    // C is seldom in cache: a row at a time, or the panel would wait behind all of them
+    if (u % 8 == 0 && u / 8 < R) __builtin_prefetch(c + u / 8 * ldc, 1), __builtin_prefetch(c + u / 8 * ldc + n - 1, 1);
+    V w[W];
+#pragma GCC unroll 2
+    for (int v = 0; v < W; v++) w[v] = load(panel + v * L);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; r++) {
-      left[r] += a[r * row] * w0;
-      right[r] += a[r * row] * w1;
-    }
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+      for (int v = 0; v < W; v++) sum[r][v] += a[r * row] * w[v];
   }
-  if (n < C) {
+  if (n < W * L) {
     T sums[R * C];
 #pragma GCC unroll 16
-    for (int r = 0; r < R; r++) {
-      __builtin_memcpy(sums + r * C, &left[r], sizeof(V));
-      __builtin_memcpy(sums + r * C + L, &right[r], sizeof(V));
-    }
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+      for (int v = 0; v < W; v++) __builtin_memcpy(sums + r * C + v * L, &sum[r][v], sizeof(V));
     return narrow<T>(R, n, sums, add, c, ldc);
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < R; r++, c += ldc) {
-    if (add) left[r] += load(c), right[r] += load(c + L);
-    __builtin_memcpy(c, &left[r], sizeof(V));
-    __builtin_memcpy(c + L, &right[r], sizeof(V));
-  }
+  for (int r = 0; r < R; r++, c += ldc)
+#pragma GCC unroll 2
+    for (int v = 0; v < W; v++) {
+      if (add) sum[r][v] += load(c + v * L);
+      __builtin_memcpy(c + v * L, &sum[r][v], sizeof(V));
+    }
 }
 
 // `tile` for m <= R rows
@@ -78,7 +80,8 @@ template <class T, int R = Tile<T>::rows>
 void few_rows(int64_t m, int64_t n, int64_t k, const T* a, int64_t row, int64_t step, const T* panel, bool add, T* c, int64_t ldc) {
   if constexpr (R > 1)
     if (m < R) return few_rows<T, R - 1>(m, n, k, a, row, step, panel, add, c, ldc);
-  tile<T, R>(n, k, a, row, step, panel, add, c, ldc);
+  if (n > Tile<T>::lanes) tile<T, R, 2>(n, k, a, row, step, panel, add, c, ldc);
+  else tile<T, R, 1>(n, k, a, row, step, panel, add, c, ldc);
 }
 
 // Memory that begins with a cache line: a register or a row of a tile that lies across two of them is loaded at half the speed
@@ -97,7 +100,7 @@ template <class T> struct Whole {
   using Number = T;  // of what is packed
   using Buffer = std::vector<Number, Aligned<Number>>;
   struct Ready {};  // what a thread holds for as long as it multiplies
-  static constexpr int64_t columns = Tile<T>::columns, rows = Tile<T>::rows, depth = DEPTH;
+  static constexpr int64_t columns = Tile<T>::columns, narrowest = Tile<T>::lanes, rows = Tile<T>::rows, depth = DEPTH;
   static int64_t terms(int64_t k) { return k; }  // with what fills up the last step of a sum
 
   // A (m,k) as `multiply` reads it: with `lda` from row to row, or for lda = 0 in tiles of their own, a column of one after the other
@@ -109,11 +112,14 @@ template <class T> struct Whole {
   // of A^T, where A (k,m) has `lda` from row to row
   static Left columns_of(int64_t m, int64_t k, const T* a, int64_t lda, Buffer& buffer) {
     buffer.resize(m * k);
-    T* to = buffer.data();
     const int64_t tiles = (m + rows - 1) / rows;
-    for (int64_t i = 0; i < tiles; i++)
-      for (int64_t u = 0; u < k; u++)
-        for (int64_t r = m * i / tiles; r < m * (i + 1) / tiles; r++) *to++ = a[r + u * lda];
+    for (int64_t u = 0; u < k; u++, a += lda)  // as A lies in memory
+      for (int64_t i = 0; i < tiles; i++) {
+        const int64_t from = m * i / tiles, high = m * (i + 1) / tiles - from;
+        T* const to = buffer.data() + from * k + u * high;
+        if (high == rows) __builtin_memcpy(to, a + from, rows * sizeof(T));  // of a size that the compiler knows
+        else std::copy_n(a + from, high, to);
+      }
     return {buffer.data(), k, 0};
   }
 
