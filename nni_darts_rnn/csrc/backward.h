@@ -11,7 +11,7 @@ namespace {
 template <class T, class P> struct Backward : Sequence<T, P> {
   using Base = Sequence<T, P>;
   using typename Base::Edge;
-  using Base::d, Base::team, Base::thread, Base::S, Base::B, Base::H, Base::N, Base::BH, Base::lo, Base::n, Base::begin, Base::units, Base::mask, Base::mean, Base::spread;
+  using Base::d, Base::team, Base::thread, Base::S, Base::B, Base::H, Base::N, Base::BH, Base::lo, Base::n, Base::begin, Base::units, Base::mask, Base::mean, Base::spread, Base::first, Base::second;
   using Base::state, Base::masked, Base::pre0, Base::pre, Base::output, Base::before, Base::a, Base::edges_into, Base::few, Base::last_reader,
       Base::forth, Base::back, Base::packed, Base::exchange, Base::mine;
 
@@ -39,12 +39,17 @@ template <class T, class P> struct Backward : Sequence<T, P> {
     Share& share = mine();
     for (int64_t b = lo; b < lo + n; b++) gather_row(i, t, b, share.first.data(), share.second.data());
     if (d.normalise) {
-      const std::vector<Share>& all = exchange();
-      for (int64_t u = begin; u < begin + units; u++) {
-        double across = 0, along = 0;
-        for (const Share& other : all) across += other.first[u], along += other.second[u];
-        mean[u] = T(across / double(B)), spread[u] = T(along / double(B));
+      const int64_t end = begin + units;
+      double *__restrict across = first.data(), *__restrict along = second.data();
+      std::fill(across + begin, across + end, 0.0), std::fill(along + begin, along + end, 0.0);
+      for (const Share& other : exchange()) {
+        const double *__restrict one = other.first.data(), *__restrict two = other.second.data();
+#pragma omp simd
+        for (int64_t u = begin; u < end; u++) across[u] += one[u], along[u] += two[u];
       }
+      T *__restrict m = mean.data(), *__restrict v = spread.data();
+#pragma omp simd
+      for (int64_t u = begin; u < end; u++) m[u] = T(across[u] / double(B)), v[u] = T(along[u] / double(B));
     }
     for (int64_t b = lo; b < lo + n && i == 0; b++) std::fill_n(static_cast<T*>(d.carry) + b * H + begin, units, T(0));
     const int64_t rows = few();

@@ -12,7 +12,7 @@ namespace {
 template <class T, class P> struct Forward : Sequence<T, P> {
   using Base = Sequence<T, P>;
   using typename Base::Edge;
-  using Base::d, Base::team, Base::thread, Base::S, Base::B, Base::H, Base::N, Base::BH, Base::lo, Base::n, Base::begin, Base::units, Base::mask, Base::mean, Base::spread;
+  using Base::d, Base::team, Base::thread, Base::S, Base::B, Base::H, Base::N, Base::BH, Base::lo, Base::n, Base::begin, Base::units, Base::mask, Base::mean, Base::spread, Base::first, Base::second;
   using Base::kept, Base::state, Base::masked, Base::pre0, Base::output, Base::a, Base::edges_into, Base::few, Base::forth, Base::packed, Base::packed_back, Base::exchange,
       Base::mine;
 
@@ -78,12 +78,22 @@ template <class T, class P> struct Forward : Sequence<T, P> {
       for (int64_t u = begin; u < begin + units; u++) squares[u] += (row[u] - centre[u]) * (row[u] - centre[u]);
     }
     const std::vector<Share>& all = exchange();
-    for (int64_t u = begin; u < begin + units; u++) {
-      double centre = 0, squares = 0;
-      for (const Share& other : all) centre += other.first[u] * (double(other.rows) / double(B));
-      for (const Share& other : all) squares += other.second[u] + double(other.rows) * (other.first[u] - centre) * (other.first[u] - centre);
-      mean[u] = T(centre), spread[u] = T(1 / std::sqrt(squares / double(B) + d.eps));
+    const int64_t end = begin + units;
+    double *__restrict centre = first.data(), *__restrict squares = second.data();
+    std::fill(centre + begin, centre + end, 0.0), std::fill(squares + begin, squares + end, 0.0);
+    for (const Share& other : all) {
+      const double part = double(other.rows) / double(B), *__restrict its = other.first.data();
+#pragma omp simd
+      for (int64_t u = begin; u < end; u++) centre[u] += its[u] * part;
     }
+    for (const Share& other : all) {
+      const double count = double(other.rows), *__restrict its = other.first.data(), *__restrict about = other.second.data();
+#pragma omp simd
+      for (int64_t u = begin; u < end; u++) squares[u] += about[u] + count * (its[u] - centre[u]) * (its[u] - centre[u]);
+    }
+    T *__restrict to = mean.data(), *__restrict v = spread.data();
+#pragma omp simd
+    for (int64_t u = begin; u < end; u++) to[u] = T(centre[u]), v[u] = T(1 / std::sqrt(squares[u] / double(B) + d.eps));
     if (lo == 0) std::copy_n(spread.data() + begin, units, scale + begin);
   }
 

@@ -60,7 +60,8 @@ template <class T, class P> struct Sequence {
   const int64_t S, B, H, N, BH, lo, n, begin, units;
   const T* mask;
   mutable int64_t turn = 0;
-  mutable std::vector<T> mean, spread;  // (H) each: of the node at hand, over the whole batch
+  mutable std::vector<T> mean, spread;       // (H) each: of the node at hand, over the whole batch
+  mutable std::vector<double> first, second;  // (H) each: the shares added up
   mutable std::vector<Share> whole;     // one, of a thread that has all rows
   mutable typename P::Buffer operand;   // of a product
   std::vector<int64_t> last_reader;     // (N+1): the last node that reads a state; 0: none
@@ -68,7 +69,7 @@ template <class T, class P> struct Sequence {
   Sequence(const Cell& cell, Team<T, P>& all, int64_t k)
       : d(cell), team(all), thread(k), S(cell.steps), B(cell.batch), H(cell.hidden), N(cell.nodes), BH(B * H), lo(d.by_units ? 0 : all.bounds[k]),
         n(d.by_units ? B : all.bounds[k + 1] - lo), begin(d.by_units ? all.bounds[k] : 0), units(d.by_units ? all.bounds[k + 1] - begin : H),
-        mask(static_cast<const T*>(cell.mask)), mean(H), spread(H), whole(d.by_units, Share(H)), last_reader(N + 1) {
+        mask(static_cast<const T*>(cell.mask)), mean(H), spread(H), first(H), second(H), whole(d.by_units, Share(H)), last_reader(N + 1) {
     for (int64_t i = 1; i <= N; i++)
       for (int64_t e = d.incoming[i - 1]; e < d.incoming[i]; e++) last_reader[d.source[e]] = i;
   }
