@@ -119,15 +119,15 @@ template <class T, class P> struct Share {
       T* const part = own + v * n;  // (n,width)
       P::multiply(n, width, from, packed + v * P::terms(H), C * P::terms(H), false, part, width);
       for (int64_t k = 0; k < n; k++) {
-        T* const logits = part + k * width;
-        if (const T top = add_bias<T>(width, logits, b ? b + v : nullptr); top > base[k] + HIGHER) {
+        T* const row = part + k * width;
+        if (const T top = add_bias<T>(width, row, b ? b + v : nullptr); top > base[k] + HIGHER) {
           const T smaller = exp_<T>(exp_range<T>()(base[k] - top));
           for (int64_t u = 0; u < v; u += DEPTH)
             for (T *e = own + u * n + k * DEPTH, *end = e + DEPTH; e < end; e++) *e *= smaller;
           base[k] = top, sum[k] *= smaller;
         }
-        if (y[k] / DEPTH * DEPTH == v) at[k] = logits[y[k] - v];
-        sum[k] += exponentials<T>(width, logits, base[k]);
+        if (y[k] / DEPTH * DEPTH == v) at[k] = row[y[k] - v];
+        sum[k] += exponentials<T>(width, row, base[k]);
       }
     }
     for (int64_t k = 0; k < n; k++) {

@@ -100,6 +100,7 @@ template <class T> struct Whole {
   using Number = T;  // of what is packed
   using Buffer = std::vector<Number, Aligned<Number>>;
   struct Ready {};  // what a thread holds for as long as it multiplies
+  // `narrowest`: so many columns take no longer than their share of a panel
   static constexpr int64_t columns = Tile<T>::columns, narrowest = Tile<T>::lanes, rows = Tile<T>::rows, depth = DEPTH;
   static int64_t terms(int64_t k) { return k; }  // with what fills up the last step of a sum
 

@@ -60,7 +60,7 @@ template <class T, class P> struct Sequence {
   const int64_t S, B, H, N, BH, lo, n, begin, units;
   const T* mask;
   mutable int64_t turn = 0;
-  mutable std::vector<T> mean, spread;       // (H) each: of the node at hand, over the whole batch
+  mutable std::vector<T> mean, spread;        // (H) each: of the node at hand, over the whole batch
   mutable std::vector<double> first, second;  // (H) each: the shares added up
   mutable std::vector<Share> whole;     // one, of a thread that has all rows
   mutable typename P::Buffer operand;   // of a product
