@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import all_words
 import few_rows
 import hardware
 import published_step
@@ -20,6 +22,7 @@ import through_nni
 from step_size import Size
 
 from nni_darts_rnn import DARTS_V2, compiled, fused
+from nni_darts_rnn.genotype import Genotype
 from nni_darts_rnn.model import LanguageModel
 from nni_darts_rnn.supernet import MixedRNN
 
@@ -77,6 +80,27 @@ def test_few_rows_compares_what_it_says(tmp_path, monkeypatch):
     found = json.loads((tmp_path / "found.json").read_text())["tokens_per_second"]
     assert found == {"32 units, 2 rows": dict.fromkeys(("original", "rows", "units", "LSTM", "GRU"), few_rows.STEPS * 2 / 0.5)}
     assert [run.by_units for run in seen] == [False, True]
+
+
+def test_all_words_keeps_what_its_commands_answered_and_runs_none_twice(tmp_path, monkeypatch):
+    """Real commands on a short text: a search, and its cell with both optimizers."""
+    draw = random.Random(0)
+    for split, count in (("train", 700), ("valid", 300), ("test", 60)):
+        (tmp_path / f"{split}.txt").write_text("\n".join(" ".join(draw.choices("a cat dog sat ran on".split(), k=6)) for _ in range(count)) + "\n")
+    monkeypatch.setenv(fused.SWITCH, "0")
+    monkeypatch.setattr(all_words, "TRAINED", [which for which in all_words.TRAINED if which[0] == all_words.FOUND])
+    arguments = [str(tmp_path), "--work", str(tmp_path / "work"), "--save", str(tmp_path / "found.json")]
+    all_words.main(arguments)
+    kept = json.loads((tmp_path / "found.json").read_text())
+    assert [row["optimizer"] for row in kept["retrained"]] == ["adam", "sgd"] and kept["command"] == "python benchmarks/all_words.py FOLDER --work DIR --threads 1"
+    for row in kept["retrained"]:
+        model = json.loads((tmp_path / "work" / f"found-1-{row['optimizer']}" / "model.json").read_text())
+        trained = model["extra"]
+        assert trained["recipe"]["optimizer"] == row["optimizer"] and trained["recipe"]["hidden_size"] == 128 and trained["result"]["test_perplexity"] == row["test_perplexity"]
+        assert str(Genotype.from_json(json.dumps(model["genotype"]))) == kept["search"]["genotype"]
+    monkeypatch.setattr(all_words.subprocess, "run", None)
+    all_words.main(arguments)
+    assert json.loads((tmp_path / "found.json").read_text()) == kept
 
 
 def test_lstm_and_gru_have_as_many_parameters():

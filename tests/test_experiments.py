@@ -18,7 +18,7 @@ from nni_darts_rnn.commands import starter
 from nni_darts_rnn.files import write_csv, write_json, write_text
 from nni_darts_rnn.genotype import DARTS_V1, DARTS_V2, Genotype
 from nni_darts_rnn.outputs import figures
-from nni_darts_rnn.recipes import get_recipe
+from nni_darts_rnn.recipes import get_recipe, override
 from nni_darts_rnn.report.experiments import CORPUS_NAMES, known_experiments, load_experiment
 from nni_darts_rnn.report.trial_folder import differences
 
@@ -227,6 +227,25 @@ def test_commands_name_what_differs_from_the_recipe(home, mixed):
     assert retrain == ("nni-darts-rnn retrain --corpus pydoc --recipe small --seed 2 --threads 1 --set retrain.clip=none --genotype runs/bbbbb "
                        "--out runs/bbbbb")
     assert set(differences(best.recipe)) == {"search.arch_lr", "retrain.clip"}
+
+
+@pytest.mark.parametrize("given, expected", [
+    ({"retrain.lr": 7.0, "retrain.anneal": 0.5}, dict(optimizer="sgd", lr=7.0, nonmono=2, patience=10)),
+    ({"retrain.lr": 7.0, "retrain.anneal": 0.0, "retrain.patience": 4}, dict(optimizer="sgd", lr=7.0, nonmono=2, patience=4)),
+    ({"retrain.optimizer": "adam", "retrain.lr": 0.004, "retrain.nonmono": None}, dict(optimizer="sgd", lr=20.0, nonmono=5, patience=10)),
+    ({"retrain.optimizer": "adam", "retrain.lr": 0.004, "retrain.nonmono": None, "retrain.anneal": 0, "retrain.patience": 4},
+     dict(optimizer="sgd", lr=20.0, nonmono=5, patience=10))])
+def test_how_the_best_cell_is_trained_on(home, given, expected, monkeypatch, capsys):
+    """By SGD and averaging, until it gets no better, whatever its trial had."""
+    trained, recipe = [], get_recipe("small", given)
+    monkeypatch.setattr("nni_darts_rnn.pipeline.retrain_phase", lambda corpus, cell, recipe, *_: trained.append(recipe) or 1 / 0)
+    folder = write_experiment(home, {"aaaaa": ("SUCCEEDED", {"seed": 1})}, "--corpus pydoc --recipe small " + " ".join(f"--set {k}={v}" for k, v in given.items()))
+    write_trial(trial_folder(folder, "aaaaa"), 80.0, recipe=recipe)
+    with pytest.raises(ZeroDivisionError):
+        run("retrain", "--from", "abcd1234")
+    found, = trained
+    assert found == override(recipe.retrain, expected | dict(epochs=1000, anneal=0))
+    assert ("retrained with Adam; here with SGD" in capsys.readouterr().err) == ("retrain.optimizer" in given)
 
 
 def test_a_corpus_in_a_relative_folder_is_found_from_elsewhere(home):

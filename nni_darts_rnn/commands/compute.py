@@ -6,7 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from ..recipes import Recipe, get_recipe
+from ..recipes import Recipe, RetrainRecipe, get_recipe
 from ..report.experiments import load_experiment
 from ..report.trial_folder import corpus_words, set_words
 from ..talk import Talk, answer
@@ -147,10 +147,14 @@ def _out(arguments, name: str, seed: int) -> Path:
 
 
 def _to_convergence(recipe: Recipe) -> Recipe:
-    """The recipe of a trial, which is often short, with a retraining that goes on while it gets better."""
+    """The recipe of a trial, which is often short, with a retraining that goes on while it gets better: by SGD and averaging, as Adam is ahead for few epochs only."""
     r = recipe.retrain
-    return get_recipe(recipe, {"retrain.epochs": max(MOST_EPOCHS, r.epochs), "retrain.patience": r.patience or max(10, 2 * (r.nonmono or 0)),
-                               "retrain.anneal": 0.0})
+    changed = {"epochs": max(MOST_EPOCHS, r.epochs), "anneal": 0.0}
+    if r.optimizer == "adam":
+        changed |= {name: getattr(RetrainRecipe(), name) for name in ("optimizer", "lr", "nonmono")}
+    nonmono = changed.get("nonmono", r.nonmono) or 0
+    changed["patience"] = r.patience if r.patience is not None and r.patience > nonmono else max(10, 2 * nonmono)
+    return get_recipe(recipe, {"retrain": changed})
 
 
 def _choose_cell(arguments) -> str | None:
@@ -160,6 +164,7 @@ def _choose_cell(arguments) -> str | None:
         experiment = load_experiment(arguments.experiment)
         trial = experiment.best()
         arguments.genotype, name = trial.result.genotype, f"{experiment.id}-{trial.id}"
+        adams = arguments.recipe is None and trial.recipe is not None and trial.recipe.retrain.optimizer == "adam"
         if arguments.recipe is None:
             if trial.recipe is None:
                 raise ValueError(f"--from {arguments.experiment}: the recipe of trial {trial.id} is none of this version's; give --recipe")
@@ -167,8 +172,9 @@ def _choose_cell(arguments) -> str | None:
         if arguments.corpus is None:
             for option in ("corpus", "corpus_folder", "corpus_mirror"):
                 setattr(arguments, option, getattr(arguments, option) or getattr(trial.options, option))
+        how = ", retrained with Adam; here with SGD, and averaging" if adams else ""
         Talk(arguments)(f"best of experiment {experiment.id} ({experiment.count()}): trial {trial.id}, "
-                        f"validation perplexity {trial.result.valid_perplexity:.2f}")
+                        f"validation perplexity {trial.result.valid_perplexity:.2f}{how}")
     elif arguments.genotype is None:
         raise ValueError("the following arguments are required: --genotype or --from")
     arguments.corpus = "pydoc" if arguments.corpus is None else arguments.corpus  # an empty text is no corpus, and is refused as one

@@ -1,0 +1,66 @@
+"""The recipe `drawn` on a text with all of its words: one search, and its cell and named ones retrained with the recipe's Adam and with SGD in its place.
+
+    python benchmarks/all_words.py FOLDER --work DIR --save
+
+Results are kept in DIR command by command, and those that are there are not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from hardware import keep, made
+
+from nni_darts_rnn.files import write_text
+from nni_darts_rnn.genotype import Genotype
+
+RESULTS = Path(__file__).parent / "results" / "drawn_penn.json"
+SGD = ["--set", "retrain.optimizer=sgd", "--set", "retrain.lr=20", "--set", "retrain.nonmono=5"]
+FOUND = "of this search"
+TRAINED = [(cell, seed, optimizer) for cell, seed in ((FOUND, 1), ("DRAWN_V1", 2), ("DARTS_V2", 1)) for optimizer in ("adam", "sgd")]
+
+
+def result(options, name: str, command: list[str], *more: str) -> dict:
+    """What `nni-darts-rnn command` has answered, now or before; its files are in the folder `name`."""
+    answer = options.work / f"{name}.json"
+    if not answer.exists():
+        options.work.mkdir(parents=True, exist_ok=True)
+        words = [*command, "--corpus", str(options.corpus), "--recipe", "drawn", "--threads", str(options.threads), *more, "--out", str(options.work / name), "--json"]
+        print("nni-darts-rnn", shlex.join(words), flush=True)
+        write_text(answer, subprocess.run([sys.executable, "-m", "nni_darts_rnn.cli", *words], check=True, stdout=subprocess.PIPE, text=True).stdout)
+    return json.loads(answer.read_text(encoding="utf-8"))
+
+
+def retrained(options, cell: str, seed: int, optimizer: str) -> dict:
+    name = f"{'found' if cell == FOUND else cell}-{seed}-{optimizer}"
+    genotype = str(options.work / "found") if cell == FOUND else cell
+    done = result(options, name, ["retrain"], "--seed", str(seed), "--genotype", genotype, *(SGD if optimizer == "sgd" else []))
+    with (options.work / name / "retrain.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {"cell": cell, "seed": seed, "optimizer": optimizer, "valid_perplexity": done["valid_perplexity"], "test_perplexity": done["test_perplexity"],
+            "epochs": done["epochs"], "parameters": done["parameters"], "tokens_per_second": max(float(row["tokens_per_second"]) for row in rows)}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("corpus", type=Path, help="folder with the text")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the results of the commands")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--save", nargs="?", type=Path, const=RESULTS, help=f"write the figures to this file; default {RESULTS.name}")
+    options = parser.parse_args(arguments)
+    found = result(options, "found", ["search"], "--seed", "1")
+    rows = [retrained(options, *which) for which in TRAINED]
+    for row in rows:
+        print(f"{row['cell']:16} {row['seed']} {row['optimizer']:5} validation {row['valid_perplexity']:.2f}, test {row['test_perplexity']:.2f}")
+    search = {"genotype": str(Genotype.from_json(json.dumps(found["genotype"]))), "supernet_valid_perplexity": found["supernet_valid_perplexity"]}
+    keep(options.save, {"search": search, "retrained": rows} | made(__file__, ["FOLDER", "--work", "DIR", "--threads", str(options.threads)], options))
+
+
+if __name__ == "__main__":
+    main()
