@@ -12,7 +12,8 @@
 #include <new>
 #include <vector>
 
-constexpr int64_t DEPTH = 256;  // terms of a long sum at a time: a panel of as many rows fits the first cache
+constexpr int64_t DEPTH = 256;    // terms of a long sum at a time: a panel of as many rows fits the first cache
+constexpr int64_t NEAR = 1 << 18;  // bytes: a larger matrix is taken to have left the second cache since it was last read
 
 template <class T> struct Tile {
 #if defined(__AVX512F__)
@@ -37,9 +38,11 @@ template <class T> void narrow(int64_t rows, int64_t n, const T* sums, bool add,
     for (int64_t v = 0; v < n; v++) c[v] = add ? c[v] + sums[v] : sums[v];
 }
 
-// R rows of C, the n <= columns of one panel, which fill W registers; A's element (r, u) is a[r * row + u * step]
+// R rows of C, the n <= columns of one panel, which fill W registers; A's element (r, u) is a[r * row + u * step]. Every eight terms some `lines` of what is
+// multiplied next, from `next` on, are asked for: panels that come from the third cache pass through faster than it can hand them over, and would be waited for
 template <class T, int R, int W>
-void tile(int64_t n, int64_t k, const T* __restrict a, int64_t row, int64_t step, const T* __restrict panel, bool add, T* __restrict c, int64_t ldc) {
+void tile(int64_t n, int64_t k, const T* __restrict a, int64_t row, int64_t step, const T* __restrict panel, bool add, T* __restrict c, int64_t ldc,
+          const T* next, int64_t lines) {
   using V = typename Tile<T>::Vector;
   constexpr int L = Tile<T>::lanes, C = Tile<T>::columns;
   V sum[R][W];
@@ -48,8 +51,11 @@ void tile(int64_t n, int64_t k, const T* __restrict a, int64_t row, int64_t step
 #pragma GCC unroll 2
     for (int v = 0; v < W; v++) sum[r][v] = V{};
   for (int64_t u = 0; u < k; u++, a += step, panel += C) {
-    // C is seldom in cache: a row at a time, or the panel would wait behind all of them
-    if (u % 8 == 0 && u / 8 < R) __builtin_prefetch(c + u / 8 * ldc, 1), __builtin_prefetch(c + u / 8 * ldc + n - 1, 1);
+    if (u % 8 == 0) {
+      // C is seldom in cache: a row at a time, or the panel would wait behind all of them
+      if (u / 8 < R) __builtin_prefetch(c + u / 8 * ldc, 1), __builtin_prefetch(c + u / 8 * ldc + n - 1, 1);
+      for (int64_t l = 0; l < lines; l++, next += 64 / sizeof(T)) __builtin_prefetch(next, 0, 2);
+    }
     V w[W];
 #pragma GCC unroll 2
     for (int v = 0; v < W; v++) w[v] = load(panel + v * L);
@@ -77,11 +83,11 @@ void tile(int64_t n, int64_t k, const T* __restrict a, int64_t row, int64_t step
 
 // `tile` for m <= R rows
 template <class T, int R = Tile<T>::rows>
-void few_rows(int64_t m, int64_t n, int64_t k, const T* a, int64_t row, int64_t step, const T* panel, bool add, T* c, int64_t ldc) {
+void few_rows(int64_t m, int64_t n, int64_t k, const T* a, int64_t row, int64_t step, const T* panel, bool add, T* c, int64_t ldc, const T* next, int64_t lines) {
   if constexpr (R > 1)
-    if (m < R) return few_rows<T, R - 1>(m, n, k, a, row, step, panel, add, c, ldc);
-  if (n > Tile<T>::lanes) tile<T, R, 2>(n, k, a, row, step, panel, add, c, ldc);
-  else tile<T, R, 1>(n, k, a, row, step, panel, add, c, ldc);
+    if (m < R) return few_rows<T, R - 1>(m, n, k, a, row, step, panel, add, c, ldc, next, lines);
+  if (n > Tile<T>::lanes) tile<T, R, 2>(n, k, a, row, step, panel, add, c, ldc, next, lines);
+  else tile<T, R, 1>(n, k, a, row, step, panel, add, c, ldc, next, lines);
 }
 
 // Memory that begins with a cache line: a register or a row of a tile that lies across two of them is loaded at half the speed
@@ -136,13 +142,15 @@ template <class T> struct Whole {
 
   // for W in panels, `stride` from one to the next; m rows in tiles of nearly the same height
   static void multiply(int64_t m, int64_t n, const Left& left, const T* panels, int64_t stride, bool add, T* c, int64_t ldc) {
-    const int64_t tiles = (m + rows - 1) / rows;
+    const int64_t tiles = (m + rows - 1) / rows, bytes = columns * sizeof(T);  // of a panel's row
+    const int64_t lines = left.k * n * int64_t(sizeof(T)) > NEAR ? (8 * bytes / 64 + tiles - 1) / tiles : 0;
     for (int64_t v = 0; v < n; v += columns, panels += stride)
       for (int64_t i = 0; i < tiles; i++) {
         const int64_t from = m * i / tiles, high = m * (i + 1) / tiles - from, wide = std::min(columns, n - v);
         T* const to = c + from * ldc + v;
-        if (left.lda) few_rows<T>(high, wide, left.k, left.a + from * left.lda, left.lda, 1, panels, add, to, ldc);
-        else few_rows<T>(high, wide, left.k, left.a + from * left.k, 1, high, panels, add, to, ldc);
+        const T* const next = panels + stride + left.k * i / tiles * columns;  // each tile a part of the next panel
+        if (left.lda) few_rows<T>(high, wide, left.k, left.a + from * left.lda, left.lda, 1, panels, add, to, ldc, next, lines);
+        else few_rows<T>(high, wide, left.k, left.a + from * left.k, 1, high, panels, add, to, ldc, next, lines);
       }
   }
 };
