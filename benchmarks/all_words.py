@@ -8,7 +8,6 @@ Results are kept in DIR command by command, and those that are there are not mad
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import shlex
 import subprocess
@@ -26,12 +25,12 @@ FOUND = "of this search"
 TRAINED = [(cell, seed, optimizer) for cell, seed in ((FOUND, 1), ("DRAWN_V1", 2), ("DARTS_V2", 1)) for optimizer in ("adam", "sgd")]
 
 
-def result(options, name: str, command: list[str], *more: str) -> dict:
+def result(options, name: str, command: str, *more: str) -> dict:
     """What `nni-darts-rnn command` has answered, now or before; its files are in the folder `name`."""
     answer = options.work / f"{name}.json"
     if not answer.exists():
         options.work.mkdir(parents=True, exist_ok=True)
-        words = [*command, "--corpus", str(options.corpus), "--recipe", "drawn", "--threads", str(options.threads), *more, "--out", str(options.work / name), "--json"]
+        words = [command, "--corpus", str(options.corpus), "--recipe", "drawn", "--threads", str(options.threads), *more, "--out", str(options.work / name), "--json"]
         print("nni-darts-rnn", shlex.join(words), flush=True)
         write_text(answer, subprocess.run([sys.executable, "-m", "nni_darts_rnn.cli", *words], check=True, stdout=subprocess.PIPE, text=True).stdout)
     return json.loads(answer.read_text(encoding="utf-8"))
@@ -40,11 +39,8 @@ def result(options, name: str, command: list[str], *more: str) -> dict:
 def retrained(options, cell: str, seed: int, optimizer: str) -> dict:
     name = f"{'found' if cell == FOUND else cell}-{seed}-{optimizer}"
     genotype = str(options.work / "found") if cell == FOUND else cell
-    done = result(options, name, ["retrain"], "--seed", str(seed), "--genotype", genotype, *(SGD if optimizer == "sgd" else []))
-    with (options.work / name / "retrain.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {"cell": cell, "seed": seed, "optimizer": optimizer, "valid_perplexity": done["valid_perplexity"], "test_perplexity": done["test_perplexity"],
-            "epochs": done["epochs"], "parameters": done["parameters"], "tokens_per_second": max(float(row["tokens_per_second"]) for row in rows)}
+    done = result(options, name, "retrain", "--seed", str(seed), "--genotype", genotype, *(SGD if optimizer == "sgd" else []))
+    return {"cell": cell, "seed": seed, "optimizer": optimizer} | {key: done[key] for key in ("valid_perplexity", "test_perplexity", "epochs", "parameters", "retrain_seconds")}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -53,13 +49,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the results of the commands")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--save", nargs="?", type=Path, const=RESULTS, help=f"write the figures to this file; default {RESULTS.name}")
+    parser.add_argument("--note", help="a sentence on how it ran, for the results page")
     options = parser.parse_args(arguments)
-    found = result(options, "found", ["search"], "--seed", "1")
+    found = result(options, "found", "search", "--seed", "1")
     rows = [retrained(options, *which) for which in TRAINED]
     for row in rows:
         print(f"{row['cell']:16} {row['seed']} {row['optimizer']:5} validation {row['valid_perplexity']:.2f}, test {row['test_perplexity']:.2f}")
-    search = {"genotype": str(Genotype.from_json(json.dumps(found["genotype"]))), "supernet_valid_perplexity": found["supernet_valid_perplexity"]}
-    keep(options.save, {"search": search, "retrained": rows} | made(__file__, ["FOLDER", "--work", "DIR", "--threads", str(options.threads)], options))
+    search = {"genotype": str(Genotype.from_json(json.dumps(found["genotype"]))), "supernet_valid_perplexity": found["supernet_valid_perplexity"],
+              "seconds": found["seconds"]}
+    keep(options.save, {"search": search, "retrained": rows} | ({"note": options.note} if options.note else {}) | made(__file__, ["FOLDER", "--work", "DIR", "--threads", str(options.threads)], options))
 
 
 if __name__ == "__main__":

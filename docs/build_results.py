@@ -108,13 +108,15 @@ def all_words() -> str:
         return ""
     pairs = {}
     for r in found["retrained"]:
-        pairs.setdefault((r["cell"], r["seed"]), {})[r["optimizer"]] = f"{r['valid_perplexity']:.2f}, {r['test_perplexity']:.2f}"
+        pairs.setdefault((r["cell"], r["seed"]), {})[r["optimizer"]] = f"{r['valid_perplexity']:.2f}, {r['test_perplexity']:.2f}, {r['retrain_seconds']:.0f}"
     return "\n".join([
         "## The recipe `drawn` with all words\n",
         f"Penn Treebank with all of its 10,000 words: one search, and retrainings of its cell and of named ones, with Adam, which the recipe has, and with SGD in its place "
-        f"(rate 20, averaging after 5 epochs without improvement). The search's supernet ended at a validation perplexity of {found['search']['supernet_valid_perplexity']:.0f}: far less trained than with 2,000 words. "
+        f"(rate 20, averaging after 5 epochs without improvement), {found['threads']} thread{'s' * (found['threads'] > 1)}. The search took {found['search']['seconds']:.0f} s, and its supernet ended at a validation perplexity of "
+        f"{found['search']['supernet_valid_perplexity']:.0f}: far less trained than with 2,000 words. "
         f"Its cell: `{found['search']['genotype']}`.\n",
-        table(("cell", "seed", "Adam: validation, test", "SGD"), [(cell, seed, of["adam"], of["sgd"]) for (cell, seed), of in pairs.items()]), made(found)])
+        table(("cell", "seed", "Adam: validation, test, s", "SGD"), [(cell, seed, of["adam"], of["sgd"]) for (cell, seed), of in pairs.items()]),
+        *([found["note"] + "\n"] if "note" in found else []), made(found)])
 
 
 def arms(title: str, stem: str, found: dict, about: str) -> str:

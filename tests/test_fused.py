@@ -431,7 +431,7 @@ def test_the_loss_of_logits_that_rise_from_word_to_word(dtype):
     ruled_out, far = torch.where(steps < 2, -torch.inf, steps), torch.where(steps < 3, -1e30, steps)
     for b in (12 * steps, 60 * steps, -60 * steps, ruled_out, far):
         given, readable = ([t.to(kind).requires_grad_() for t in (x, w, b)] for kind in (dtype, torch.float64))
-        loss, expected = cross_entropy.linear_cross_entropy(*given, y), F.cross_entropy(F.linear(readable[0], readable[1], readable[2]), y)
+        loss, expected = cross_entropy.linear_cross_entropy(*given, y), F.cross_entropy(F.linear(*readable), y)
         pairs = [(loss, expected), *zip(torch.autograd.grad(loss, given), torch.autograd.grad(expected, readable))]
         for got, want in pairs:
             assert got.dtype == dtype and (got.double() - want).abs().max() <= TOLERANCE[dtype] * want.abs().max().clamp(min=1e-3)

@@ -153,7 +153,7 @@ def _to_convergence(recipe: Recipe) -> Recipe:
     if r.optimizer == "adam":
         changed |= {name: getattr(RetrainRecipe(), name) for name in ("optimizer", "lr", "nonmono")}
     nonmono = changed.get("nonmono", r.nonmono) or 0
-    changed["patience"] = r.patience if r.patience is not None and r.patience > nonmono else max(10, 2 * nonmono)
+    changed["patience"] = r.patience if (r.patience or 0) > nonmono else max(10, 2 * nonmono)
     return get_recipe(recipe, {"retrain": changed})
 
 
@@ -164,15 +164,16 @@ def _choose_cell(arguments) -> str | None:
         experiment = load_experiment(arguments.experiment)
         trial = experiment.best()
         arguments.genotype, name = trial.result.genotype, f"{experiment.id}-{trial.id}"
-        adams = arguments.recipe is None and trial.recipe is not None and trial.recipe.retrain.optimizer == "adam"
+        how = ""
         if arguments.recipe is None:
             if trial.recipe is None:
                 raise ValueError(f"--from {arguments.experiment}: the recipe of trial {trial.id} is none of this version's; give --recipe")
             arguments.recipe = _to_convergence(trial.recipe)
+            if trial.recipe.retrain.optimizer == "adam":
+                how = ", retrained with Adam; here with SGD, and averaging"
         if arguments.corpus is None:
             for option in ("corpus", "corpus_folder", "corpus_mirror"):
                 setattr(arguments, option, getattr(arguments, option) or getattr(trial.options, option))
-        how = ", retrained with Adam; here with SGD, and averaging" if adams else ""
         Talk(arguments)(f"best of experiment {experiment.id} ({experiment.count()}): trial {trial.id}, "
                         f"validation perplexity {trial.result.valid_perplexity:.2f}{how}")
     elif arguments.genotype is None:

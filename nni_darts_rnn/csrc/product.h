@@ -12,7 +12,7 @@
 #include <new>
 #include <vector>
 
-constexpr int64_t DEPTH = 256;    // terms of a long sum at a time: a panel of as many rows fits the first cache
+constexpr int64_t DEPTH = 256;     // terms of a long sum at a time: a panel of as many rows fits the first cache
 constexpr int64_t NEAR = 1 << 18;  // bytes: a larger matrix is taken to have left the second cache since it was last read
 
 template <class T> struct Tile {
