@@ -4,8 +4,8 @@
 
 "layer": forward and backward of the recurrent layer alone, T·B tokens of random numbers; LSTM and GRU have as many recurrent parameters as the cell,
 4H² + 2NH², so their H is larger (all of one time step's arithmetic is then equal: two operations a parameter and token).
-"fused" has all digits of float32, "fewer-digits" those that commands allow torch (TF32 on a GPU), "bfloat16" is `retrain.precision=bfloat16`; on a CPU the compiled cell
-gains from either where there is AMX.
+"fused" has all digits of float32, "fewer-digits" those that commands allow torch (TF32 on a GPU), "bfloat16" has torch's autocast, as a training with
+`retrain.precision=bfloat16` where the processor gains from it; on a CPU the compiled cell gains from either where there is AMX.
 "model": the same with embedding, decoder, loss, clipping and SGD, for the forms of the cell.
 """
 

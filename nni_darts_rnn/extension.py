@@ -128,9 +128,14 @@ def why_not(device: torch.device | str = "cpu", precision: str = "float32") -> s
         return f"the fast path is turned off by {SWITCH}=0"
     if torch.device(device).type == "cuda":
         return None if _has_triton() else "Triton is not installed; install it for searches 8 to 19 times as fast on a GPU"
-    if precision == "bfloat16" and enabled() and State.loaded is not None and not State.loaded.rounds:
-        return "precision bfloat16 gains nothing here: a processor with AMX, Linux and a compiler that knows it (g++ from 11 on) are needed, and products keep all digits"
+    if precision == "bfloat16" and not rounds(device):
+        return "precision bfloat16 would gain nothing here: a processor with AMX, Linux and a compiler that knows it (g++ from 11 on) are needed; products keep all digits"
     return State.problem
+
+
+def rounds(device: torch.device | str) -> bool:
+    """Whether a training in bfloat16 has its products in it on `device`. Not where compiled ones are at hand and the processor has no tiles: they are faster in float32."""
+    return torch.device(device).type != "cpu" or not enabled() or State.loaded is None or State.loaded.rounds
 
 
 class _Unavailable(Exception):

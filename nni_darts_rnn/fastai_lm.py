@@ -16,13 +16,14 @@ from fastai.metrics import Perplexity
 from torch import Tensor, nn
 
 from .cross_entropy import linear_cross_entropy
+from .extension import rounds
 from .genotype import Genotype
 from .model import LanguageModel
 
 
 def _products(precision: str, tokens: Tensor):
-    """A context in which matrix products are computed in bfloat16 or as they are. fastai's `MixedPrecision` knows CUDA alone (2.8)."""
-    return torch.autocast(tokens.device.type, torch.bfloat16) if precision == "bfloat16" else contextlib.nullcontext()
+    """A context in which matrix products are computed in bfloat16, where that gains something, or as they are. fastai's `MixedPrecision` knows CUDA alone (2.8)."""
+    return torch.autocast(tokens.device.type, torch.bfloat16) if precision == "bfloat16" and rounds(tokens.device) else contextlib.nullcontext()
 
 
 class DeferredLogits:

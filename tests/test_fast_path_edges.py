@@ -227,7 +227,7 @@ def test_what_is_not_compiled_yet_can_be(monkeypatch, tmp_path):
     assert not extension.available(build=False) and extension.why_not() is None and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("lacks, says", [("compiler", "install g++"), ("tiles", "gains nothing here"), ("nothing", None)])
+@pytest.mark.parametrize("lacks, says", [("compiler", "install g++"), ("tiles", "gain nothing here"), ("nothing", None)])
 def test_what_would_make_a_long_run_faster_is_said_once(lacks, says, monkeypatch, tmp_path, caplog):
     if lacks != "compiler" and not extension.available():
         pytest.skip(f"no extension here: {extension.why_not()}")
