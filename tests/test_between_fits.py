@@ -109,6 +109,25 @@ def test_looking_for_a_rate_changes_nothing(tmp_path):
         assert not same(weights_of(learn.model), before) and len(learn.recorder.values) == 1
 
 
+@pytest.mark.parametrize("what", ["lr_find", "validate"])
+def test_after_an_interrupted_look_a_fit_is_a_whole_one(tmp_path, what):
+    """fastai lets a callback that sat one out sit out the next fit too."""
+    class Interrupts(Callback):
+        def before_batch(self):
+            raise KeyboardInterrupt
+
+    learn, rates = learner(tmp_path, anneal=0.5), []
+    with learn.no_bar(), learn.no_logging(), pytest.raises(KeyboardInterrupt):
+        learn.add_cb(Interrupts())
+        learn.lr_find(show_plot=False) if what == "lr_find" else learn.validate()
+    learn.remove_cb(Interrupts)
+    expected = run(learner(tmp_path, anneal=0.5), 2).recorder
+    best = learn.path / learn.model_dir / "best.pth"
+    best.unlink()
+    rates = run(learn, 2).recorder.lrs
+    assert rates == expected.lrs and min(rates) < 0.2 * max(rates) and best.exists()
+
+
 def test_saved_on_one_side_of_the_switch_and_loaded_on_the_other(tmp_path):
     late = averaging(tmp_path)
     late.save("late")

@@ -9,12 +9,23 @@ import torch
 from fastai.callback.core import Callback
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.training import GradientAccumulation
-from fastai.learner import ValueMetric
-from fastai.optimizer import SGD
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from fastai.learner import Learner, ValueMetric
+from fastai.optimizer import SGD, OptimWrapper
 
 from nni_darts_rnn import epoch_counts
 from nni_darts_rnn.bilevel import WeightStep, architecture_gradient
-from nni_darts_rnn.callbacks import NTASGD, ActivationRegularizer, ArchParamUpdate, EpochReport, NNIReporter, PrintGenotype, ScaleLRByLength
+from nni_darts_rnn.callbacks import (
+    NTASGD,
+    ActivationRegularizer,
+    ArchParamUpdate,
+    EpochReport,
+    NNIReporter,
+    PrintGenotype,
+    ScaleLRByLength,
+    weight_parameters,
+)
 from nni_darts_rnn.corpus import EOS, UNK, Corpus, Vocabulary
 from nni_darts_rnn.epoch_counts import EpochCounts
 from nni_darts_rnn.genotype import Genotype
@@ -22,6 +33,7 @@ from nni_darts_rnn.learner import language_dls, lm_learner, search_learner
 from nni_darts_rnn.model import activation_regularisation
 from nni_darts_rnn.published import original_gradient
 from nni_darts_rnn.recipes import get_recipe
+from nni_darts_rnn.supernet import MixedRNN
 
 CELL = Genotype((("tanh", 0), ("relu", 1), ("sigmoid", 0)))
 SMALL = get_recipe("tiny", {"retrain.hidden_size": 6, "retrain.batch_size": 4, "retrain.eval_batch_size": 2, "search.hidden_size": 6,
@@ -362,6 +374,45 @@ class Hidden(Callback):
 
 def count_call(module, _):
     module.calls += 1
+
+
+@pytest.mark.parametrize("two", [False, True], ids=["one input", "two inputs"])
+def test_alpha_moves_in_a_model_of_other_data(tmp_path, two):
+    """One that answers with its prediction alone, here for batches of three, which are no triples; or takes two inputs."""
+    class Forecast(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.readout = MixedRNN(2, 4, 2), torch.nn.Linear(4, 2)
+
+        def forward(self, x, shift=0.0):
+            return self.readout(self.rnn(x.transpose(0, 1)).transpose(0, 1)) + shift
+
+    torch.manual_seed(0)
+    data = [[torch.randn(5, 2) for _ in range(2 + two)] for _ in range(12)]
+    train, valid = DataLoader(data[:6], bs=3, n_inp=1 + two), DataLoader(data[6:], bs=3)
+    found, seen, loss_func = [], Found(), torch.nn.MSELoss()
+
+    class Expected(Callback):
+        order, run_valid = ArchParamUpdate.order - 0.5, False
+
+        def before_batch(self):
+            model, batch = copy.deepcopy(self.learn.model), (self.xb, self.yb)
+            names = [name for name, _ in model.named_parameters() if name != "rnn.alpha"]
+
+            def loss(w, a, batch):
+                state = {**dict(zip(names, w)), "rnn.alpha": a[0]}
+                return loss_func(torch.func.functional_call(model, state, tuple(batch[0])), *batch[1])
+
+            w, other = [model.get_parameter(name) for name in names], list(valid)[len(found)]
+            found.append(architecture_gradient(loss, w, [model.rnn.alpha], batch, (other[:-1], other[-1:]), WeightStep.sgd(len(w), 0.1)).grads[0])
+
+    learn = Learner(DataLoaders(train, valid), Forecast(), loss_func, opt_func=partial(OptimWrapper, opt=torch.optim.SGD), lr=0.1, path=tmp_path,
+                    splitter=weight_parameters, cbs=[Expected(), ArchParamUpdate(valid), seen])
+    before = learn.model.rnn.alpha.detach().clone()
+    run(learn)
+    assert len(found) == len(seen.grads) == 2 and not torch.equal(learn.model.rnn.alpha, before)
+    for expected, grad in zip(found, seen.grads):
+        assert torch.allclose(grad, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_alpha_step_leaves_no_trace(tmp_path):

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 
 import torch
-from fastai.callback.rnn import RNNRegularizer
+from fastai.callback.rnn import RNNCallback, RNNRegularizer
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.torch_core import to_device
 from torch import Tensor, nn
@@ -37,8 +37,8 @@ class ArchParamUpdate(FitOnly):
     It comes after the backward pass, whose gradient it unrolls, and before the weights take their step; with `own_gradient`, before the forward
     pass, as in the paper's Algorithm 1 (3 of 13 passes more).
 
-    `valid_batches` yields (tokens (B, T), targets (B, T)) of a text that the weights do not learn; it is read from its beginning in each
-    epoch, and again as often as the training text is longer. Hidden states (buffers named in the model's `carried`) run along the
+    `valid_batches` yields (tokens (B, T), targets (B, T)) of a text that the weights do not learn, or any inputs and targets such as the Learner's own; it is read
+    from its beginning in each epoch, and again as often as the training text is longer. Hidden states (buffers named in the model's `carried`) run along the
     validation stream here, apart from the training stream's. The weights' optimizer must be `OptimWrapper(opt=torch.optim.SGD)` without α
     (`splitter=weight_parameters`).
     The training loss is the weight step's: the Learner's `loss_func` plus the AR/TAR of its `RNNRegularizer`; its `GradientClip` is unrolled too.
@@ -141,8 +141,7 @@ class ArchParamUpdate(FitOnly):
             self._move_alpha(TrainingPass(gradients, loss, self.before.generators))
 
     def _move_alpha(self, ran: TrainingPass | None) -> None:
-        x, y = self._plain(next(self.stream))
-        self.last = self.gradient((self.learn.xb[0], self.learn.yb[0]), (x, y), ran)
+        self.last = self.gradient((tuple(self.learn.xb), tuple(self.learn.yb)), self._plain(next(self.stream)), ran)
         self.before = None
         check_finite(gradient_of_α=self.last.grads)
         optimizer = self.adam_optimizer()
@@ -152,10 +151,11 @@ class ArchParamUpdate(FitOnly):
         optimizer.zero_grad()
         check_finite(α=self._alphas())
 
-    def _plain(self, batch) -> tuple[Tensor, Tensor]:
-        """On the model's device, as plain tensors rather than fastai's subclasses."""
-        x, y = to_device(tuple(batch), next(self.learn.model.parameters()).device)
-        return x.as_subclass(Tensor), y.as_subclass(Tensor)
+    def _plain(self, batch) -> tuple[tuple, tuple]:
+        """(inputs, targets), as many as the training's, on the model's device, as plain tensors rather than fastai's subclasses."""
+        placed = [t.as_subclass(Tensor) if isinstance(t, Tensor) else t for t in to_device(tuple(batch), next(self.learn.model.parameters()).device)]
+        n = len(self.learn.xb)
+        return tuple(placed[:n]), tuple(placed[n:])
 
     def gradient(self, train_batch, valid_batch, ran: TrainingPass | None = None) -> AlphaGradient:
         """∇α at the present weights and α, and the hidden states before this batch; only the validation stream's hidden state moves on.
@@ -167,6 +167,7 @@ class ArchParamUpdate(FitOnly):
         weights = {name: p for name, p in model.named_parameters() if p.requires_grad and name not in alphas}
         regularizer, clipper = (next((cb for cb in self.learn.cbs if isinstance(cb, kind)), None) for kind in (RNNRegularizer, GradientClip))
         clip = None if clipper is None else clipper.max_norm
+        triple = any(isinstance(cb, RNNCallback) for cb in self.learn.cbs)  # which takes it apart in the training pass
         before = self.before or Before(model)
 
         def run(at_weights, at_alphas, batch, carried):
@@ -175,8 +176,9 @@ class ArchParamUpdate(FitOnly):
             state.update(zip(weights, at_weights))
             state.update(zip(alphas, at_alphas))
             with before.again():
-                decoded, raw, dropped = torch.func.functional_call(model, state, (batch[0],))
-            return self.learn.loss_func(decoded, batch[1]), raw, dropped, state
+                predicted = torch.func.functional_call(model, state, batch[0])
+            decoded, raw, dropped = predicted if triple else (predicted, None, None)
+            return self.learn.loss_func(decoded, *batch[1]), raw, dropped, state
 
         def data_loss(at_weights, at_alphas, batch):
             return run(at_weights, at_alphas, batch, {})[0]
@@ -205,9 +207,9 @@ class ArchParamUpdate(FitOnly):
             result = original_gradient(data_loss, w, a, train_batch, valid_batch, lr, group["weight_decay"], clip, valid_loss=valid_loss,
                                        tied=[i for i, name in enumerate(weights) if name in tied])
         else:
-            step = None if self.hvp == "first_order" else WeightStep.of(optimizer, w, clip, self.unrolled_lr)
-            result = architecture_gradient(train_loss, w, a, train_batch, valid_batch, step, self.hvp, self.epsilon, self.neumann_terms, valid_loss,
-                                           ran=ran)
+            hvp = "first_order" if is_first_order(self.hvp, self.unrolled_lr) else self.hvp
+            step = None if hvp == "first_order" else WeightStep.of(optimizer, w, clip, self.unrolled_lr)
+            result = architecture_gradient(train_loss, w, a, train_batch, valid_batch, step, hvp, self.epsilon, self.neumann_terms, valid_loss, ran=ran)
         self.valid_state = moved_on
         return result
 

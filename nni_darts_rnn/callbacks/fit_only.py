@@ -8,9 +8,14 @@ from fastai.callback.core import Callback
 class FitOnly(Callback):
     """Sits out `Learner.validate` and `get_preds`, which run `before_fit` … `after_fit` too (and hold the Learner's lock meanwhile)."""
 
+    def __call__(self, event_name):
+        if event_name == "before_fit":
+            self.run = True  # fastai (2.8) sets it back after `after_fit` only, which never comes where Ctrl-C ends a fit, `lr_find` or `validate`
+        return super().__call__(event_name)
+
     def before_fit(self):
         if self.learn.lock.locked():
-            self.run = False  # fastai sets it back after `after_fit`
+            self.run = False
         else:
             self.start_fit()
 
