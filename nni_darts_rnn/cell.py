@@ -147,7 +147,10 @@ class RecurrentWeights(nn.Module):
         x_proj, h0, W0_h, mask = self.project(x, h0)
         if torch.compiler.is_exporting():
             return scanned_cell(x_proj, h0, W0_h, self.Ws, genotype, mask)
-        return fused.discrete_cell(x_proj, h0, W0_h, self.Ws, genotype, mask)
+        cell = fused.discrete_cell
+        if torch.compiler.is_compiling():  # a loop over time would be unrolled, and compiled again for each length; torch.compile leaves nn.GRU out too
+            cell = torch.compiler.disable(cell)
+        return cell(x_proj, h0, W0_h, self.Ws, genotype, mask)
 
     def extra_repr(self) -> str:
         return f"{self.input_size}, {self.hidden_size}, n_nodes={self.n_nodes}, dropout_x={self.dropout_x}, dropout_h={self.dropout_h}"

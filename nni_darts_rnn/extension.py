@@ -84,14 +84,22 @@ def reference():
 
 def enabled() -> bool:
     """Whether the extension is asked for and there."""
-    switch = os.environ.get(SWITCH)
+    switch = _switch()
     asked = State.gains if State.on is None else State.on
     return switch != "0" and (asked or switch == "1") and available()
 
 
+def _switch() -> str | None:
+    """What the environment says; `ValueError` with one line for what is neither on nor off."""
+    switch = os.environ.get(SWITCH)
+    if switch not in (None, "", "0", "1"):
+        raise ValueError(f"{SWITCH}: {switch!r} must be 0 (off) or 1 (on)")
+    return switch
+
+
 def available(build: bool = True) -> bool:
     """Whether the extension is there; `build=False` only loads what an earlier process compiled."""
-    if os.environ.get(SWITCH) == "0":
+    if _switch() == "0":
         return False
     if State.loaded is None and State.problem is None:
         try:
@@ -113,7 +121,7 @@ def on_gpu(tensor: Tensor) -> bool:
 
 def gpu_ready(tensor: Tensor) -> bool:
     """Whether the GPU's kernels can be compiled, which takes some seconds in the first run on a machine. They need no `enable`: Triton comes with torch."""
-    wanted = os.environ.get(SWITCH) != "0" and State.on is not False
+    wanted = _switch() != "0" and State.on is not False
     return wanted and _has_triton() and (not tensor.is_cuda or torch.cuda.get_device_capability(tensor.device) >= (7, 0))
 
 
@@ -124,7 +132,7 @@ def _has_triton() -> bool:
 
 def why_not(device: torch.device | str = "cpu", precision: str = "float32") -> str | None:
     """One line that says what would make this process faster on `device`, or why that `precision` does not; None where nothing would."""
-    if os.environ.get(SWITCH) == "0":
+    if _switch() == "0":
         return f"the fast path is turned off by {SWITCH}=0"
     if torch.device(device).type == "cuda":
         return None if _has_triton() else "Triton is not installed; install it for searches 8 to 19 times as fast on a GPU"
@@ -147,7 +155,7 @@ class _Unavailable(Exception):
 def _openmp() -> list[str]:
     """The OpenMP library that torch has loaded, linked by its path: a second one would bring a second pool of threads to fight over the cores."""
     try:
-        maps = Path("/proc/self/maps").read_text()
+        maps = os.fsdecode(Path("/proc/self/maps").read_bytes())
     except OSError:
         return ["-fopenmp"]
     files = {line.split(maxsplit=5)[5] for line in maps.splitlines() if len(line.split(maxsplit=5)) == 6}
@@ -159,7 +167,7 @@ def _openmp() -> list[str]:
 def _processor() -> str:
     """What -march=native depends on."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in os.fsdecode(Path("/proc/cpuinfo").read_bytes()).splitlines():
             if line.startswith(("flags", "Features")):
                 return line
     return platform.processor()
@@ -190,7 +198,7 @@ def _load(build: bool) -> Library:
     """The extension from the cache, compiled first if it is not there."""
     if os.name != "posix":
         raise _Unavailable("the fast cells need Linux or macOS, where searches are 1.4 to 6 times as fast")
-    key = hashlib.sha256("\n".join([*(path.read_text() for path in sorted(SOURCES.glob("*"))), *_flags(), *_openmp(), _processor(), platform.machine(), torch.__version__]).encode())
+    key = hashlib.sha256("\n".join([*(path.read_text(encoding="utf-8") for path in sorted(SOURCES.glob("*"))), *_flags(), *_openmp(), _processor(), platform.machine(), torch.__version__]).encode())
     name = f"cells-{key.hexdigest()[:16]}"
     try:
         folder = _cache_folder()

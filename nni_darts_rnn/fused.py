@@ -169,17 +169,19 @@ class _CellFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, graph, places, readable, rounded, *tensors):
         ctx.graph, ctx.places, ctx.readable, ctx.rounded, ctx.engine = graph, places, readable, rounded, _engine(tensors[0])
-        run = _CellFunction.run(ctx, tensors)
-        ctx.run = run._replace(outputs=None)  # saved with the other tensors, where a change in place is noticed and no cycle is made
+        # hooks, such as a checkpointing's, are there to keep less: the backward pass then runs it again
+        hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        run = _CellFunction.run(ctx, tensors, keep=not hooked)
+        ctx.run = None if hooked else run._replace(outputs=None)  # saved with the other tensors, where a change in place is noticed and no cycle is made
         ctx.save_for_backward(*tensors, run.outputs)
         ctx.set_materialize_grads(False)
         return run.outputs
 
     @staticmethod
-    def run(ctx, tensors):
+    def run(ctx, tensors, keep=True):
         *others, probabilities, mask = tensors
         p = _mixture(probabilities.detach(), ctx.places) if ctx.graph.mixed else None
-        return _run(ctx.engine, ctx.graph, others, p, mask, True, ctx.rounded)
+        return _run(ctx.engine, ctx.graph, others, p, mask, keep, ctx.rounded)
 
     @staticmethod
     def backward(ctx, d_outputs):

@@ -70,6 +70,9 @@ class DartsRNN(nn.Module):
             packed = pack_padded_sequence(output, lengths)
             return PackedSequence(packed.data, packed.batch_sizes, input.sorted_indices, input.unsorted_indices), h_n
         if input.dim() == 2:  # unbatched (T, I)
+            expected = (self.num_layers * self.directions, self.hidden_size)
+            if hx is not None and hx.shape != expected:
+                raise ValueError(f"hx has shape {tuple(hx.shape)}; expected (layers·directions, H) = {expected}, as the input has no batch")
             output, h_n = self._run(input.unsqueeze(1), None if hx is None else hx.unsqueeze(1), None)
             return output.squeeze(1), h_n.squeeze(1)
         if input.dim() != 3:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils.checkpoint import checkpoint
 
 from nni_darts_rnn import bilevel, cell, extension, fused, supernet, workspace
 from nni_darts_rnn.corpus import Corpus, Vocabulary
@@ -257,8 +258,8 @@ def test_a_compiler_that_is_no_command_is_one_line(tmp_path):
 
 
 def test_openmp_in_a_path_with_a_space(monkeypatch):
-    maps = "7f00-7f01 r-xp 00000000 fe:00 123   /opt/my env/torch/lib/libgomp.so.1\n7f02-7f03 rw-p 00000000 00:00 0 \n"
-    monkeypatch.setattr(extension.Path, "read_text", lambda self: maps)
+    maps = b"7f00-7f01 r-xp 00000000 fe:00 123   /opt/my env/torch/lib/libgomp.so.1\n7f02-7f03 rw-p 00000000 00:00 0 \n"
+    monkeypatch.setattr(extension.Path, "read_bytes", lambda self: maps)
     assert extension._openmp() == ["/opt/my env/torch/lib/libgomp.so.1"]
 
 
@@ -299,3 +300,25 @@ def test_two_threads_take_two_plans(monkeypatch):
     with ThreadPoolExecutor(2) as pool:
         taken = list(pool.map(lambda _: sequence._take(Slow(), 8), range(2)))
     assert taken.count("new") == 1 and len(set(map(id, taken))) == 2
+
+
+@pytest.mark.parametrize("value", ["off", "true", "2"])
+def test_a_switch_is_on_or_off(monkeypatch, value):
+    monkeypatch.setenv(extension.SWITCH, value)
+    for asked in (fused.enabled, fused.available, fused.why_not):
+        with pytest.raises(ValueError, match=f"^NNI_DARTS_RNN_FUSED: '{value}' must be 0 .off. or 1 .on.$"):
+            asked()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_keeps_nothing_of_the_cell(monkeypatch, reentrant):
+    kept, run = [], fused._run
+    monkeypatch.setattr(fused, "_run", lambda *a: kept.append(a[5]) or run(*a))
+    torch.manual_seed(0)
+    layer, x = DartsRNN(6, 8), torch.randn(5, 3, 6, requires_grad=True)
+    expected = torch.autograd.grad(layer(x)[0].sum(), [x, *layer.parameters()])
+    kept.clear()
+    out = checkpoint(lambda x: layer(x)[0], x, use_reentrant=reentrant)
+    assert kept == [False]
+    found = torch.autograd.grad(out.sum(), [x, *layer.parameters()]) if not reentrant else (out.sum().backward(), x.grad, *(p.grad for p in layer.parameters()))[1:]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected)) and kept.count(True) == 1

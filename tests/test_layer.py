@@ -224,3 +224,29 @@ def test_refusals(make, words):
     with pytest.raises(ValueError) as error:
         make()
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("shape", [(H,), (1, 1, H), (2, H), (1, H + 1)])
+def test_a_wrong_state_of_an_unbatched_input_is_named_as_it_came(shape):
+    with pytest.raises(ValueError) as error:
+        pair()[0](draw(T, I), draw(*shape))
+    assert str(error.value) == f"hx has shape {shape}; expected (layers·directions, H) = (1, {H}), as the input has no batch"
+
+
+def test_torch_compile_leaves_the_loop_over_time_alone():
+    """It would unroll it, and again for each length."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    layer = pair(2, True)[0]
+    compiled = torch.compile(layer, backend=backend)
+    for length in (20, 30, 41):
+        x = draw(length, B, I).requires_grad_()
+        output, h_n = compiled(x)
+        expected, h_expected = layer(x)
+        assert torch.equal(output, expected) and torch.equal(h_n, h_expected)
+        assert torch.equal(torch.autograd.grad(output.sum(), x)[0], torch.autograd.grad(expected.sum(), x)[0])
+    assert graphs and sum(len(graph.graph.nodes) for graph in graphs) < 400  # unrolled: some 20 nodes for each of the 91 time steps
