@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections import Counter, OrderedDict, defaultdict, deque
 
 from torch import Tensor, nn
 
 from .bilevel import RandomState
 
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # parameters, buffers, hooks: no attributes that a training step assigns
+CONTAINERS = (list, dict, set, deque, Counter, OrderedDict, defaultdict)
 
 
 class Before:
@@ -36,8 +38,19 @@ class Before:
 
 def _copies(attributes: dict) -> dict:
     """A module's own attributes; what can be changed in place is a copy."""
-    return {name: value.clone() if type(value) is Tensor else copy.copy(value) if type(value) in (list, dict, set) else value
-            for name, value in attributes.items() if name not in OF_EVERY_MODULE}
+    return {name: _copy(value) for name, value in attributes.items() if name not in OF_EVERY_MODULE}
+
+
+def _copy(value):
+    """What a step may change in place as a copy, with what it holds; anything else, such as a module, as it is."""
+    if type(value) is Tensor:
+        return value.clone()
+    if type(value) in CONTAINERS:
+        new = copy.copy(value)
+        for key, held in new.items() if isinstance(new, dict) else enumerate(new) if not isinstance(new, set) else ():
+            new[key] = _copy(held)
+        return new
+    return tuple(map(_copy, value)) if type(value) is tuple else value
 
 
 def _replace(module: nn.Module, attributes: dict) -> None:

@@ -194,7 +194,7 @@ def architecture_gradient(loss: Loss, weights: Tensors, alphas: Tensors, train_b
     start = end if ran is None else ran.start
     weights = [w.detach() for w in weights]
     alphas = [a.detach().requires_grad_() for a in alphas]
-    if mode == "first_order" or not any(step.rates):
+    if mode == "first_order" or not (any(step.rates) or any(o is not None for o in step.offsets)):  # w′ = w
         value = valid_loss(weights, alphas, valid_batch)
         direct = reduce(gradients(value, alphas))
         end.restore()

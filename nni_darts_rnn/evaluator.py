@@ -160,14 +160,15 @@ class SupernetReport(pl.Callback):
 
     def on_train_epoch_start(self, trainer, pl_module):
         self.counts.begin()
+        costs = [self.recipe.passes(epoch, len(self.corpus.vocab)) for epoch in range(trainer.current_epoch, trainer.max_epochs)]
+        self.worth = sum(costs) / costs[0]  # of all that is to come, in epochs such as this: those with α take longer
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         learned = training_part(batch)
         if learned is None:
             return
         tokens = learned[0]
-        costs = [self.recipe.passes(epoch, len(self.corpus.vocab)) for epoch in range(trainer.current_epoch, trainer.max_epochs)]
-        left = sum(costs) / costs[0] * trainer.num_training_batches - batch_idx - 1  # in batches of this epoch: those with α take longer
+        left = self.worth * trainer.num_training_batches - batch_idx - 1  # in batches of this epoch
         self.counts.add(tokens.numel(), outputs["data_loss"], trainer.max_epochs, left)
         if trainer.progress_bar_callback is not None and batch_idx % 10 == 0:
             pl_module.log("perplexity", torch.exp(self.counts.nats / self.counts.tokens), prog_bar=True, logger=False)

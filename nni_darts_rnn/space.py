@@ -113,7 +113,11 @@ class MixedCell(MixedRNN, BaseSuperNetModule):
         mixed = cls(module.input_size, module.hidden_size, module.n_nodes, module.primitives, module.dropout_x, module.dropout_h,
                     softmax=mutate_kwargs.get("softmax"), relaxation=module.relaxation, init_range=module.init_range)
         mixed.W0, mixed.Ws = module.W0, module.Ws
-        mixed.alpha = memo.setdefault("cell/alpha", mixed.alpha)  # layers whose choices have the same labels are one cell: one α
+        first = memo.setdefault("cell", mixed)  # layers whose choices have the same labels are one cell: one α
+        for what in ("n_nodes", "relaxation"):  # of choices with other candidates NNI says so itself
+            if getattr(first, what) != getattr(mixed, what):
+                raise ValueError(f"{what}: {getattr(mixed, what)!r} of one CellSpace, {getattr(first, what)!r} of another; all of a space are one cell, so give them the same")
+        mixed.alpha = first.alpha
         for choice in [*module.inputs, *module.ops]:
             mixed.add_mutable(choice.choice)  # the labels stay in the space's description
         return mixed

@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from numbers import Real
 
 import pytorch_lightning as pl
 import torch
@@ -36,6 +37,12 @@ class _TrainingStep(nn.Module):
 def _loss_of(output, name: str = "loss") -> Tensor:
     """The loss in what a `training_step` returned; `name` falls back to "loss"."""
     return output.get(name, output["loss"]) if isinstance(output, dict) else output
+
+
+def _number(name: str, value) -> bool:
+    if not isinstance(value, Real):
+        raise ValueError(f"{name}: {value!r} must be a number")
+    return True
 
 
 @contextlib.contextmanager
@@ -200,6 +207,7 @@ class SecondOrderDartsModule(DartsLightningModule):
         moved_on: dict[str, Tensor] = {}
         tensors = list(weights.values())
         reduce = _mean_over_processes if self.trainer.world_size > 1 else list
+        hvp = "first_order" if is_first_order(self.hvp, self.unrolled_lr) else self.hvp
         if self.reproduce_original and self.hvp != "first_order":
             several_names = [name for name, p in step_module.named_parameters(remove_duplicate=False) if names[id(p)] != name]
             tied = {names[id(step_module.get_parameter(name))] for name in several_names}
@@ -208,8 +216,8 @@ class SecondOrderDartsModule(DartsLightningModule):
                                        self.gradient_clip_val, valid_loss=valid_loss,
                                        tied=[i for i, name in enumerate(weight_names) if name in tied])
         else:
-            step = None if self.hvp == "first_order" else WeightStep.of(optimizer, tensors, self.gradient_clip_val, self.unrolled_lr)
-            result = architecture_gradient(train_loss, tensors, alphas, train_batch, valid_batch, step, self.hvp, self.epsilon,
+            step = None if hvp == "first_order" else WeightStep.of(optimizer, tensors, self.gradient_clip_val, self.unrolled_lr)
+            result = architecture_gradient(train_loss, tensors, alphas, train_batch, valid_batch, step, hvp, self.epsilon,
                                            self.neumann_terms, valid_loss, reduce=reduce,
                                            ran=None if ran is None else TrainingPass([p.grad for p in tensors], ran, before.generators))
         for name, value in moved_on.items():
@@ -261,16 +269,19 @@ class SecondOrderDARTS(DARTS):
         for name, value in (("arc_learning_rate", arc_learning_rate), ("arc_weight_decay", arc_weight_decay), ("warmup_epochs", warmup_epochs),
                             ("neumann_terms", neumann_terms), ("log_prob_every_n_step", log_prob_every_n_step),
                             ("unrolled_lr", 0 if unrolled_lr is None else unrolled_lr)):
-            if not 0 <= value < math.inf:
+            if not (_number(name, value) and 0 <= value < math.inf):
                 raise ValueError(f"{name}: {value!r} must be at least 0, and finite")
         for name, value in (("epsilon", epsilon), ("gradient_clip_val", 1 if gradient_clip_val is None else gradient_clip_val)):
-            if not 0 < value < math.inf:
+            if not (_number(name, value) and 0 < value < math.inf):
                 raise ValueError(f"{name}: {value!r} must be above 0, and finite")
-        for name, numbers in (("neumann_terms", neumann_terms), ("warmup_epochs", warmup_epochs)):
-            if isinstance(numbers, bool) or numbers != int(numbers):
-                raise ValueError(f"{name}: {numbers!r} must be a whole number")
-        if not all(0 <= beta < 1 for beta in arc_betas):
-            raise ValueError(f"arc_betas: {arc_betas!r} must be at least 0 and below 1")
+        for name, value in (("neumann_terms", neumann_terms), ("warmup_epochs", warmup_epochs)):
+            if isinstance(value, bool) or value != int(value):
+                raise ValueError(f"{name}: {value!r} must be a whole number")
+        for name, value in (("own_gradient", own_gradient), ("reproduce_original", reproduce_original)):
+            if not isinstance(value, bool):
+                raise ValueError(f"{name}: {value!r} must be True or False")
+        if not isinstance(arc_betas, Sequence) or len(arc_betas) != 2 or not all(_number("arc_betas", beta) and 0 <= beta < 1 for beta in arc_betas):
+            raise ValueError(f"arc_betas: {arc_betas!r} must be at least 0 and below 1, two of them")
         one_of("hvp", hvp, MODES)
         if neumann_terms and is_first_order(hvp, unrolled_lr):
             raise ValueError(f"neumann_terms: {neumann_terms} terms of the second-order gradient go with no first-order one; give 0")

@@ -29,6 +29,18 @@ def error(ours, truth) -> float:
     return float((norm([a - b for a, b in zip(ours, truth)]) / norm(truth)).detach())
 
 
+def test_a_step_that_goes_by_momentum_alone():
+    """With dampening 1 the step is what momentum carries, whatever the gradient is: α's gradient is the direct one, at w′."""
+    w, a = nn.Parameter(torch.tensor([1.0, -2.0])), torch.tensor([0.5, 3.0])
+    optimizer = torch.optim.SGD([w], lr=0.1, momentum=0.9, dampening=1)
+    w.grad = torch.tensor([3.0, -5.0])
+    optimizer.step()
+    moved = w.detach() - 0.1 * 0.9 * optimizer.state[w]["momentum_buffer"]
+    for mode in ("exact", "finite_difference"):
+        found = architecture_gradient(lambda w, a, b: (w[0] ** 2 * a[0]).sum(), [w], [a], None, None, WeightStep.of(optimizer, [w]), mode)
+        assert error(found.grads, [moved ** 2]) < 1e-12
+
+
 # --- against double backprop
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from nni_darts_rnn.cell_trial import read_parameters
 from nni_darts_rnn.genotype import DARTS_V1, DARTS_V2, PRIMITIVES, Genotype, derive
 from nni_darts_rnn.model import LanguageModel
 from nni_darts_rnn.recipes import get_recipe
-from nni_darts_rnn.space import CellSpace, DartsRnnSpace, MixedCell, load_searched_model
+from nni_darts_rnn.space import CellSpace, DartsRnnSpace, MixedCell, RecurrentSpace, load_searched_model
 from nni_darts_rnn.strategy import SecondOrderDARTS
 from nni_darts_rnn.supernet import mixed_cell
 from nni_darts_rnn.trained import save_trained
@@ -253,3 +254,21 @@ def test_search_spaces_are_nnis_and_every_draw_is_a_trials(path):
 
 def test_there_are_search_spaces():
     assert "darts_rnn.json" in {path.name for path in SPACES}
+
+
+class TwoCells(RecurrentSpace):
+    def __init__(self, **other):
+        super().__init__()
+        self.one, self.two = CellSpace(H, H, 2), CellSpace(H, H, **{"n_nodes": 2} | other)
+
+    def forward(self, x):
+        return self.two(self.one(x))
+
+
+@pytest.mark.parametrize("other", [{"n_nodes": 3}, {"relaxation": "node"}], ids=str)
+def test_cells_of_one_space_that_differ_are_refused(other):
+    (name, value), = other.items()
+    with pytest.raises(ValueError, match=f"^{name}: {re.escape(repr(value))} of one CellSpace, .* of another; all of a space are one cell"):
+        DARTS().mutate_model(TwoCells(**other))
+    supernet = DARTS().mutate_model(TwoCells())
+    assert supernet.one.alpha is supernet.two.alpha

@@ -6,6 +6,7 @@ import random
 import socket
 import subprocess
 import sys
+from collections import Counter, defaultdict, deque
 from functools import partial
 
 import numpy as np
@@ -23,6 +24,7 @@ from torch.utils.data import TensorDataset
 from torchmetrics import CatMetric
 
 import nni_darts_rnn.strategy as strategy_module
+from nni_darts_rnn.auxiliary import Before
 from nni_darts_rnn.corpus import EOS, UNK, Corpus, Vocabulary
 from nni_darts_rnn.evaluator import TRAIN, VALID, LanguageModelModule, search_evaluator
 from nni_darts_rnn.genotype import Genotype, derive
@@ -237,6 +239,22 @@ def test_alpha_has_the_order_of_the_modules():
     assert orders[0] == orders[1] == orders[2] == [n for n in names.values() if n.endswith("_arch_alpha")]
 
 
+def test_what_modules_keep_in_containers_is_put_back():
+    module = nn.Linear(2, 2)
+    module.counts, module.last, module.named, module.nested = Counter(a=1), deque([1, torch.ones(2)], maxlen=2), defaultdict(list), {"deep": [[1], (2, {3})]}
+    before, same = Before(module), module.counts
+    for _ in range(2):
+        with before.again():
+            assert module.counts == Counter(a=1) and list(module.last)[0] == 1 and not module.named and module.nested == {"deep": [[1], (2, {3})]}
+            module.counts["a"] += 1
+            module.last[1].mul_(2)
+            module.last.append(2)
+            module.named["x"].append(1)
+            module.nested["deep"][0].append(2)
+            module.nested["deep"][1][1].add(4)
+    assert module.counts is same and module.counts == Counter(a=1) and torch.equal(module.last[1], torch.ones(2)) and module.nested == {"deep": [[1], (2, {3})]}
+
+
 def test_finds_the_known_best():
     found = 0
     for seed in range(20):
@@ -445,7 +463,11 @@ def test_a_text_is_not_read_whole_by_each_of_several_processes(monkeypatch):
 def test_adam_is_refused_by_name_but_not_in_first_order():
     with pytest.raises(ValueError, match="Adam's step is not linear"):
         search(Branches(), Regression(optimizer=torch.optim.Adam), branch_batches(2), branch_batches(2), make())
-    search(Branches(), Regression(optimizer=torch.optim.Adam), branch_batches(2), branch_batches(2), make(hvp="first_order"))
+    found = []
+    for options in ({"hvp": "first_order"}, {"unrolled_lr": 0}):
+        torch.manual_seed(0)
+        found.append(search(Branches(), Regression(optimizer=torch.optim.Adam), branch_batches(2), branch_batches(2), make(**options))[0].arch_parameters())
+    assert all(torch.equal(a, b) for a, b in zip(*found)) and len(found[0]) > 0
 
 
 def test_frozen_weights_take_no_part(spy):
@@ -462,6 +484,9 @@ def test_frozen_weights_take_no_part(spy):
     ({"warmup_epochs": float("nan")}, "warmup_epochs: nan"), ({"unrolled_lr": float("inf")}, "unrolled_lr: inf must be at least 0, and finite"),
     ({"epsilon": float("inf")}, "epsilon: inf must be above 0, and finite"), ({"neumann_terms": 1.5}, "neumann_terms: 1.5 must be a whole number"),
     ({"warmup_epochs": True}, "warmup_epochs: True must be a whole number"), ({"arc_betas": (0.9, 1.5)}, "arc_betas: .0.9, 1.5. must be at least 0 and below 1"),
+    ({"arc_betas": (0.9,)}, "arc_betas: .0.9,. must be at least 0 and below 1, two of them"), ({"arc_betas": 0.9}, "arc_betas: 0.9 must be .*two of them"),
+    ({"arc_learning_rate": "3e-3"}, "arc_learning_rate: '3e-3' must be a number"), ({"epsilon": None}, "epsilon: None must be a number"),
+    ({"own_gradient": "false"}, "own_gradient: 'false' must be True or False"), ({"reproduce_original": 0}, "reproduce_original: 0 must be True or False"),
     ({"neumann_terms": 2, "hvp": "first_order"}, "neumann_terms: 2 terms"), ({"neumann_terms": 2, "unrolled_lr": 0}, "neumann_terms: 2 terms"),
     ({"reproduce_original": True, "gradient_clip_val": 1, "hvp": "exact"}, "reproduce_original: the published code has a finite difference")], ids=str)
 def test_bad_settings_are_refused(options, message):
