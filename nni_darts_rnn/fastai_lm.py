@@ -79,11 +79,14 @@ class SequenceLoss(CrossEntropyLossFlat):
     """fastai's cross-entropy, flattened time first: `StatefulLM`'s logits are then not copied, and sums run as in `LanguageModel.loss`."""
 
     def __call__(self, decoded: Tensor | DeferredLogits, targets: Tensor, **kwargs) -> Tensor:
+        plain = self.func.weight is None and self.func.ignore_index == -100 and not self.func.label_smoothing
         if isinstance(decoded, DeferredLogits):
             with _products(decoded.precision, targets):
-                return linear_cross_entropy(decoded.dropped.flatten(0, 1), decoded.weight, decoded.bias, targets.t().flatten())  # (T·B, H), (T·B)
-        if self.reduction != "mean":
-            return super().__call__(decoded, targets, **kwargs)  # somebody wants the losses one by one, batch first
+                if plain:
+                    return linear_cross_entropy(decoded.dropped.flatten(0, 1), decoded.weight, decoded.bias, targets.t().flatten())  # (T·B, H), (T·B)
+                decoded = F.linear(decoded.dropped, decoded.weight, decoded.bias).transpose(0, 1)  # (T, B, V) -> (B, T, V)
+        if self.reduction != "mean" or not plain:
+            return super().__call__(decoded, targets, **kwargs)  # somebody wants the losses one by one, batch first, or another loss
         return F.cross_entropy(decoded.transpose(0, 1).flatten(0, 1), targets.t().flatten())
 
 

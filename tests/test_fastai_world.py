@@ -7,9 +7,11 @@ import pandas as pd
 import pytest
 import torch
 from fastai.learner import load_learner
+from fastai.losses import CrossEntropyLossFlat
 from fastai.text.all import BaseTokenizer, SubwordTokenizer, TextDataLoaders, WordTokenizer, language_model_learner, set_seed, text_classifier_learner
 
 from nni_darts_rnn.callbacks import PrintGenotype
+from nni_darts_rnn.fastai_lm import DeferredLogits, SequenceLoss
 from nni_darts_rnn.fastai_text import (
     AWD_DARTS,
     awd_darts_clas_config,
@@ -192,3 +194,14 @@ def test_any_fastai_language_model_dataloaders_can_be_searched_on(tmp_path, toke
         learn.fit(1)
     assert learn.recorder.values[0][1] < 1.1 * torch.tensor(float(len(dls.vocab))).log()
     assert json.loads(search.model.genotype().to_json())["recurrent"]
+
+
+@pytest.mark.parametrize("options", [{"ignore_index": 0}, {"label_smoothing": 0.2}, {"weight": torch.linspace(0.5, 2, 7)}], ids=lambda o: next(iter(o)))
+def test_the_loss_takes_what_fastais_takes(options):
+    torch.manual_seed(0)
+    dropped, weight, bias, targets = torch.randn(5, 3, 4), torch.randn(7, 4), torch.randn(7), torch.randint(7, (3, 5))  # (T, B, H), (V, H), (V), (B, T)
+    decoded = (dropped @ weight.t() + bias).transpose(0, 1)  # (B, T, V)
+    expected = CrossEntropyLossFlat(**options)(decoded, targets)
+    for given in (decoded, DeferredLogits(dropped, weight, bias)):
+        assert torch.allclose(SequenceLoss(**options)(given, targets), expected, rtol=1e-6)
+        assert not torch.allclose(SequenceLoss()(given, targets), expected, rtol=1e-3)
