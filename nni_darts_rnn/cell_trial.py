@@ -15,10 +15,24 @@ from pathlib import Path
 from .checkpoints.stopping import Terminated, end_by
 from .genotype import Genotype
 from .rungs import recipe_fields
-from .trial import Parser, add_onnx_option, add_run_options, checked_recipe, checked_seed, open_corpus, prepare_torch, quiet_hosts, without_search
+from .trial import (
+    REFUSALS,
+    Parser,
+    add_onnx_option,
+    add_run_options,
+    checked_recipe,
+    checked_seed,
+    in_any_locale,
+    one_line,
+    open_corpus,
+    prepare_torch,
+    quiet_hosts,
+    without_search,
+)
 
 
 def main(argv: list[str] | None = None) -> int:
+    in_any_locale()
     parser = Parser(prog="python3 -m nni_darts_rnn.cell_trial", description="One trial of an NNI experiment over cells: train and test the tuner's.")
     add_run_options(parser, searches=False)
     parser.add_argument("--maximize", action="store_true", help="report 1/perplexity, the geometric mean of the words' probabilities, in place of the "
@@ -36,8 +50,8 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         result = run(arguments, dict(parameters), lambda row: nni.report_intermediate_result(metrics(row["perplexity"], row)))
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except REFUSALS as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, Terminated) as stop:  # how NNI stops a trial early; its checkpoint stays, and after Ctrl-C the best model so far
         print("stopped", file=sys.stderr, flush=True)
@@ -53,10 +67,12 @@ def read_parameters(parameters: dict) -> tuple[Genotype, int, dict]:
     seed = checked_seed(parameters.get("seed", 0))
     for key, value in recipe_fields(parameters).items():
         if re.fullmatch(r"cell/node_\d+", key) and isinstance(value, dict):
+            for other in value.keys() - {"_name", "input"}:
+                raise ValueError(f"setting {other!r}: in a choice of {key} only its input can be opened; settings such as retrain.lr go beside the nodes")
             sample |= {f"{key}/{label}": value[name] for label, name in (("op", "_name"), ("input", "input")) if name in value}
         elif re.fullmatch(r"cell/node_\d+/(op|input)", key):
             sample[key] = value
-        elif key.startswith("search."):
+        elif key == "search" or key.startswith("search."):
             raise ValueError(f"setting {key!r}: a trial of a cell has no search; use retrain.<field>")
         else:
             settings[key] = value

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 from . import __version__
 from .checkpoints.stopping import Terminated
 from .commands import afterwards, compute
-from .trial import Parser, add_keeping_options, add_run_options
+from .trial import REFUSALS, Parser, add_keeping_options, add_run_options, in_any_locale, one_line
 
 EXPERIMENT = "id of an NNI experiment on this machine (running, stopped or finished), or its folder"
 
 
 def new_folder(text: str) -> Path:
     """A folder that is there or can be made."""
-    path = Path(text)
+    path = Path(text).expanduser()
     there = next((place for place in (path, *path.parents) if place.exists()), path)
     if not text or not there.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is not possible: {f'{there} is a file' if text else 'it is empty'}; give a folder")
     return path
+
+
+def new_file(text: str) -> Path:
+    """A file that is there or can be made."""
+    path = Path(text).expanduser()
+    if not text or path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is not possible: {f'{path} is a folder' if text else 'it is empty'}; give a file")
+    return new_folder(str(path.parent)) / path.name
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -61,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
                "Draws the cell, the heat map and animation of α, and the learning curves from the folder of a trial, a search or a retraining.",
                "Example: nni-darts-rnn plot found")
     plot.add_argument("folder", type=Path, help="where genotype.json, alpha.json, search.csv, retrain.csv are; those that are there are drawn")
-    plot.add_argument("--out", type=Path, help="folder for the pictures; default: the same")
+    plot.add_argument("--out", type=new_folder, help="folder for the pictures; default: the same")
     best = add("best", afterwards.best, "the best trial of an NNI experiment",
                "Names the trial whose retrained cell has the lowest validation perplexity: folder, cell, pictures.",
                "Example: nni-darts-rnn best k3v8x2ab")
@@ -71,11 +80,11 @@ def build_parser() -> argparse.ArgumentParser:
                  "that do it again.",
                  "Example: nni-darts-rnn report k3v8x2ab --out report.html")
     report.add_argument("experiment", metavar="EXPERIMENT", help=EXPERIMENT)
-    report.add_argument("--out", type=Path, default=Path("report.html"), help="the page; default report.html; an older one is replaced")
+    report.add_argument("--out", type=new_file, default=Path("report.html"), help="the page; default report.html; an older one is replaced")
     init = add("init", afterwards.init, "write the example experiment into a folder",
                "Writes the example's YAML and search spaces into a folder, for nnictl to run and for you to change.",
                "Example: nni-darts-rnn init mine && nnictl create --config mine/examples/darts_rnn.yml")
-    init.add_argument("folder", type=Path, metavar="DIR", help="made where it does not exist")
+    init.add_argument("folder", type=new_folder, metavar="DIR", help="made where it does not exist")
     init.add_argument("--force", action="store_true", help="replace files of the same name")
     recipes = add("recipes", compute.recipes, "the named recipes and every field", "Prints every recipe's fields with what they mean.")
 
@@ -85,11 +94,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    in_any_locale()
     arguments = build_parser().parse_args(argv)
     try:
         arguments.action(arguments)
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"nni-darts-rnn: error: {error}", file=sys.stderr)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the answer has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13  # SIGPIPE's number, as of a program that it ends
+    except REFUSALS as error:
+        print(f"nni-darts-rnn: error: {one_line(error)}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, Terminated) as stop:
         print("nni-darts-rnn: interrupted; what was finished is kept, and the same command goes on from there", file=sys.stderr)

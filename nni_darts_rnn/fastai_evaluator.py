@@ -6,6 +6,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import nni
@@ -115,6 +116,6 @@ class FastaiEvaluator(Evaluator):
         if lm.vocab_size != len(corpus.vocab):
             raise ValueError(f"the model space has vocab_size {lm.vocab_size}, the corpus {corpus.name} has {len(corpus.vocab)} words")
         check_fits(corpus, self.recipe)
-        take_fast_path(corpus, self.recipe, self.device, model.genotype().n_nodes)
+        take_fast_path(corpus, replace(self.recipe, epochs=max(1, self.epochs)), self.device, model.genotype().n_nodes)
         return lm_learner(language_dls(corpus, self.recipe, self.seed, self.device, path=folder), lm, self.recipe, seed=self.seed, path=folder,
                           metrics_file=None)

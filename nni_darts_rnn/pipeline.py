@@ -32,10 +32,10 @@ def check_fits(corpus: Corpus, *parts: SearchRecipe | RetrainRecipe) -> None:
             prefix, texts = "retrain", {"batch_size": [("training", corpus.without_alpha().train)], "eval_batch_size": [("validation", corpus.valid)],
                                         "test_batch_size": [("test", corpus.test)]}
         _check_streams(part, prefix, texts)
-        V, H = len(corpus.vocab), part.hidden_size
-        needed, there = 8 * (V * H + V + 4 * H * H), _memory()  # float32 twice; of the cell only W0, whose size every cell shares
+        V, H, N = len(corpus.vocab), part.hidden_size, getattr(part, "n_nodes", 0)
+        needed, there = 8 * (V * H + V + 4 * H * H + 2 * N * H * H), _memory()  # float32 twice; of a cell to be retrained only W0, whose size every cell shares
         if needed > there:
-            raise ValueError(f"{prefix}.hidden_size: {H} units for {V:,} words need {needed / 1e9:,.0f} GB for the weights and their gradient alone, "
+            raise ValueError(f"{prefix}.hidden_size: {H} units{f' and {N} nodes' if N else ''} for {V:,} words need {needed / 1e9:,.0f} GB for the weights and their gradient alone, "
                              f"but this machine has {there / 1e9:,.0f} GB of memory; take fewer units, or put <unk> for rare words")
 
 
@@ -60,11 +60,12 @@ def _memory() -> float:
         return math.inf
 
 
-def take_fast_path(corpus: Corpus, recipe: SearchRecipe | RetrainRecipe, device: str, n_nodes: int | None = None) -> None:
+def take_fast_path(corpus: Corpus, recipe: SearchRecipe | RetrainRecipe, device: str, n_nodes: int | None = None, more: bool = False) -> None:
     """Turns the compiled cells on for a phase in which they save more than compiling them costs, and off for one in which they do not; notes in one line, once a
     process, what would make such a run faster.
 
-    The decision depends on the sizes of the phase alone, so a trial's retraining and the command that repeats it take the same path.
+    The decision depends on the sizes of the phase alone, so a trial's retraining and the command that repeats it take the same path. A phase that may go on for
+    `more` epochs than it knows of counts as a long one.
     """
     from . import fused
     from .extension import State
@@ -77,7 +78,7 @@ def take_fast_path(corpus: Corpus, recipe: SearchRecipe | RetrainRecipe, device:
     work = fused.eager_seconds(recipe.bptt, recipe.batch_size, recipe.hidden_size, words, n_nodes, passes=steps * passes,
                                edges=None if search else n_nodes)
     where = choose_device("cpu" if str(device) == "cpu" else "auto")
-    fused.prepare(work, where)
+    fused.prepare(math.inf if more else work, where)
     hint = fused.why_not(where, recipe.precision if isinstance(recipe, RetrainRecipe) else "float32")
     if hint is not None and hint not in State.told:
         State.told.add(hint)
@@ -89,9 +90,11 @@ def search_phase(corpus: Corpus, recipe: SearchRecipe, seed: int, folder: Path, 
     """Searches, and leaves genotype.json, alpha.json, search.csv and their pictures in `folder`. Returns genotype, perplexity, seconds, rows.
 
     While it goes on the search keeps itself in `folder`/checkpoint; the same call goes on from there (see `Keeping`). `ValueError` where
-    another process is at work in the folder, or where a search with other settings waits there to go on.
+    another process is at work in the folder, where a search with other settings waits there to go on, or where a trained model lies there.
     """
     with alone_in(folder) as kept:
+        if (folder / "model.json").exists():
+            raise ValueError(f"{folder} holds a trained model, beside which a search would leave another cell; give another folder for the results")
         store = _store(kept, "search", run_identity(corpus, recipe, seed), keeping)
         found = _search_phase(corpus, recipe, seed, folder, report, progress, device, store)
         store.clear()
@@ -124,22 +127,22 @@ def retrain_phase(corpus: Corpus, genotype: Genotype | str, recipe: RetrainRecip
     with alone_in(folder) as kept:
         _check_cell(folder, genotype)  # before `resume="never"` removes what another run has kept
         store = _store(kept, "retrain", _retrain_identity(corpus, genotype, recipe, seed), keeping)
-        done = _retrain_phase(corpus, genotype, recipe, seed, folder, report, progress, device, store)
+        done = _retrain_phase(corpus, genotype, recipe, seed, folder, report, progress, device, store, more=False)
         store.clear()
     return done
 
 
 def _retrain_identity(corpus, genotype, recipe, seed) -> dict:
-    return run_identity(corpus, recipe, seed, genotype=genotype.to_json())
+    return run_identity(corpus.without_alpha(), recipe, seed, genotype=genotype.to_json())
 
 
-def _retrain_phase(corpus, genotype, recipe, seed, folder, report, progress, device, store) -> dict:
+def _retrain_phase(corpus, genotype, recipe, seed, folder, report, progress, device, store, more) -> dict:
     from .learner import retrain
     from .trained import save_trained
 
     if not (folder / "genotype.json").exists():
         write_text(folder / "genotype.json", genotype.to_json() + "\n")
-    take_fast_path(corpus, recipe, device, genotype.n_nodes)
+    take_fast_path(corpus, recipe, device, genotype.n_nodes, more)
     with watched(folder, "retrain", report) as report:
         outcome = retrain(corpus, genotype, recipe, seed, folder, report, progress, device, store)
         summary = {name: outcome[name] for name in ("valid_perplexity", "test_perplexity", "parameters")}
@@ -196,7 +199,7 @@ def whole_run(corpus: Corpus, recipe: Recipe, seed: int, folder: Path, report=No
         if more:
             del identity["recipe"]["epochs"]
         last = _store(kept, "retrain", identity, rest)
-        retrained = _retrain_phase(corpus, genotype, recipe.retrain, seed, folder, report, progress, device, last)
+        retrained = _retrain_phase(corpus, genotype, recipe.retrain, seed, folder, report, progress, device, last, more)
         result = {
             "seed": seed, "corpus": corpus.name, "recipe": recipe.to_dict(), "genotype": genotype.to_json(),
             "supernet_valid_perplexity": searched["supernet_valid_perplexity"], "valid_perplexity": retrained["valid_perplexity"],

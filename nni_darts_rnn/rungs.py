@@ -18,7 +18,10 @@ BUDGET = "TRIAL_BUDGET"
 
 
 def recipe_fields(parameters: dict) -> dict:
-    """A tuner's parameters without the seed, and with the budget as what it is here, the field `retrain.epochs`."""
+    """A tuner's parameters without the seed, and with the budget as what it is here, the field `retrain.epochs`, which then is no parameter of its own (`ValueError`)."""
+    nested = parameters.get("retrain")
+    if BUDGET in parameters and ("retrain.epochs" in parameters or isinstance(nested, dict) and "epochs" in nested):
+        raise ValueError(f"retrain.epochs: the search space opens it, but Hyperband gives the epochs, as {BUDGET}; leave it out of the search space")
     return {"retrain.epochs" if key == BUDGET else key: value for key, value in parameters.items() if key != "seed"}
 
 

@@ -7,6 +7,7 @@ import logging
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 
 class Talk:
@@ -58,7 +59,7 @@ def _tell(level: int) -> None:
 
 def answer(arguments, data: dict, words: str, then: Sequence[object] = ()) -> None:
     """The result, and the command that a person is likely to want next: `then`, its words."""
-    command = shlex.join([str(word) for word in then])
+    command = shlex.join([f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word) for word in then])
     if arguments.json:
         print(json.dumps(data | ({"next": command} if command else {})))
         return

@@ -7,19 +7,42 @@ retraining (see `rungs.py`); anything else is refused before training begins.
 from __future__ import annotations
 
 import argparse
+import io
 import os
+import re
 import sys
 from pathlib import Path
 
 from .checkpoints.stopping import Terminated, end_by
 from .rungs import BUDGET, configuration_folder, copy_results, recipe_fields
 
+REFUSALS = (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError)
+
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, as every other refusal; `--help` has the usage."""
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        from .genotype import did_you_mean
+
+        refused = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)$", message)
+        near = did_you_mean(refused[1], re.findall(r"[\w-]+", refused[2])) if refused else ""
+        self.exit(2, f"{self.prog}: error: {message}{near}\n")
+
+
+def one_line(error: Exception) -> str:
+    """What a command says of one of REFUSALS. A `RuntimeError` that tells of anything but memory is a fault of the program's own, and goes on."""
+    if not isinstance(error, (MemoryError, RuntimeError)):
+        return str(error)
+    if isinstance(error, RuntimeError) and type(error).__name__ != "OutOfMemoryError" and not re.search("not enough memory|can't allocate memory", str(error)):
+        raise error
+    return f"out of memory ({' '.join(str(error).split())[-120:] or type(error).__name__}); take fewer units, a smaller batch, or a shorter bptt"
+
+
+def in_any_locale() -> None:
+    """What is printed has letters such as α; where a locale lacks them they are escaped."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def make_parser() -> Parser:
@@ -34,6 +57,7 @@ def make_parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    in_any_locale()
     arguments = make_parser().parse_args(argv)
 
     quiet_hosts()
@@ -47,8 +71,8 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         run(arguments, dict(parameters), nni.report_intermediate_result, final)
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except REFUSALS as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, Terminated) as stop:  # how NNI stops a trial
         print("stopped; the trial goes on from its checkpoint when it is run again", file=sys.stderr, flush=True)

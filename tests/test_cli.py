@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -9,12 +10,14 @@ from importlib.metadata import entry_points
 import nni
 import numpy as np
 import pytest
+import torch
 
 from nni_darts_rnn import __version__, cli, plot, trial
 from nni_darts_rnn.genotype import derive, load_genotype
 from nni_darts_rnn.outputs import figures
 from nni_darts_rnn.plot.alpha import probabilities
 from nni_darts_rnn.recipes import RECIPES
+from nni_darts_rnn.trained import load_trained, save_trained
 
 TEXT = "the cat sat on the mat\nthe dog sat on the cat\n"
 # the smallest whole run; one thread would stay set for the tests that follow, so none is asked for
@@ -84,6 +87,32 @@ def test_as_a_program():
     assert done.returncode == 2 and not done.stdout and len(done.stderr.splitlines()) == 1 and "search.n_nodes" in done.stderr
     (script,) = entry_points(group="console_scripts", name="nni-darts-rnn")
     assert script.load() is cli.main
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_letters_that_a_locale_lacks_are_escaped(encoding):
+    done = subprocess.run([sys.executable, "-m", "nni_darts_rnn.cli", "recipes"], capture_output=True, timeout=60, env={**os.environ, "PYTHONIOENCODING": encoding})
+    assert done.returncode == 0 and not done.stderr and b"\\u03b1" in done.stdout
+
+
+def test_a_reader_that_has_had_enough():
+    program = subprocess.Popen([sys.executable, "-m", "nni_darts_rnn.cli", "recipes"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    program.stdout.close()
+    assert program.stderr.read() == b"" and program.wait(timeout=60) == 128 + 13
+
+
+def test_what_does_not_fit_in_memory_is_one_line(place, capsys, monkeypatch):
+    def too_large(*arguments):
+        return torch.empty(10**15)
+
+    monkeypatch.setattr("nni_darts_rnn.pipeline.search_phase", too_large)
+    arguments = ["search", "--corpus", place.parent / "corpus", *SMALL]
+    assert status(cli.main, *arguments) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("nni-darts-rnn: error: out of memory (") and last.endswith("; take fewer units, a smaller batch, or a shorter bptt")
+    monkeypatch.setattr("nni_darts_rnn.pipeline.search_phase", lambda *arguments: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):  # a fault, and no refusal
+        cli.main(list(map(str, arguments)))
 
 
 RUN_OPTIONS = {  # options that `search`, `retrain`, `evaluate` and the trial share
@@ -266,12 +295,20 @@ def test_search_retrain_evaluate(place, capsys):
     assert status(cli.main, "evaluate", place / "b", *common[:2], "--json") == 0
     assert json.loads(capsys.readouterr().out) == tested
     assert sorted(os.listdir(place)) == ["a", "b"]
-    # what was trained carries its cell, and is not trained over with another one
+    # or in the package's own numbers, where what is kept beside the weights says nothing of a recipe
+    model, words = load_trained(place / "b")
+    for extra in (["my notes"], {"recipe": ["bptt"]}, "a word", None):
+        save_trained(place.parent / "noted", model, words, extra)
+        assert status(cli.main, "evaluate", place.parent / "noted", *reading[:2], *reading[4:]) == 0
+        assert json.loads(capsys.readouterr().out)["test_perplexity"] == pytest.approx(tested["test_perplexity"], rel=0.05)
+    # what was trained carries its cell, and is not trained or searched over with another one
     assert status(cli.main, "retrain", *common, "--genotype", place / "b", "--out", place / "c") == 0
     assert json.loads(capsys.readouterr().out)["test_perplexity"] == trained["test_perplexity"]
     before = {path: path.read_bytes() for path in (place / "c").rglob("*") if path.is_file()}
     assert status(cli.main, "retrain", *common, "--genotype", "ENAS", "--out", place / "c") == 2
     assert "genotype.json is another cell than the one to train" in capsys.readouterr().err
+    assert status(cli.main, "search", *common, "--out", place / "c") == 2
+    assert "c holds a trained model, beside which a search would leave another cell" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in (place / "c").rglob("*") if path.is_file()} == before
     (place.parent / "corpus" / "test.txt").write_text("the cat\n")
     assert status(cli.main, "evaluate", place / "b", *common[:2]) == 2
@@ -281,3 +318,15 @@ def test_search_retrain_evaluate(place, capsys):
     assert status(cli.main, "evaluate", place / "b", *common[:2]) == 2
     text = capsys.readouterr()
     assert "another vocabulary" in text.err and len(text.err.splitlines()) == 1 and not text.out
+
+
+def test_names_that_begin_with_a_dash_or_a_tilde(place, capsys, monkeypatch):
+    """The command that is printed at the end is one that works."""
+    monkeypatch.setenv("HOME", str(place))
+    os.rename(place.parent / "corpus", place / "-texts")
+    assert status(cli.main, "search", "--corpus=-texts", *SMALL, "--out=-found") == 0
+    then = shlex.split(capsys.readouterr().err.splitlines()[-1])
+    assert then[:2] == ["next:", "nni-darts-rnn"] and "./-texts" in then and "./-found/genotype.json" in then
+    assert status(cli.main, *then[2:], *SMALL[2:], "--out", "~/trained") == 0 and (place / "trained" / "model.json").exists()
+    text = capsys.readouterr()
+    assert status(cli.main, *shlex.split(text.err.splitlines()[-1])[2:]) == 0

@@ -481,6 +481,8 @@ def packed(names: dict, kind: str) -> bytes:
                 info = tarfile.TarInfo(name)
                 if data is None:
                     info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+                elif name.endswith("/"):
+                    info.type = tarfile.DIRTYPE
                 info.size = len(data or b"")
                 archive.addfile(info, io.BytesIO(data or b""))
     return file.getvalue()
@@ -491,7 +493,7 @@ GOOD = {"wikitext/wiki.train.tokens": b"a b\n", "wikitext/wiki.valid.tokens": b"
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])
 @pytest.mark.parametrize("extra, says", [
-    ({}, None),
+    ({}, None), ({"train.txt/": b""}, None), ({"../evil/": b""}, "path outside"),
     ({"../evil.txt": b"x"}, "path outside"), ({"a/../../evil.txt": b"x"}, "path outside"), ({"/tmp/evil.txt": b"x"}, "path outside"),
     ({"C:/evil.txt": b"x"}, "path outside"), ({"..\\evil.txt": b"x"}, "path outside"), ({"other/train.txt": b"x"}, "several files"),
 ])
@@ -517,6 +519,13 @@ def test_bad_archives(tmp_path, monkeypatch):
     flipped[good.index(b"wiki.train.tokens") + 18] ^= 0xFF  # in the compressed data
     path.write_bytes(flipped)
     one_line(download.unpack, path, tmp_path)
+    raw = io.BytesIO()
+    with tarfile.open(fileobj=raw, mode="w:xz") as archive:
+        archive.addfile(tarfile.TarInfo("train.txt"), io.BytesIO())
+    broken = bytearray(raw.getvalue())
+    broken[len(broken) // 2] ^= 0xFF
+    path.write_bytes(broken)
+    assert "no archive that can be read" in one_line(download.unpack, path, tmp_path)
     monkeypatch.setattr(download, "_LARGEST", 10_000)
     path.write_bytes(packed({**GOOD, "wikitext/wiki.train.tokens": b"a " * 50_000}, "zip"))  # 100 kB in a few bytes
     assert "more than" in one_line(download.unpack, path, tmp_path)

@@ -233,8 +233,8 @@ def test_commands_name_what_differs_from_the_recipe(home, mixed):
     ({"retrain.lr": 7.0, "retrain.anneal": 0.5}, dict(optimizer="sgd", lr=7.0, nonmono=2, patience=10)),
     ({"retrain.lr": 7.0, "retrain.anneal": 0.0, "retrain.patience": 4}, dict(optimizer="sgd", lr=7.0, nonmono=2, patience=4)),
     ({"retrain.optimizer": "adam", "retrain.lr": 0.004, "retrain.nonmono": None}, dict(optimizer="sgd", lr=20.0, nonmono=5, patience=10)),
-    ({"retrain.optimizer": "adam", "retrain.lr": 0.004, "retrain.nonmono": None, "retrain.anneal": 0, "retrain.patience": 4},
-     dict(optimizer="sgd", lr=20.0, nonmono=5, patience=10))])
+    ({"retrain.optimizer": "adam", "retrain.lr": 0.004, "retrain.nonmono": None, "retrain.anneal": 0, "retrain.patience": 4, "retrain.dropout": 0.01, "retrain.dropout_h": 0.01},
+     dict(optimizer="sgd", lr=20.0, nonmono=5, patience=10, dropout=0.3, dropout_h=0.1))])
 def test_how_the_best_cell_is_trained_on(home, given, expected, monkeypatch, capsys):
     """By SGD and averaging, until it gets no better, whatever its trial had."""
     trained, recipe = [], get_recipe("small", given)

@@ -145,7 +145,11 @@ def test_no_trial_has_finished(home, capsys):  # noqa: F811
     text = capsys.readouterr()
     assert not text.err and json.loads(text.out)["finished"] == 0
     assert "No trial has finished yet" in Page((home / "sub" / "page.html").read_text()).text
-    assert run("report", "abcd1234", "--out", home) == 2 and len(capsys.readouterr().err.splitlines()) == 2
+    for out, why in ((home, "is a folder; give a file"), ("", "it is empty; give a file"), ("page.html/x", "page.html is a file; give a folder")):
+        (home / "page.html").touch()
+        assert run("report", "abcd1234", "--out", out) == 2
+        text = capsys.readouterr().err
+        assert why in text and len(text.splitlines()) == 1
 
 
 def test_what_the_command_says(home, capsys):  # noqa: F811

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from nni_darts_rnn.checkpoints.file import read_about, read_state
 from nni_darts_rnn.checkpoints.stopping import Stopped, Terminated, stop_requests
 from nni_darts_rnn.checkpoints.store import Checkpoints, Every, Keeping, alone_in, run_identity
 from nni_darts_rnn.files import digest
+from nni_darts_rnn.genotype import DARTS_V2
 from nni_darts_rnn.recipes import get_recipe
 
 TIMES = {"seconds", "tokens_per_second"}
@@ -315,3 +317,12 @@ def test_through_the_command_line(tmp_path, monkeypatch):
     torch.set_num_threads(threads)
     assert rows(tmp_path / "killed" / "search.csv") == rows(tmp_path / "whole" / "search.csv")
     assert digest(tmp_path / "killed" / "alpha.json") == digest(tmp_path / "whole" / "alpha.json")
+
+
+def test_a_trial_with_text_apart_for_alpha_goes_on_by_the_command_that_has_no_such_text(tmp_path):
+    """A retraining reads all of the training text, whatever part of it the search kept apart."""
+    whole = corpus()
+    apart = replace(whole, train=whole.train[:-200], alpha=whole.train[-200:], undivided=whole.train)
+    identity = pipeline._retrain_identity(apart, DARTS_V2, RECIPE.retrain, 0)
+    assert torch.equal(apart.without_alpha().train, whole.train)
+    assert identity == pipeline._retrain_identity(whole, DARTS_V2, RECIPE.retrain, 0) != pipeline._retrain_identity(whole, DARTS_V2, RECIPE.retrain, 1)

@@ -18,10 +18,12 @@ from nnictl import Experiment
 from test_resume import rows
 from texts import write_texts
 
-from nni_darts_rnn import pipeline, trial
+from nni_darts_rnn import fused, pipeline, trial
 from nni_darts_rnn.corpus import load_corpus
+from nni_darts_rnn.extension import SWITCH
 from nni_darts_rnn.files import digest
 from nni_darts_rnn.hyperband import Hyperband
+from nni_darts_rnn.recipes import get_recipe
 from nni_darts_rnn.report.experiments import load_experiment
 
 ROOT = Path(__file__).parents[1]
@@ -48,6 +50,7 @@ def run_trial(folder: Path, corpus: Path, monkeypatch, parameters: dict, *option
 
 
 def test_a_seed_goes_on_from_its_last_trial(tmp_path, corpus, monkeypatch):
+    monkeypatch.setenv(SWITCH, "1")  # a rung's cell is compiled, as it may have to be trained for long; the whole of one so small would not be
     trials = tmp_path / "experiment" / "environments" / "local-env" / "trials"
     first, _ = run_trial(trials / "a", corpus, monkeypatch, {"seed": 3, "TRIAL_BUDGET": 1})
     second, reported = run_trial(trials / "b", corpus, monkeypatch, {"seed": 3, "TRIAL_BUDGET": 3})
@@ -167,3 +170,28 @@ def test_the_example_by_nnictl(tmp_path, corpus, monkeypatch):
         assert "--set retrain.epochs=3" in again[1] and f"--seed {results[3]['seed']}" in again[0]
     finally:
         experiment.stop()
+
+
+def test_a_rung_takes_the_path_of_a_long_training(tmp_path, corpus, monkeypatch):
+    """What a short one would not gain from, it may yet gain from in its next trial, whose numbers are to be those of one training."""
+    paths = []
+    monkeypatch.setattr(pipeline, "take_fast_path", lambda corpus, recipe, device, n_nodes=None, more=False: paths.append(more))
+    run_trial(tmp_path / "e" / "environments" / "local-env" / "trials" / "a", corpus, monkeypatch, {"seed": 3, "TRIAL_BUDGET": 1})
+    run_trial(tmp_path / "whole" / "trial", corpus, monkeypatch, {"seed": 3})
+    assert paths == [False, True, False, False]  # each a search and a retraining
+
+
+def test_a_phase_that_may_go_on_is_decided_for_as_a_long_one(corpus, monkeypatch):
+    seen = []
+    monkeypatch.setattr(fused, "prepare", lambda seconds, device: seen.append(seconds))
+    recipe = get_recipe("tiny").retrain
+    for more in (False, True):
+        pipeline.take_fast_path(load_corpus(str(corpus)), recipe, "cpu", 3, more)
+    assert 0 < seen[0] < 40 and seen[1] == float("inf")
+
+
+@pytest.mark.parametrize("opened", [{"retrain.epochs": 4}, {"retrain": {"epochs": 4}}])
+def test_epochs_are_hyperbands(tmp_path, corpus, monkeypatch, opened):
+    with pytest.raises(ValueError, match="retrain.epochs: the search space opens it, but Hyperband gives the epochs"):
+        run_trial(tmp_path / "trial", corpus, monkeypatch, {"seed": 3, "TRIAL_BUDGET": 1} | opened)
+    assert list((tmp_path / "trial").iterdir()) == []

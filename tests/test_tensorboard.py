@@ -49,3 +49,17 @@ def test_without_tensorboard_nothing_is_written(tmp_path, monkeypatch):
     with watched(tmp_path, "search", heard.append) as report:
         report(rows(0, 1)[0])
     assert heard == rows(0, 1) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["taken", "\udcff"], ids=["a file is there", "a name that is not UTF-8"])
+def test_what_cannot_be_written_costs_a_warning(tmp_path, name):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    folder, heard = tmp_path / name, []
+    folder.mkdir()
+    if name == "taken":
+        (folder / "tensorboard").touch()
+    plot_cell(DARTS_V2, folder / "cell.png")
+    with pytest.warns(UserWarning, match="nothing more is written for TensorBoard: ") as told, watched(folder, "search", heard.append) as report:
+        for row in rows(0, 3):
+            report(row)
+    assert heard == rows(0, 3) and len(told) == 1

@@ -142,6 +142,9 @@ def test_both_spaces_hold_the_published_cell():
         assert value["input"] in NESTED[key]["_value"][0]["input"]["_value"]
     assert read_parameters(flat | {"seed": 3, "TRIAL_BUDGET": 2}) == (DARTS_V2, 3, {"retrain.epochs": 2})
     assert read_parameters(nested | {"retrain.lr": 1.0}) == (DARTS_V2, 0, {"retrain.lr": 1.0})
+    for more in ({"cell/node_1": nested["cell/node_1"] | {"retrain.lr": 1.0}}, {"search": {"lr": 1.0}}, {"search.lr": 1.0}):
+        with pytest.raises(ValueError, match="setting '(retrain.lr|search|search.lr)': (in a choice of cell/node_1 only its input|a trial of a cell has no search)"):
+            read_parameters(nested | more)
 
 
 @pytest.mark.parametrize("parameters, words", [

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..files import hold, remove_partial
+from ..genotype import did_you_mean
 from .file import DESCRIPTION, TENSORS, read_about, read_state, write_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class Keeping:
 
     def __post_init__(self):
         if self.resume not in RESUME:
-            raise ValueError(f"--resume: {self.resume!r} is none of {', '.join(RESUME)}")
+            raise ValueError(f"--resume: {self.resume!r} is none of {', '.join(RESUME)}" + did_you_mean(self.resume, RESUME))
 
 
 USUAL = Keeping()

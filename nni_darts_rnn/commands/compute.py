@@ -73,8 +73,9 @@ def evaluate(arguments) -> None:
         if key not in READING:
             raise ValueError(f"--set {key}: evaluating takes no other field of a recipe than {', '.join(READING)}" + did_you_mean(key, READING))
     if arguments.recipe is None:  # the perplexities that its training ended with depend on the batches, if little
-        trained = (read_description(arguments.model).get("extra") or {}).get("recipe") or {}
-        arguments.recipe = get_recipe("small", {key: trained[name] for key in READING if (name := key.partition(".")[2]) in trained})
+        extra = read_description(arguments.model).get("extra")
+        trained = extra.get("recipe") if isinstance(extra, dict) else None
+        arguments.recipe = get_recipe("small", {key: trained[name] for key in READING if isinstance(trained, dict) and (name := key.partition(".")[2]) in trained})
     recipe, _, corpus, talk = _start(arguments)
     check_reading(corpus, recipe.retrain)
     model, words = load_trained(arguments.model)
@@ -92,7 +93,7 @@ def evaluate(arguments) -> None:
              "unigram_perplexity": unigram_perplexity(corpus), "bigram_perplexity": bigram_perplexity(corpus)}
     answer(arguments, found, f"test perplexity {found['test_perplexity']:.2f}, validation {found['valid_perplexity']:.2f}; "
            f"of the same test text: unigram {found['unigram_perplexity']:.2f}, interpolated bigram {found['bigram_perplexity']:.2f}",
-           [] if (Path(arguments.model) / "cell.svg").is_file() else ["nni-darts-rnn", "plot", arguments.model])
+           [] if (Path(arguments.model) / "cell.svg").is_file() else ["nni-darts-rnn", "plot", Path(arguments.model)])
 
 
 def recipes(arguments) -> None:
@@ -147,11 +148,13 @@ def _out(arguments, name: str, seed: int) -> Path:
 
 
 def _to_convergence(recipe: Recipe) -> Recipe:
-    """The recipe of a trial, which is often short, with a retraining that goes on while it gets better: by SGD and averaging, as Adam is ahead for few epochs only."""
+    """The recipe of a trial, which is often short, with a retraining that goes on while it gets better: by SGD and averaging, and with the search's dropout, as Adam and
+    little dropout are ahead for few epochs only."""
     r = recipe.retrain
     changed = {"epochs": max(MOST_EPOCHS, r.epochs), "anneal": 0.0}
     if r.optimizer == "adam":
         changed |= {name: getattr(RetrainRecipe(), name) for name in ("optimizer", "lr", "nonmono")}
+        changed |= {name: getattr(recipe.search, name) for name in ("dropout", "dropout_h", "dropout_x", "dropout_i")}
     nonmono = changed.get("nonmono", r.nonmono) or 0
     changed["patience"] = r.patience if (r.patience or 0) > nonmono else max(10, 2 * nonmono)
     return get_recipe(recipe, {"retrain": changed})
@@ -170,7 +173,7 @@ def _choose_cell(arguments) -> str | None:
                 raise ValueError(f"--from {arguments.experiment}: the recipe of trial {trial.id} is none of this version's; give --recipe")
             arguments.recipe = _to_convergence(trial.recipe)
             if trial.recipe.retrain.optimizer == "adam":
-                how = ", retrained with Adam; here with SGD, and averaging"
+                how = ", retrained with Adam; here with SGD, averaging, and dropout as in its search"
         if arguments.corpus is None:
             for option in ("corpus", "corpus_folder", "corpus_mirror"):
                 setattr(arguments, option, getattr(arguments, option) or getattr(trial.options, option))

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib.util
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,7 +21,8 @@ PICTURES = {"search": ("cell.png", "alpha.png", "curves.png"), "retrain": ("cell
 def watched(folder: Path, phase: str, report: Callable[[dict], None] | None) -> Iterator[Callable[[dict], None] | None]:
     """`report` with each row's numbers put before TensorBoard too, and at the end the pictures that lie in `folder`.
 
-    A run that goes on after a stop takes up where its rows do: TensorBoard leaves out what an earlier part wrote from that epoch on.
+    A run that goes on after a stop takes up where its rows do: TensorBoard leaves out what an earlier part wrote from that epoch on. What cannot be written is no
+    reason to lose the run, and costs a warning.
     """
     if importlib.util.find_spec("tensorboard") is None:
         yield report
@@ -28,20 +30,28 @@ def watched(folder: Path, phase: str, report: Callable[[dict], None] | None) -> 
     log = _Log(folder, phase)
 
     def both(row: dict) -> None:
-        log(row)
+        log.attempt(log.add, row)
         if report is not None:
             report(row)
 
     try:
         yield both
-        log.add_pictures()
+        log.attempt(log.add_pictures)
     finally:
-        log.close()
+        log.attempt(log.close)
 
 
 class _Log:
     def __init__(self, folder: Path, phase: str):
-        self.folder, self.phase, self.epoch = folder, phase, 0
+        self.folder, self.phase, self.epoch, self.works = folder, phase, 0, True
+
+    def attempt(self, write: Callable, *what) -> None:
+        if self.works:
+            try:
+                write(*what)
+            except (OSError, ValueError) as error:  # ValueError: TensorBoard wants names that are UTF-8
+                self.works = False
+                warnings.warn(f"nothing more is written for TensorBoard: {error}", stacklevel=2)
 
     @functools.cached_property
     def writer(self):
@@ -49,7 +59,7 @@ class _Log:
 
         return SummaryWriter(str(self.folder / FOLDER / self.phase), purge_step=self.epoch)
 
-    def __call__(self, row: dict) -> None:
+    def add(self, row: dict) -> None:
         self.epoch = row["epoch"]
         for name, value in row.items():
             if name not in ("default", "epoch") and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):

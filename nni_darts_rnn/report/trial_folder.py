@@ -70,6 +70,10 @@ class Trial:
             shared += ["--device", self.options.device]
         retrain = ["nni-darts-rnn", "retrain", *corpus_words(self.options), *shared, *set_words(self.recipe, "retrain"), "--genotype", self.cell.to_json() if self.cell else out, "--out", out]
         search = ["nni-darts-rnn", "search", *corpus_words(self.options, searches=True), *shared, *set_words(self.recipe, "search"), "--out", out]
+        if BUDGET in self.parameters and not self.cell:
+            from ..extension import SWITCH  # here, since it imports torch
+
+            retrain = ["env", f"{SWITCH}=1", *retrain]  # as a rung, which may have to go on for long
         return [shlex.join(words) for words in ([retrain] if self.cell else [search, retrain])]
 
     def repeats(self) -> bool:
@@ -79,7 +83,8 @@ class Trial:
 
 def corpus_words(options, searches: bool = False) -> list[str]:
     """The options that name the corpus again, as a command's words; the text for α only where the command searches."""
-    words = ["--corpus", str(options.corpus or "pydoc")]
+    corpus = str(options.corpus or "pydoc")
+    words = ["--corpus", f"./{corpus}" if corpus.startswith("-") else corpus]
     for name in ("corpus_folder", "corpus_mirror"):
         if getattr(options, name):
             words += ["--" + name.replace("_", "-"), str(getattr(options, name))]

@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import ipaddress
 import logging
+import lzma
 import os
 import re
 import shutil
@@ -238,26 +239,27 @@ def unpack(archive: Path, folder: Path) -> None:
     try:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as opened:
-                _pick(archive, folder, {i.filename: i for i in opened.infolist()}, opened.open)
+                _pick(archive, folder, {i.filename: not i.is_dir() for i in opened.infolist()}, opened.open)
         else:
             with tarfile.open(archive) as opened:
                 members = {m.name: m for m in opened}
                 links = [m.name for m in members.values() if not (m.isfile() or m.isdir())]
                 if links:
                     raise ValueError(f"{archive.name}: {links[0]!r} is a link or device; refused")
-                _pick(archive, folder, members, opened.extractfile)
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+                _pick(archive, folder, {name: m.isfile() for name, m in members.items()}, opened.extractfile)
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, RuntimeError, NotImplementedError) as error:
         raise ValueError(f"{archive.name}: no archive that can be read ({str(error).splitlines()[0]})") from None
 
 
-def _pick(archive: Path, folder: Path, members: dict, opener) -> None:
+def _pick(archive: Path, folder: Path, members: dict[str, bool], opener) -> None:
+    """`members`: name -> whether it is a file."""
     for name in members:
         path = PurePosixPath(name.replace("\\", "/"))
         if path.is_absolute() or ".." in path.parts or re.match("[A-Za-z]:", name):
             raise ValueError(f"{archive.name}: it names {name!r}, a path outside the archive; refused")
     for split in SPLITS:
-        found = [name for name in members if PurePosixPath(name).name in _names(split)]
+        found = [name for name, is_file in members.items() if is_file and PurePosixPath(name).name in _names(split)]
         if len(found) != 1:
             raise ValueError(f"{archive.name}: {'several files' if found else 'no file'} called {' or '.join(_names(split))}")
-        with opener(members[found[0]]) as source, open(folder / f"{split}.txt", "wb") as target:
+        with opener(found[0]) as source, open(folder / f"{split}.txt", "wb") as target:
             _copy(source, target, f"{archive.name}: {found[0]}", _LARGEST)
