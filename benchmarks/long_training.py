@@ -38,7 +38,7 @@ def stored(folder: Path) -> dict:
     with (folder / "retrain.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     return {"cell": cell, "units": recipe.retrain.hidden_size, "optimizer": recipe.retrain.optimizer, "precision": recipe.retrain.precision,
-            "anneal": recipe.retrain.anneal, **trained["result"], "curve": [round(float(row["perplexity"]), 3) for row in rows],
+            "anneal": recipe.retrain.anneal, "dropout": recipe.retrain.dropout, **trained["result"], "curve": [round(float(row["perplexity"]), 3) for row in rows],
             "tokens_per_second": max(float(row["tokens_per_second"]) for row in rows), "command": shlex.join(words),
             "date": date.today().isoformat(), "machine": machine()}
 

@@ -163,13 +163,13 @@ RECIPES = {
     "wikitext-2": Recipe("wikitext-2", SearchRecipe(dropout_h=0.15),
                          RetrainRecipe(hidden_size=700, dropout_h=0.15, weight_decay=5e-7)),
     # For two cores and a text of a million words, such as the Penn Treebank: the search whose cells were better than random ones at 64 units and 2,000
-    # words (docs/results.md), as many steps of it. Weights start as wide as ±0.04 is at 850 units: by the root of the size. Adam, since ten epochs are few
-    # (docs/method.md, Retraining).
+    # words (docs/results.md), as many steps of it. Weights start as wide as ±0.04 is at 850 units: by the root of the size. Adam, and little dropout, since ten
+    # epochs are few (docs/method.md, Retraining).
     "drawn": Recipe("drawn",
                     SearchRecipe(hidden_size=64, batch_size=64, eval_batch_size=64, clip=0.1, dropout=0.4, dropout_h=0.2, dropout_x=0.4, dropout_i=0.2,
                                  init_range=0.15, epochs=3, warmup_epochs=2, relaxation="gumbel", unrolled_lr=2.0),
-                    RetrainRecipe(hidden_size=128, eval_batch_size=64, test_batch_size=10, optimizer="adam", lr=0.006, nonmono=None, dropout=0.4, dropout_h=0.2,
-                                  dropout_x=0.4, dropout_i=0.2, dropout_e=0.0, init_range=0.1, epochs=10, anneal=0.34)),
+                    RetrainRecipe(hidden_size=128, eval_batch_size=64, test_batch_size=10, optimizer="adam", lr=0.006, nonmono=None, dropout=0.15,
+                                  dropout_h=0.075, dropout_x=0.15, dropout_i=0.075, dropout_e=0.0, init_range=0.1, epochs=10, anneal=0.34)),
     # For two cores and a text of a hundred thousand words: a whole search and retraining in about two minutes. Of the searches compared on the example's
     # text (docs/results.md) this is the one whose cells were best.
     "small": Recipe("small",

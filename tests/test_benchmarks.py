@@ -88,7 +88,7 @@ def test_all_words_keeps_what_its_commands_answered_and_runs_none_twice(tmp_path
     for split, count in (("train", 700), ("valid", 300), ("test", 60)):
         (tmp_path / f"{split}.txt").write_text("\n".join(" ".join(draw.choices("a cat dog sat ran on".split(), k=6)) for _ in range(count)) + "\n")
     monkeypatch.setenv(fused.SWITCH, "0")
-    monkeypatch.setattr(all_words, "TRAINED", [which for which in all_words.TRAINED if which[0] == all_words.FOUND])
+    monkeypatch.setattr(all_words, "TRAINED", [(all_words.FOUND, 1, optimizer) for optimizer in ("adam", "sgd")])
     arguments = [str(tmp_path), "--work", str(tmp_path / "work"), "--save", str(tmp_path / "found.json")]
     all_words.main(arguments)
     kept = json.loads((tmp_path / "found.json").read_text())
