@@ -229,7 +229,7 @@ def step(file: str) -> str:
 
 
 def layers() -> str:
-    return "\n".join(["## Speed of the recurrent layer in training\n", layer("retrain_step.json"), "### The same with AMX\n", layer("retrain_step_amx.json")])
+    return "\n".join(["## Speed of the recurrent layer in training\n", layer("retrain_step.json"), "### The same with AVX-512\n", layer("retrain_step_avx512.json"), "### The same with AMX\n", layer("retrain_step_amx.json")])
 
 
 def layer(file: str) -> str:
