@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .bilevel import RandomState
 
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # parameters, buffers, hooks: no attributes that a training step assigns
-CONTAINERS = (list, dict, set, deque, Counter, OrderedDict, defaultdict)
+CONTAINERS = (list, dict, deque, Counter, OrderedDict, defaultdict)
 
 
 class Before:
@@ -45,9 +45,11 @@ def _copy(value):
     """What a step may change in place as a copy, with what it holds; anything else, such as a module, as it is."""
     if type(value) is Tensor:
         return value.clone()
+    if type(value) is set:  # what it holds cannot be changed in place
+        return value.copy()
     if type(value) in CONTAINERS:
         new = copy.copy(value)
-        for key, held in new.items() if isinstance(new, dict) else enumerate(new) if not isinstance(new, set) else ():
+        for key, held in new.items() if isinstance(new, dict) else enumerate(new):
             new[key] = _copy(held)
         return new
     return tuple(map(_copy, value)) if type(value) is tuple else value

@@ -176,7 +176,7 @@ def architecture_gradient(loss: Loss, weights: Tensors, alphas: Tensors, train_b
     `loss(weights, alphas, batch)` returns a scalar and must leave nothing behind but draws from random generators; these are put back at
     the end to where they stood, so that the weight step that follows draws the masks of the step that was unrolled.
     `valid_loss` defaults to `loss`. `mode`: "finite_difference" (`epsilon` is r: the weights move by r in all, eq. 8), "exact" (double
-    backprop; `loss` must allow it) or "first_order" (w′ = w; `step` and the train batch are not used).
+    backprop; `loss` must allow it) or "first_order" (w′ = w; `step` and the train batch are not used), which a `step` of None is too.
     `neumann_terms` K: in q, v = ∇w′ L_val becomes Σ_{k=0..K} (1 − decay − ∇w² L_train J'ᵀρ)ᵏ v (iDARTS, arXiv 2106.10784, eq. 9, for the step that is
     taken, with its clip and decay): the derivative through K+1 such steps on the same batch, all with the curvature at w.
     `same_masks=False` draws anew in every pass, as published code does. Weights and α are only read.
@@ -194,7 +194,7 @@ def architecture_gradient(loss: Loss, weights: Tensors, alphas: Tensors, train_b
     start = end if ran is None else ran.start
     weights = [w.detach() for w in weights]
     alphas = [a.detach().requires_grad_() for a in alphas]
-    if mode == "first_order" or not (any(step.rates) or any(o is not None for o in step.offsets)):  # w′ = w
+    if mode == "first_order" or step is None or not (any(step.rates) or any(o is not None for o in step.offsets)):  # w′ = w
         value = valid_loss(weights, alphas, valid_batch)
         direct = reduce(gradients(value, alphas))
         end.restore()

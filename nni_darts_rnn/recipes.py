@@ -201,7 +201,7 @@ def get_recipe(name: str | Recipe, overrides: dict | None = None) -> Recipe:
     else:
         raise ValueError(f"recipe {name!r} is none of {', '.join(RECIPES)}" + did_you_mean(name, RECIPES))
     parts = {"search": {}, "retrain": {}}
-    for key, value in _flatten(overrides or {}).items():
+    for key, value in flatten(overrides or {}).items():
         part, _, field_name = str(key).partition(".")
         if part not in parts or not field_name:
             every = [f"{p}.{f.name}" for p in parts for f in dataclasses.fields(getattr(chosen, p))]
@@ -222,12 +222,13 @@ def override(recipe, values: dict, prefix: str = ""):
     return dataclasses.replace(recipe, **checked)
 
 
-def _flatten(mapping: dict) -> dict:
+def flatten(mapping: dict) -> dict:
+    """Nested dictionaries, as a tuner draws them, as one with dotted keys."""
     flat = {}
     for key, value in mapping.items():
         if key == "_name":
             continue  # what NNI calls a branch of a nested choice
-        flat.update({f"{key}.{inner}": v for inner, v in _flatten(value).items()} if isinstance(value, dict) else {key: value})
+        flat.update({f"{key}.{inner}": v for inner, v in flatten(value).items()} if isinstance(value, dict) else {key: value})
     return flat
 
 

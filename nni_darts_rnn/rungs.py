@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 
 from .files import whole
+from .recipes import flatten
 
 BUDGET = "TRIAL_BUDGET"
 """What NNI's Hyperband calls a trial's number of epochs among its parameters."""
@@ -19,8 +20,7 @@ BUDGET = "TRIAL_BUDGET"
 
 def recipe_fields(parameters: dict) -> dict:
     """A tuner's parameters without the seed, and with the budget as what it is here, the field `retrain.epochs`, which then is no parameter of its own (`ValueError`)."""
-    nested = parameters.get("retrain")
-    if BUDGET in parameters and ("retrain.epochs" in parameters or isinstance(nested, dict) and "epochs" in nested):
+    if BUDGET in parameters and "retrain.epochs" in flatten(parameters):
         raise ValueError(f"retrain.epochs: the search space opens it, but Hyperband gives the epochs, as {BUDGET}; leave it out of the search space")
     return {"retrain.epochs" if key == BUDGET else key: value for key, value in parameters.items() if key != "seed"}
 

@@ -207,7 +207,6 @@ class SecondOrderDartsModule(DartsLightningModule):
         moved_on: dict[str, Tensor] = {}
         tensors = list(weights.values())
         reduce = _mean_over_processes if self.trainer.world_size > 1 else list
-        hvp = "first_order" if is_first_order(self.hvp, self.unrolled_lr) else self.hvp
         if self.reproduce_original and self.hvp != "first_order":
             several_names = [name for name, p in step_module.named_parameters(remove_duplicate=False) if names[id(p)] != name]
             tied = {names[id(step_module.get_parameter(name))] for name in several_names}
@@ -216,8 +215,8 @@ class SecondOrderDartsModule(DartsLightningModule):
                                        self.gradient_clip_val, valid_loss=valid_loss,
                                        tied=[i for i, name in enumerate(weight_names) if name in tied])
         else:
-            step = None if hvp == "first_order" else WeightStep.of(optimizer, tensors, self.gradient_clip_val, self.unrolled_lr)
-            result = architecture_gradient(train_loss, tensors, alphas, train_batch, valid_batch, step, hvp, self.epsilon,
+            step = None if is_first_order(self.hvp, self.unrolled_lr) else WeightStep.of(optimizer, tensors, self.gradient_clip_val, self.unrolled_lr)
+            result = architecture_gradient(train_loss, tensors, alphas, train_batch, valid_batch, step, self.hvp, self.epsilon,
                                            self.neumann_terms, valid_loss, reduce=reduce,
                                            ran=None if ran is None else TrainingPass([p.grad for p in tensors], ran, before.generators))
         for name, value in moved_on.items():

@@ -57,9 +57,14 @@ def _tell(level: int) -> None:
         ours.addHandler(_Lines())
 
 
+def named(path: str | Path) -> str:
+    """A path as a word of a command, which is not to take it for an option."""
+    return f"./{path}" if str(path).startswith("-") else str(path)
+
+
 def answer(arguments, data: dict, words: str, then: Sequence[object] = ()) -> None:
     """The result, and the command that a person is likely to want next: `then`, its words."""
-    command = shlex.join([f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word) for word in then])
+    command = shlex.join([named(word) if isinstance(word, Path) else str(word) for word in then])
     if arguments.json:
         print(json.dumps(data | ({"next": command} if command else {})))
         return

@@ -207,9 +207,9 @@ class ArchParamUpdate(FitOnly):
             result = original_gradient(data_loss, w, a, train_batch, valid_batch, lr, group["weight_decay"], clip, valid_loss=valid_loss,
                                        tied=[i for i, name in enumerate(weights) if name in tied])
         else:
-            hvp = "first_order" if is_first_order(self.hvp, self.unrolled_lr) else self.hvp
-            step = None if hvp == "first_order" else WeightStep.of(optimizer, w, clip, self.unrolled_lr)
-            result = architecture_gradient(train_loss, w, a, train_batch, valid_batch, step, hvp, self.epsilon, self.neumann_terms, valid_loss, ran=ran)
+            step = None if is_first_order(self.hvp, self.unrolled_lr) else WeightStep.of(optimizer, w, clip, self.unrolled_lr)
+            result = architecture_gradient(train_loss, w, a, train_batch, valid_batch, step, self.hvp, self.epsilon, self.neumann_terms, valid_loss,
+                                           ran=ran)
         self.valid_state = moved_on
         return result
 

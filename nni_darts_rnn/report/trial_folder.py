@@ -19,6 +19,7 @@ from ..cell_trial import read_parameters
 from ..genotype import Genotype
 from ..recipes import RECIPES, Recipe, get_recipe
 from ..rungs import BUDGET, recipe_fields
+from ..talk import named
 from ..trial import checked_recipe, checked_seed
 
 RESULT = "result.json"
@@ -83,8 +84,7 @@ class Trial:
 
 def corpus_words(options, searches: bool = False) -> list[str]:
     """The options that name the corpus again, as a command's words; the text for α only where the command searches."""
-    corpus = str(options.corpus or "pydoc")
-    words = ["--corpus", f"./{corpus}" if corpus.startswith("-") else corpus]
+    words = ["--corpus", named(options.corpus or "pydoc")]
     for name in ("corpus_folder", "corpus_mirror"):
         if getattr(options, name):
             words += ["--" + name.replace("_", "-"), str(getattr(options, name))]
