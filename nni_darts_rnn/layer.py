@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import warnings
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from .cell import DiscreteRNN, check_rates
+from .cell import DiscreteRNN
 from .genotype import Genotype, load_genotype
 
 
@@ -37,7 +38,8 @@ class DartsRNN(nn.Module):
             raise ValueError("bias: True is not possible, the DARTS cell has no bias terms; leave it False")
         if isinstance(num_layers, bool) or not isinstance(num_layers, int) or num_layers < 1:
             raise ValueError(f"num_layers: {num_layers!r} must be a whole number of at least 1")
-        check_rates(dropout=dropout)
+        if isinstance(dropout, bool) or not isinstance(dropout, numbers.Real) or not 0 <= dropout <= 1:
+            raise ValueError(f"dropout: {dropout!r} must be a number of at least 0 and at most 1")
         if dropout and num_layers == 1:  # as nn.GRU does
             warnings.warn(f"dropout: {dropout!r} acts between layers, and there is one; dropout_x and dropout_h act within it", stacklevel=2)
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers

@@ -161,6 +161,15 @@ def test_dropout_between_layers_in_training_alone():
     assert torch.equal(one(x)[0], one(x)[0])
 
 
+def test_all_may_be_dropped_between_layers():
+    """As nn.GRU has it: the second layer then hears nothing."""
+    ours, _ = pair(2, dropout=1.0)
+    one, other = draw(T, B, I), draw(T, B, I) + 1
+    assert torch.equal(ours(one)[0], ours(other)[0])
+    ours.eval()
+    assert not torch.equal(ours(one)[0], ours(other)[0])
+
+
 @pytest.mark.parametrize("rate", ["dropout_x", "dropout_h"])
 def test_variational_rates_reach_every_cell(rate):
     ours, _ = pair(2, True, **{rate: 0.5})
@@ -201,7 +210,8 @@ def test_repr_names_what_it_was_built_with():
     (lambda: DartsRNN(I, H, num_layers=0), "num_layers: 0"),
     (lambda: DartsRNN(I, H, num_layers=1.0), "num_layers: 1.0"),
     (lambda: DartsRNN(I, H, num_layers=True), "num_layers: True"),
-    (lambda: DartsRNN(I, H, dropout=1.0), "dropout: 1.0"),
+    (lambda: DartsRNN(I, H, dropout=1.1), "dropout: 1.1"),
+    (lambda: DartsRNN(I, H, dropout=True), "dropout: True"),
     (lambda: DartsRNN(I, H, dropout=math.nan), "dropout: nan"),
     (lambda: DartsRNN(I, H, dropout="0.1"), "dropout: '0.1' must be a number"),
     (lambda: DartsRNN(I, H, dropout_h=-1), "dropout_h: -1"),
