@@ -16,6 +16,9 @@
     python benchmarks/search_quality.py run --study example --arm second-order --set search.epochs=6 --set search.warmup_epochs=4 --set search.relaxation=gumbel --set search.unrolled_lr=2 --set search.init_range=0.12 --set search.clip=0.1 --set search.alpha_dropout=false --name "second-order, gumbel, α warm-up, ξ = 2, init_range 0.12, clip 0.1, no α dropout"
     python benchmarks/search_quality.py run --study example --arm second-order --set search.epochs=6 --set search.warmup_epochs=4 --set search.relaxation=gumbel --set search.unrolled_lr=2 --set search.init_range=0.12 --set search.clip=0.1 --set search.alpha_dropout=false --set search.anneal=0.5 --name "second-order, gumbel, α warm-up, ξ = 2, init_range 0.12, clip 0.1, no α dropout, anneal 0.5"
     python benchmarks/search_quality.py table                                                          # figures, tests and picture of what there is
+    python benchmarks/search_quality.py run --study all-words --corpus FOLDER --retrain-seeds 1 --arm random one       # with all of the text's words
+    python benchmarks/search_quality.py run --study all-words --corpus FOLDER --retrain-seeds 1 --arm second-order --set search.epochs=3 --set search.warmup_epochs=2 --set search.relaxation=gumbel --set search.unrolled_lr=2 --name drawn
+    python benchmarks/search_quality.py run --study all-words --corpus FOLDER --retrain-seeds 1 --cells-of penn "second-order, gumbel, α warm-up, ξ = 2, shared step" --name "drawn with 2,000 words"
 
 An interrupted `run` goes on where it was when it is given again: finished trials are kept in --work, and an unfinished phase has its checkpoints there.
 
@@ -24,18 +27,10 @@ What is stored under names without "shared step" is of the published order of th
 "…, temperature to 0.1" are of a setting that was tried and dropped: in the epochs in which α moves, logits were divided by a temperature
 0.1**(the share of those epochs that is over), in the softmax of a mixture and in the Gumbel softmax.
 
-Arms: `second-order`, the package's own; `original`, with quark0/darts' numerics; `first-order`; `shared`, random search with weight sharing (Li and
-Talwalkar 2019: weights of all cells trained on a random one each step, then the best of random cells on validation text); `random`, random search
-(each cell trained for the short retraining, the best on validation text is kept); `one`, a random cell as it comes; a named cell, such as `DARTS_V2`.
+Arms and their budget: `search_arms.py`.
 
-The budget is arithmetic: that of the recipe's second-order search in the published order. A step is 13 forward passes of the mixed cell (`step_size.py`
-has the formula), 5 in first order (α: forward and backward to the data; weights: 3), 3 while α waits, and 3 of the discrete cell in
-training. The other arms get as many epochs, or cells, as come nearest; α's warm-up of 4 epochs and one with α cost 25 passes in place of 26. With
-`search.relaxation=gumbel` the passes that α learns nothing from are of the discrete cell, at 1/2.09 of a mixed one at this size: 4 epochs in which α waits and
-2 in which it learns cost 25.5 in second order, 3 and 6 24.9 in first order. (The fast path has since become cheaper than this counts: it runs the edges that
-were not drawn forward only, which makes 21.3 of the 25.5, and with a shared step 18.4.)
-
-The study `penn` searches on the first half of the training text and its validation text, and retrains on all of it; `example` does both on all of it.
+The study `penn` searches on the first half of the training text and its validation text, and retrains on all of it; `example` and `all-words` do both on
+all of it. With all words the decoder is most of the arithmetic, of which the recipe `drawn`'s search has 12.9 passes, an epoch in the published order 13.
 """
 
 from __future__ import annotations
@@ -43,7 +38,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import random
 import shlex
 import sys
 import time
@@ -53,12 +47,10 @@ from pathlib import Path
 
 from hardware import machine
 from quality_table import RESULTS, by_retraining, picture, save, stored, summary, ways_agree
-from step_size import Size
+from search_arms import ARMS, SHORT, find_cell
 
-from nni_darts_rnn.genotype import NAMED, PRIMITIVES
+from nni_darts_rnn.genotype import NAMED
 
-ARMS = ("second-order", "original", "first-order", "shared", "random", "one")
-SHORT = 1  # epochs of the short retraining
 DROPOUT = {f"{part}.{name}": value for part in ("search", "retrain")
            for name, value in (("dropout", 0.4), ("dropout_x", 0.4), ("dropout_h", 0.2), ("dropout_i", 0.2))}
 # the paper's clip, 0.25, lets a step at learning rate 20 move the supernet's weights by 5, half of their norm at the start at this size: of 8 searches
@@ -85,7 +77,11 @@ class Study:
 # the paper's search, which the other arms of this study have the budget of
 MIXTURE = {f"search.{name}": value for name, value in dict(clip=0.25, init_range=0.04, anneal=0, epochs=2, warmup_epochs=0, relaxation="edge", unrolled_lr="none",
                                                            alpha_dropout=True).items()}
-STUDIES = {"penn": Study("search_quality", "penn", 2000, 0.5, SETTINGS), "example": Study("search_quality_example", "small", settings=MIXTURE)}
+# the recipe `drawn`'s retraining, half as long and so with less dropout (docs/method.md)
+ALL_WORDS = {"search.epochs": 1, "search.warmup_epochs": 0, "search.relaxation": "edge", "search.unrolled_lr": "none",
+             "retrain.epochs": 5, "retrain.dropout": 0.1, "retrain.dropout_x": 0.1, "retrain.dropout_h": 0.05, "retrain.dropout_i": 0.05}
+STUDIES = {"penn": Study("search_quality", "penn", 2000, 0.5, SETTINGS), "example": Study("search_quality_example", "small", settings=MIXTURE),
+           "all-words": Study("search_quality_all_words", "drawn", settings=ALL_WORDS)}
 
 
 def frequent(corpus, words: int):
@@ -99,89 +95,6 @@ def frequent(corpus, words: int):
     vocab = Vocabulary((EOS, UNK, *(corpus.vocab.words[i] for i in ids)))
     new = torch.tensor([vocab.index[word] for word in corpus.vocab.words])  # (V,)
     return replace(corpus, vocab=vocab, train=new[corpus.train], valid=new[corpus.valid], test=new[corpus.test])
-
-
-def beginning(corpus, share: float):
-    """The corpus with that share of its training text."""
-    return replace(corpus, train=corpus.train[:int(len(corpus.train) * share)], alpha=None)
-
-
-def random_cell(generator: random.Random, n_nodes: int):
-    from nni_darts_rnn.genotype import Genotype
-
-    ops = [name for name in PRIMITIVES if name != "none"]
-    return Genotype(tuple((generator.choice(ops), generator.randrange(node)) for node in range(1, n_nodes + 1)))
-
-
-def budget(recipe, words: int, hidden_size: int) -> float:
-    """How many times the arithmetic of a training step of one cell with `hidden_size` units a search step on as many tokens is."""
-    N = recipe.n_nodes
-    mixed = Size(1, 1, recipe.hidden_size, words, N).flops()  # 13 passes
-    decoder = 2 * hidden_size * words
-    discrete = 3 * (4 * hidden_size**2 * (N + 2) + decoder)  # one edge a node, and both halves of W0
-    return mixed / discrete
-
-
-def find_cell(arm: str, corpus, share: float, recipe, seed: int, folder: Path):
-    """The cell that an arm chooses, of searches on that share of the training text."""
-    from nni_darts_rnn.health import ROLLBACKS, SHRINK, NotFinite
-    from nni_darts_rnn.learner import retrain
-    from nni_darts_rnn.pipeline import search_phase
-
-    quick, generator, part = recipe.search, random.Random(seed), beginning(corpus, share)
-
-    def epochs(hidden_size: int) -> float:
-        """As many of training one cell on that share of the text."""
-        return budget(quick, len(corpus.vocab), hidden_size) * quick.epochs
-
-    if arm in ("second-order", "original", "first-order"):
-        if arm == "original":
-            quick = replace(quick, reproduce_original=True, init_range=0.04)
-        if arm == "first-order":
-            quick = replace(quick, hvp="first_order", epochs=round(quick.epochs * 13 / 5))
-        return search_phase(part, quick, seed, folder)["genotype"]
-    if arm == "one":
-        return random_cell(generator, quick.n_nodes)
-    if arm in NAMED:
-        return NAMED[arm]
-    if arm == "random":
-        found = []
-        for k in range(round(epochs(recipe.retrain.hidden_size) * share / SHORT)):
-            cell = random_cell(generator, quick.n_nodes)
-            ended = retrain(corpus, cell, replace(recipe.retrain, epochs=SHORT), 1000 * seed + k, folder / f"cell{k}")
-            found.append((ended["valid_perplexity"], k, cell))
-        return min(found)[2]
-    quick = replace(quick, epochs=round(epochs(quick.hidden_size)) - 1)
-    for again in range(ROLLBACKS + 1):
-        try:
-            return shared(part, replace(quick, lr=quick.lr * SHRINK**again), random.Random(seed), seed)
-        except NotFinite as error:  # as in a search: again, with a smaller learning rate, so many times
-            gone = error
-    raise FloatingPointError(f"{arm}: {gone.what}")
-
-
-def shared(corpus, recipe, generator: random.Random, seed: int):
-    """Weight-sharing random search; the last of its epochs' worth is for judging cells on the validation text, a forward pass each."""
-    import pytorch_lightning as pl
-
-    from nni_darts_rnn.evaluator import search_evaluator
-    from nni_darts_rnn.model import perplexity
-    from nni_darts_rnn.search import make_space
-    from nni_darts_rnn.strategies import RandomOneShot
-
-    pl.seed_everything(seed, verbose=False)
-    space, strategy = make_space(len(corpus.vocab), recipe), RandomOneShot()
-    evaluator = search_evaluator(corpus, recipe, seed, gradient_clip_val=recipe.clip, accelerator="cpu", devices=1, enable_progress_bar=False)
-    supernet, evaluator = strategy.mutate_model(space), strategy.mutate_evaluator(evaluator)
-    evaluator.evaluate(supernet)
-    trained = space.lm.state_dict()
-    found = []
-    for k in range(round(3 * len(corpus.train) / len(corpus.valid))):
-        cell = random_cell(generator, recipe.n_nodes)
-        model = make_space(len(corpus.vocab), recipe).freeze(cell.to_sample())
-        model.lm.load_state_dict(trained, strict=False)
-        found.append((perplexity(model, corpus.valid, recipe.eval_batch_size, recipe.bptt), k, cell))
-    return min(found)[2]
 
 
 def trial(options, recipe) -> None:
@@ -202,7 +115,7 @@ def trial(options, recipe) -> None:
     take_fast_path(corpus, recipe.search, "cpu")
     took, before = folder / "search.json", {}
     if options.again:
-        before = of_name(options.name, study.stem)[seed]
+        before = found_before(options, options.name)[seed]
         cell, chosen = Genotype.from_json(before["genotype"]), {"seconds": float(before["search_seconds"])}
     elif took.exists():  # by a run that was stopped
         chosen = json.loads(took.read_text())
@@ -233,9 +146,10 @@ def place(options, recipe, name: str) -> Path:
     return options.work / (f"{name}, again for {retraining(recipe)}" if options.again else name)
 
 
-def of_name(name: str, stem: str) -> dict[int, dict]:
-    """The last stored row of each seed."""
-    return {int(row["seed"]): row for row in stored(stem) if row["name"] == name}
+def found_before(options, name: str) -> dict[int, dict]:
+    """The last stored row of each seed, under that name or as `--cells-of` says."""
+    study, name = options.cells_of or (options.study, name)
+    return {int(row["seed"]): row | ({} if study == options.study else {"supernet_valid": ""}) for row in stored(STUDIES[study].stem) if row["name"] == name}
 
 
 def run(options, recipe) -> None:
@@ -246,12 +160,13 @@ def run(options, recipe) -> None:
         name = options.name or arm
         folder, wanted = place(options, recipe, name), set(range(1, options.seeds + 1))
         if options.again:
-            wanted &= of_name(name, STUDIES[options.study].stem).keys()
+            wanted &= found_before(options, name).keys()
         missing = [seed for seed in sorted(wanted) if not (folder / str(seed) / "rows.json").exists()]
         if missing:
             command = [sys.executable, str(Path(__file__).resolve()), "trial", "--study", options.study, "--arm", arm, "--name", name, "--work", str(options.work.resolve()),
                        "--corpus", str(Path(options.corpus).resolve()) if Path(options.corpus).exists() else options.corpus,
                        "--recipe", options.recipe, "--threads", str(options.threads), "--retrain-seeds", str(options.retrain_seeds), *["--again"] * options.again]
+            command += ["--cells-of", *options.cells_of] if options.cells_of else []
             for setting in options.set:
                 command += ["--set", setting]
             experiment = Experiment("local")
@@ -304,10 +219,11 @@ def main() -> None:
     parser.add_argument("what", choices=("run", "table", "trial"), help="trial: what NNI runs")
     add_run_options(parser)
     parser.set_defaults(recipe=None, threads=1)
-    parser.add_argument("--study", choices=tuple(STUDIES), default="penn", help="penn: a small size of the Penn Treebank, all settings in this file; example: the recipe that --corpus pydoc has")
+    parser.add_argument("--study", choices=tuple(STUDIES), default="penn", help="penn: a small size of the Penn Treebank, all settings in this file; example: the recipe that --corpus pydoc has; all-words: the recipe drawn")
     parser.add_argument("--arm", nargs="+", choices=(*ARMS, *NAMED), default=["second-order"])
     parser.add_argument("--name", help="what the rows are called; default: the arm")
     parser.add_argument("--again", action="store_true", help="no search: the cells that were last stored under the name, retrained with these settings")
+    parser.add_argument("--cells-of", nargs=2, metavar=("STUDY", "NAME"), help="no search: --again with the cells that were last stored under this name in that study")
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--retrain-seeds", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("search_quality"), help="folder of finished and unfinished trials")
@@ -316,7 +232,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.what == "table":
         return table()
-    study = STUDIES[options.study]
+    study, options.again = STUDIES[options.study], options.again or options.cells_of is not None
     options.recipe = options.recipe or study.recipe
     given, options.set = options.set, [f"{key}={value}" for key, value in study.settings.items()] + options.set
     recipe = checked_recipe(options, {})

@@ -30,7 +30,7 @@ of epochs, for which these machines are too slow.
 
 
 def page() -> str:
-    parts = [HEAD, *(section() for section in (quality, example, shared_weights, all_words, long_training, lstm, gradient, steps, layers, few_rows)), published()]
+    parts = [HEAD, *(section() for section in (quality, example, many_words, shared_weights, all_words, long_training, lstm, gradient, steps, layers, few_rows)), published()]
     return "\n".join(part for part in parts if part)
 
 
@@ -66,7 +66,7 @@ def quality() -> str:
         f"Penn Treebank with its {settings['words']:,} most frequent words, {settings['search.hidden_size']} units, batches of "
         f"{settings['search.batch_size']} streams, the paper's learning rate (20), in the search a clip of {settings['search.clip']} where nothing else is said. Weights start in ±{settings['search.init_range']} in the searches whose cells were "
         f"retrained from ±{settings['retrain.init_range']}, but for `original` (±0.04). Arms have one budget of arithmetic (*one*: a random cell as it comes; *random*: the best of several random cells after a short training; *shared*: of random cells under shared weights; *original*: the published "
-        "code's numerics; the head of `benchmarks/search_quality.py` says "
+        "code's numerics; the head of `benchmarks/search_arms.py` says "
         "which arm does what), and the published order of their two steps, but for those that are called *shared step*, the default now. Every cell is retrained from scratch from each of the retraining seeds; a cell's figure is their "
         "mean, ± the standard deviation over search seeds. Differences are paired by seed, and p is the exact two-sided sign-flip test's. Seconds are of two searches at a time on two cores, of one machine or another, that "
         "other work often shared, so they do not compare arms; the budget does. *Supernet*: the median of its validation perplexities at the end. *Agreement*: the share of nodes, function and predecessor, "
@@ -81,6 +81,16 @@ def example() -> str:
     return arms("The same on the example's text", "search_quality_example", found, (
         f"Python's documentation (80 thousand words) and the retraining of the recipe `{found['settings']['recipe']}`, as `examples/darts_rnn.yml` has them. Searches on all of the training text; "
         f"where nothing else is said with a clip of {found['settings']['search.clip']} and weights from ±{found['settings']['search.init_range']}. The rest is as above.\n"))
+
+
+def many_words() -> str:
+    found = stored("search_quality_all_words.json")
+    if found is None:
+        return ""
+    settings = found["settings"]
+    return arms("The same with all words", "search_quality_all_words", found, (
+        f"Penn Treebank with all of its 10,000 words, and the recipe `{settings['recipe']}`: *drawn* is its search, with {settings['retrain.epochs']} epochs of its retraining and a dropout of "
+        f"{settings['retrain.dropout']} for ten and 0.15. *Drawn with 2,000 words*: the cells of the searches of the first section's last arm, trained with all words. The rest is as above.\n"))
 
 
 def shared_weights() -> str:

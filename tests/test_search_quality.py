@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import sys
@@ -15,6 +16,7 @@ from scipy.stats import rankdata
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import quality_table as figures
+import search_arms as arms
 import search_quality as quality
 import shared_weights as weights
 
@@ -64,8 +66,8 @@ def test_budget_is_the_arithmetic():
     H, decoder = 5, 2 * 5 * 11
     mixed = 2 * (2 * H * 2 * H) + sum(2 * H * 2 * H for node in range(1, 4) for _ in range(node))
     discrete = 2 * (2 * H * 2 * H) + sum(2 * H * 2 * H for _ in range(3))
-    assert quality.budget(recipe, words, H) == pytest.approx(13 * (mixed + decoder) / (3 * (discrete + decoder)))
-    assert quality.budget(recipe, words, 2 * H) == pytest.approx(13 * (mixed + decoder) / (3 * (4 * discrete + 2 * decoder)))
+    assert arms.budget(recipe, words, H) == pytest.approx(13 * (mixed + decoder) / (3 * (discrete + decoder)))
+    assert arms.budget(recipe, words, 2 * H) == pytest.approx(13 * (mixed + decoder) / (3 * (4 * discrete + 2 * decoder)))
 
 
 def test_frequent_words():
@@ -78,7 +80,7 @@ def test_frequent_words():
 
 def test_random_cells_are_drawn_evenly():
     draw = random.Random(0)
-    cells = [quality.random_cell(draw, 3) for _ in range(3000)]
+    cells = [arms.random_cell(draw, 3) for _ in range(3000)]
     ops = [op for cell in cells for op, _ in cell.recurrent]
     assert all(abs(ops.count(op) / len(ops) - 0.25) < 0.02 for op in ("tanh", "relu", "sigmoid", "identity"))
     third = [cell.recurrent[2][1] for cell in cells]
@@ -86,18 +88,18 @@ def test_random_cells_are_drawn_evenly():
 
 
 def test_named_cells_are_an_arm(tmp_path):
-    assert quality.find_cell("DARTS_V2", corpus(), 0.5, TINY, 3, tmp_path) == DARTS_V2
+    assert arms.find_cell("DARTS_V2", corpus(), 0.5, TINY, 3, tmp_path) == DARTS_V2
 
 
 def test_beginning():
     whole = corpus()
-    assert quality.beginning(whole, 0.5).train.tolist() == whole.train[:200].tolist() and len(quality.beginning(whole, 1.0).train) == len(whole.train)
+    assert arms.beginning(whole, 0.5).train.tolist() == whole.train[:200].tolist() and len(arms.beginning(whole, 1.0).train) == len(whole.train)
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("arm", quality.ARMS)
+@pytest.mark.parametrize("arm", arms.ARMS)
 def test_each_arm_finds_a_cell_and_the_same_one_again(arm, tmp_path):
-    found = [quality.find_cell(arm, corpus(), 0.5, TINY, 3, tmp_path / str(k)) for k in range(2)]
+    found = [arms.find_cell(arm, corpus(), 0.5, TINY, 3, tmp_path / str(k)) for k in range(2)]
     assert found[0] == found[1] and isinstance(found[0], Genotype) and found[0].n_nodes == 2
 
 
@@ -151,7 +153,18 @@ def test_a_seed_retrained_again_has_its_last_stored_cell(tmp_path, monkeypatch):
     row = {"name": "one", "retraining": "3 epochs", "seed": 1, "retrain_seed": 0, "genotype": "early"}
     figures.save([row, row | {"seed": 2}, row | {"name": "other", "genotype": "another"}], "s")
     figures.save([row | {"retraining": "10 epochs", "genotype": "late"}], "s")
-    assert {seed: found["genotype"] for seed, found in quality.of_name("one", "s").items()} == {1: "late", 2: "early"}
+    monkeypatch.setitem(quality.STUDIES, "penn", quality.Study("s", "penn"))
+    options = argparse.Namespace(study="penn", cells_of=None)
+    assert {seed: found["genotype"] for seed, found in quality.found_before(options, "one").items()} == {1: "late", 2: "early"}
+
+
+def test_another_studys_cells_come_without_their_supernets_perplexity(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    monkeypatch.setitem(quality.STUDIES, "penn", quality.Study("s", "penn"))
+    figures.save([{"name": "one", "retraining": "3 epochs", "seed": 1, "retrain_seed": 0, "genotype": "its cell", "supernet_valid": 120.0}], "s")
+    there = quality.found_before(argparse.Namespace(study="all-words", cells_of=["penn", "one"]), "few words")
+    assert {seed: (found["genotype"], found["supernet_valid"]) for seed, found in there.items()} == {1: ("its cell", "")}
+    assert quality.found_before(argparse.Namespace(study="penn", cells_of=["penn", "one"]), "few words")[1]["supernet_valid"] == "120.0"
 
 
 def test_going_down_finds_the_lowest_cell_where_nodes_do_not_depend_on_each_other():
@@ -171,7 +184,7 @@ def test_going_down_finds_the_lowest_cell_where_nodes_do_not_depend_on_each_othe
 def test_what_the_shared_weights_say(monkeypatch):
     """On a small text: the judge's perplexity of α's own cell is the supernet's, in evaluation, and the figures are of the cells given."""
     recipe = replace(TINY, search=replace(TINY.search, relaxation="gumbel", dropout=0.2))
-    cells = {random_genotype.to_json(): float(k) for k, random_genotype in enumerate(quality.random_cell(random.Random(k), 2) for k in range(4))}
+    cells = {random_genotype.to_json(): float(k) for k, random_genotype in enumerate(arms.random_cell(random.Random(k), 2) for k in range(4))}
     models = []
     monkeypatch.setattr(weights, "Judge", lambda supernet, *others, judge=weights.Judge: models.append(supernet) or judge(supernet, *others))
     row = weights.one("clip 0.1", 1, True, corpus(), recipe, cells, retrainings=1)
