@@ -6,11 +6,13 @@ import contextlib
 import copy
 from collections import Counter, OrderedDict, defaultdict, deque
 
+import numpy as np
 from torch import Tensor, nn
 
 from .bilevel import RandomState
 
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # parameters, buffers, hooks: no attributes that a training step assigns
+PLAIN = {str, bytes, int, float, bool, complex, type(None)}  # cannot be changed in place
 CONTAINERS = (list, dict, deque, Counter, OrderedDict, defaultdict)
 
 
@@ -45,10 +47,14 @@ def _copy(value):
     """What a step may change in place as a copy, with what it holds; anything else, such as a module, as it is."""
     if type(value) is Tensor:
         return value.clone()
+    if type(value) is np.ndarray:
+        return value.copy()
     if type(value) is set:  # what it holds cannot be changed in place
         return value.copy()
     if type(value) in CONTAINERS:
         new = copy.copy(value)
+        if set(map(type, new.values() if isinstance(new, dict) else new)) <= PLAIN:  # a vocabulary, say: at C's speed
+            return new
         for key, held in new.items() if isinstance(new, dict) else enumerate(new):
             new[key] = _copy(held)
         return new

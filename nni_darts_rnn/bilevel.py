@@ -11,6 +11,7 @@ All passes of one step draw the same random numbers, so that a difference of los
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -50,6 +51,11 @@ class RandomState:
         random.setstate(self.python)
 
 
+def takes_sgds_step(optimizer) -> bool:
+    """Whether the optimizer is `torch.optim.SGD`, or a subclass, such as `nni.trace` makes, with the same step."""
+    return isinstance(optimizer, torch.optim.SGD) and inspect.unwrap(type(optimizer).step) is inspect.unwrap(torch.optim.SGD.step)  # torch wraps it class by class
+
+
 @dataclass(frozen=True)
 class WeightStep:
     """A weight step that is linear in the (clipped) gradient: w′ = w − rate·(c·g) − decay·w − offset, for each weight.
@@ -76,9 +82,10 @@ class WeightStep:
         weights that are in no group (of those, `rates` would be a guess).
         """
         optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper holds the real one
-        if type(optimizer) is not torch.optim.SGD:
-            raise ValueError(f"the second-order step unrolls torch.optim.SGD; {type(optimizer).__name__}'s step is not linear in the "
-                             "gradient: use SGD for the weights, or hvp='first_order'")
+        if not takes_sgds_step(optimizer):
+            what = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}, its subclass, has a step of its own" if isinstance(optimizer, torch.optim.SGD) \
+                else f"{type(optimizer).__name__}'s step is not linear in the gradient"
+            raise ValueError(f"the second-order step unrolls torch.optim.SGD; {what}: use SGD for the weights, or hvp='first_order'")
         group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         rates, decays, offsets = [], [], []
         for w in weights:
@@ -189,6 +196,8 @@ def architecture_gradient(loss: Loss, weights: Tensors, alphas: Tensors, train_b
         raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}")
     if not epsilon > 0:
         raise ValueError(f"epsilon: {epsilon!r} must be above 0")
+    if neumann_terms < 0:
+        raise ValueError(f"neumann_terms: {neumann_terms!r} must be at least 0")
     valid_loss = valid_loss or loss
     end = RandomState([*weights, *alphas])
     start = end if ran is None else ran.start

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from .checkpoints.stopping import Terminated, end_by
 from .genotype import Genotype
+from .own_parameters import own_parameters
 from .rungs import recipe_fields
 from .trial import (
     REFUSALS,
@@ -43,20 +44,22 @@ def main(argv: list[str] | None = None) -> int:
     quiet_hosts()
     import nni
 
-    parameters = nni.get_next_parameter() or {}
+    parameters = own_parameters()
 
     def metrics(perplexity: float, row: dict) -> dict:
         return row | {"default": 1 / perplexity if arguments.maximize else perplexity}
 
+    def final(result: dict) -> None:
+        nni.report_final_result(metrics(result["valid_perplexity"], {k: result[k] for k in ("valid_perplexity", "test_perplexity", "parameters", "seconds")}))
+
     try:
-        result = run(arguments, dict(parameters), lambda row: nni.report_intermediate_result(metrics(row["perplexity"], row)))
+        run(arguments, parameters, lambda row: nni.report_intermediate_result(metrics(row["perplexity"], row)), final)
     except REFUSALS as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, Terminated) as stop:  # how NNI stops a trial early; its checkpoint stays, and after Ctrl-C the best model so far
         print("stopped", file=sys.stderr, flush=True)
         end_by(stop)
-    nni.report_final_result(metrics(result["valid_perplexity"], {k: result[k] for k in ("valid_perplexity", "test_perplexity", "parameters", "seconds")}))
     return 0
 
 
@@ -85,8 +88,9 @@ def read_parameters(parameters: dict) -> tuple[Genotype, int, dict]:
     return genotype, seed, settings
 
 
-def run(arguments: argparse.Namespace, parameters: dict, report) -> dict:
-    """Checks everything, then trains and tests the cell in NNI's output folder. `ValueError` with one line for what is not allowed."""
+def run(arguments: argparse.Namespace, parameters: dict, report, final=None) -> dict:
+    """Checks everything, then trains and tests the cell in NNI's output folder. `ValueError` with one line for what is not allowed. `final` gets the result
+    before the trial's checkpoints go."""
     genotype, seed, settings = read_parameters(parameters)
     recipe = checked_recipe(arguments, settings)
     prepare_torch(arguments)
@@ -105,13 +109,18 @@ def run(arguments: argparse.Namespace, parameters: dict, report) -> dict:
     if (unread := without_search(arguments)) is not None:
         print(unread, flush=True)
     write_text(folder / "genotype.json", genotype.to_json() + "\n")
-    trained = retrain_phase(corpus, genotype, recipe.retrain, seed, folder, report, device=arguments.device)
-    if arguments.onnx:
-        write_trained_onnx(folder)
-    result = {"seed": seed, "corpus": corpus.name, "recipe": recipe.to_dict(), "genotype": genotype.to_json(),
-              **{k: trained[k] for k in ("valid_perplexity", "test_perplexity", "parameters", "retrain_seconds")},
-              "seconds": trained["retrain_seconds"], "versions": package_versions()}
-    write_json(folder / "result.json", result)
+    result: dict = {"seed": seed, "corpus": corpus.name, "recipe": recipe.to_dict(), "genotype": genotype.to_json()}
+
+    def done(trained: dict) -> None:
+        if arguments.onnx:
+            write_trained_onnx(folder)
+        result.update({k: trained[k] for k in ("valid_perplexity", "test_perplexity", "parameters", "retrain_seconds")})
+        result.update(seconds=trained["retrain_seconds"], versions=package_versions())
+        write_json(folder / "result.json", result)
+        if final is not None:
+            final(result)
+
+    retrain_phase(corpus, genotype, recipe.retrain, seed, folder, report, device=arguments.device, final=done)
     return result
 
 

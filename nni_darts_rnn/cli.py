@@ -10,6 +10,7 @@ from pathlib import Path
 from . import __version__
 from .checkpoints.stopping import Terminated
 from .commands import afterwards, compute
+from .files import at_home
 from .trial import REFUSALS, Parser, add_keeping_options, add_run_options, in_any_locale, one_line
 
 EXPERIMENT = "id of an NNI experiment on this machine (running, stopped or finished), or its folder"
@@ -17,17 +18,21 @@ EXPERIMENT = "id of an NNI experiment on this machine (running, stopped or finis
 
 def new_folder(text: str) -> Path:
     """A folder that is there or can be made."""
-    path = Path(text).expanduser()
-    there = next((place for place in (path, *path.parents) if place.exists()), path)
-    if not text or not there.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is not possible: {f'{there} is a file' if text else 'it is empty'}; give a folder")
+    try:
+        path = at_home(text, "the path")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    there = next((place for place in (path, *path.parents) if os.path.lexists(place)), path)  # of a place that may not be looked at it says no
+    if not text or not os.path.isdir(there):
+        what = "it is empty" if not text else f"{there} is a {'file' if os.path.exists(there) else 'link to nothing'}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not possible: {what}; give a folder")
     return path
 
 
 def new_file(text: str) -> Path:
     """A file that is there or can be made."""
-    path = Path(text).expanduser()
-    if not text or path.is_dir():
+    path = Path(text)
+    if not text or os.path.isdir(os.path.expanduser(text)):
         raise argparse.ArgumentTypeError(f"{text!r} is not possible: {f'{path} is a folder' if text else 'it is empty'}; give a file")
     return new_folder(str(path.parent)) / path.name
 

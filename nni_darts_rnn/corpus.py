@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .files import at_home
 from .genotype import did_you_mean
 from .text import download
 from .text.batches import Batch, BpttBatches, LengthRule, fixed_length, retrain_lengths, search_lengths, streams
@@ -74,7 +75,7 @@ def load_corpus(name_or_folder: str | Path, *, folder: str | Path | None = None,
     if not isinstance(name_or_folder, (str, Path)) or not str(name_or_folder):
         raise ValueError(f"corpus {name_or_folder!r} must be a folder or one of {', '.join(NAMES)}")
     name = name_or_folder if isinstance(name_or_folder, str) else f"{name_or_folder}{os.sep}"
-    path = Path(name).expanduser()
+    path = at_home(name, "corpus")
     if name not in PUBLISHED_COUNTS and (folder is not None or mirror is not None):
         raise ValueError(f"corpus {name!r}: folder and mirror are for {', '.join(PUBLISHED_COUNTS)}"
                          + did_you_mean(name, PUBLISHED_COUNTS))
@@ -102,7 +103,7 @@ def _published(name: str, folder: str | Path | None, mirror: str | None) -> Corp
     if folder is None and mirror is None and not cached.is_dir():
         raise ValueError(f"corpus {name!r} is not on this machine: give folder= (--corpus-folder), where its texts lie, or mirror= (--corpus-mirror), a URL to download them from")
     if folder is not None:
-        path = Path(folder).expanduser()
+        path = at_home(folder, "folder (--corpus-folder)")
     else:
         path = cached if cached.is_dir() else download.fetch(name, str(mirror))
     corpus = _from_folder(name, path, published=True)

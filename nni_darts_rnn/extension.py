@@ -230,7 +230,9 @@ def _cached(place: Path, name: str) -> Library | None:
 def _compile(place: Path, name: str) -> Library:
     """csrc/*.cpp, with what they include, as a library in `place`, which appears whole or not at all, and only once it was loaded and computes right."""
     compiler = _compiler()
-    with tempfile.TemporaryDirectory(prefix=".build-", dir=place) as folder:
+    for killed in place.glob(f".build-{name}-*"):  # while it compiled; who calls holds this name's lock
+        shutil.rmtree(killed, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f".build-{name}-", dir=place) as folder:
         linked, compiled = Path(folder, "cells.so"), {path: Path(folder, f"{path.stem}.o") for path in sorted(SOURCES.glob("*.cpp"))}
         with ThreadPoolExecutor() as both:
             list(both.map(_run, ([*compiler, *_flags(), "-c", str(path), "-o", str(result)] for path, result in compiled.items())))

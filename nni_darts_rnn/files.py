@@ -43,6 +43,14 @@ def whole(path: str | Path):
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def at_home(path: str | Path, setting: str) -> Path:
+    """The path with the home folder in the place of `~`. `ValueError` with one line that begins with `setting` where that is not known."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{setting}: {str(path)!r} begins with a home folder that this machine does not know; give the whole path") from None
+
+
 def _to_disk(path: str | Path) -> None:
     handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
     try:

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 PRIMITIVES = ("none", "tanh", "relu", "sigmoid", "identity")
-RELAXATIONS = ("edge", "node", "gumbel")  # what one softmax of α is over (supernet.py)
 """Primitives of one edge of the supernet, in the order of α's columns (DARTS, section 3.2). `none` is never derived."""
+RELAXATIONS = ("edge", "node", "gumbel")  # what one softmax of α is over (supernet.py)
 
 _known_ops = set(PRIMITIVES) - {"none"}
 

@@ -38,6 +38,9 @@ class DartsRNN(nn.Module):
             raise ValueError("bias: True is not possible, the DARTS cell has no bias terms; leave it False")
         if isinstance(num_layers, bool) or not isinstance(num_layers, int) or num_layers < 1:
             raise ValueError(f"num_layers: {num_layers!r} must be a whole number of at least 1")
+        for name, value in (("batch_first", batch_first), ("bidirectional", bidirectional)):
+            if value not in (True, False):
+                raise ValueError(f"{name}: {value!r} must be True or False")
         if isinstance(dropout, bool) or not isinstance(dropout, numbers.Real) or not 0 <= dropout <= 1:
             raise ValueError(f"dropout: {dropout!r} must be a number of at least 0 and at most 1")
         if dropout and num_layers == 1:  # as nn.GRU does
@@ -64,6 +67,8 @@ class DartsRNN(nn.Module):
             layer.reset_parameters()
 
     def forward(self, input: Tensor | PackedSequence, hx: Tensor | None = None) -> tuple[Tensor | PackedSequence, Tensor]:
+        if isinstance(hx, (tuple, list)):
+            raise ValueError(f"hx: a {type(hx).__name__}; this cell has one state, as nn.GRU has: a tensor (layers·directions, B, H), or None")
         if isinstance(input, PackedSequence):
             padded, lengths = pad_packed_sequence(input)  # (T, B, I), (B,)
             output, h_n = self._run(padded, hx, lengths.to(padded.device))
@@ -84,6 +89,10 @@ class DartsRNN(nn.Module):
 
     def _run(self, x: Tensor, hx: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         """x (T, B, I), lengths (B,) or None -> output (T, B, D·H), h_n (L·D, B, H)."""
+        weights = self.layers[0].W0.dtype
+        for name, tensor in (("input", x), ("hx", hx)):
+            if tensor is not None and tensor.dtype != weights and not torch.is_autocast_enabled(x.device.type):
+                raise ValueError(f"{name} is of {tensor.dtype}, the weights are of {weights}: {name}.to({weights}), or rnn.to({tensor.dtype})")
         if x.shape[-1] != self.input_size:
             raise ValueError(f"input has {x.shape[-1]} features; this layer was built for input_size {self.input_size}")
         expected = (self.num_layers * self.directions, x.shape[1], self.hidden_size)

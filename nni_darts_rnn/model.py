@@ -17,6 +17,7 @@ from .cell import INIT_RANGE, DiscreteRNN, RecurrentWeights, check_rates, variat
 from .corpus import BpttBatches, fixed_length, streams
 from .cross_entropy import linear_cross_entropy
 from .genotype import Genotype
+from .layer import DartsRNN
 
 
 class LMOutput(NamedTuple):
@@ -100,7 +101,7 @@ def without_dropout(model: nn.Module):
 
     That of this package's modules, and of every module whose class is named …Dropout, as torch's and fastai's are.
     """
-    dropping = [m for m in model.modules() if m.training and (isinstance(m, (LanguageModel, RecurrentWeights)) or type(m).__name__.rstrip("123d").endswith("Dropout"))]
+    dropping = [m for m in model.modules() if m.training and (isinstance(m, (LanguageModel, RecurrentWeights, DartsRNN)) or type(m).__name__.rstrip("123d").endswith("Dropout"))]
     for module in dropping:
         module.training = False  # its own alone; `eval()` would change its parts too
     try:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from .checkpoints.store import USUAL, Checkpoints, Keeping, alone_in, run_identity
+from .checkpoints.store import USUAL, Checkpoints, Keeping, alone_in, run_identity, unfinished_search
 from .corpus import Corpus
 from .files import write_json, write_text
 from .genotype import Genotype, load_genotype
@@ -116,18 +116,23 @@ def _search_phase(corpus, recipe, seed, folder, report, progress, device, store)
 
 
 def retrain_phase(corpus: Corpus, genotype: Genotype | str, recipe: RetrainRecipe, seed: int, folder: Path, report=None, progress: bool = False,
-                  device: str = "auto", keeping: Keeping = USUAL) -> dict:
+                  device: str = "auto", keeping: Keeping = USUAL, final: Callable[[dict], None] | None = None) -> dict:
     """Trains the genotype from scratch and tests it; leaves retrain.csv, genotype.json, model.safetensors, model.json and pictures in `folder`.
 
     While it goes on the training keeps itself in `folder`/checkpoint, as `search_phase` does. Ctrl-C after the first epoch: the best model so
     far is tested and left there too, then `KeyboardInterrupt` goes on; likewise `FloatingPointError` where the numbers went wrong for good.
-    Returns valid_perplexity, test_perplexity, parameters, retrain_seconds, epochs, rows.
+    Returns valid_perplexity, test_perplexity, parameters, retrain_seconds, epochs, rows, which `final` gets before the checkpoints go. `ValueError` where another process
+    is at work in the folder, or where another cell, a training with other settings or an unfinished search lies there.
     """
     genotype = load_genotype(genotype)
     with alone_in(folder) as kept:
+        if unfinished_search(kept):
+            raise ValueError(f"{folder} holds an unfinished search, whose cell may still change; let it end first, or give another folder for the results")
         _check_cell(folder, genotype)  # before `resume="never"` removes what another run has kept
         store = _store(kept, "retrain", _retrain_identity(corpus, genotype, recipe, seed), keeping)
         done = _retrain_phase(corpus, genotype, recipe, seed, folder, report, progress, device, store, more=False)
+        if final is not None:
+            final(done)
         store.clear()
     return done
 

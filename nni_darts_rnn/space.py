@@ -113,7 +113,8 @@ class MixedCell(MixedRNN, BaseSuperNetModule):
         mixed = cls(module.input_size, module.hidden_size, module.n_nodes, module.primitives, module.dropout_x, module.dropout_h,
                     softmax=mutate_kwargs.get("softmax"), relaxation=module.relaxation, init_range=module.init_range)
         mixed.W0, mixed.Ws = module.W0, module.Ws
-        first = memo.setdefault("cell", mixed)  # layers whose choices have the same labels are one cell: one α
+        mixed.scope = module.inputs[0].label.removesuffix("cell/node_1/input")  # of NNI's `label_scope`s around it
+        first = memo.setdefault(f"{mixed.scope}cell", mixed)  # layers whose choices have the same labels are one cell: one α
         for what in ("n_nodes", "relaxation"):  # of choices with other candidates NNI says so itself
             if getattr(first, what) != getattr(mixed, what):
                 raise ValueError(f"{what}: {getattr(mixed, what)!r} of one CellSpace, {getattr(first, what)!r} of another; all of a space are one cell, so give them the same")
@@ -126,13 +127,13 @@ class MixedCell(MixedRNN, BaseSuperNetModule):
         return {}
 
     def export(self, memo: dict) -> dict:
-        sample = self.genotype().to_sample()
+        sample = {self.scope + label: value for label, value in self.genotype().to_sample().items()}
         return {label: value for label, value in sample.items() if label not in memo}
 
     def export_probs(self, memo: dict) -> dict:
         """softmax(α) by edge: {"cell/node_<i>/from_<j>": {primitive: probability}}."""
         rows = self.probabilities().cpu().tolist()
-        return {f"cell/node_{i}/from_{j}": dict(zip(self.primitives, row)) for (i, j), row in zip(edges(self.n_nodes), rows)}
+        return {f"{self.scope}cell/node_{i}/from_{j}": dict(zip(self.primitives, row)) for (i, j), row in zip(edges(self.n_nodes), rows)}
 
     def arch_parameters(self):
         yield self.alpha

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from numbers import Real
 
 import pytorch_lightning as pl
 import torch
@@ -17,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .auxiliary import Before
-from .bilevel import EPSILON, MODES, TrainingPass, WeightStep, architecture_gradient, is_first_order
-from .genotype import one_of
+from .bilevel import EPSILON, TrainingPass, WeightStep, architecture_gradient, is_first_order
 from .health import check_finite
 from .published import original_gradient, plain_sgd
+from .step_settings import check_step
 
 
 class _TrainingStep(nn.Module):
@@ -37,12 +35,6 @@ class _TrainingStep(nn.Module):
 def _loss_of(output, name: str = "loss") -> Tensor:
     """The loss in what a `training_step` returned; `name` falls back to "loss"."""
     return output.get(name, output["loss"]) if isinstance(output, dict) else output
-
-
-def _number(name: str, value) -> bool:
-    if not isinstance(value, Real):
-        raise ValueError(f"{name}: {value!r} must be a number")
-    return True
 
 
 @contextlib.contextmanager
@@ -145,10 +137,18 @@ class SecondOrderDartsModule(DartsLightningModule):
 
     def on_after_backward(self):
         """Where α's step shares the weights' gradient, it comes here: after that gradient, before it is clipped and the weights take their step."""
+        before = self._gradients()
         super().on_after_backward()
+        if self._gradients() != before and not (self.reproduce_original or is_first_order(self.hvp, self.unrolled_lr)):
+            raise ValueError("on_after_backward: it changes the gradients, of which the step that is unrolled knows nothing; change the loss or the learning rate instead, "
+                             "or use hvp='first_order'")
         check_finite(training_loss=self._loss, gradient_of_the_weights=[p.grad for p in self.training_module.parameters() if p.requires_grad])
         if self._move_alpha is not None:
             self._move_alpha(self._loss)
+
+    def _gradients(self) -> list[tuple[int, int]]:
+        """Which tensors the gradients are, and how often each was changed."""
+        return [(id(p.grad), p.grad._version) for p in self.training_module.parameters() if p.grad is not None]
 
     def _architecture_step(self, train_batch, valid_batch, batch_idx: int, before: Before, ran: Tensor | None = None) -> None:
         gradient = self.architecture_gradient(train_batch, valid_batch, batch_idx, before, ran)
@@ -265,27 +265,9 @@ class SecondOrderDARTS(DARTS):
                  epsilon: float = EPSILON, hvp: str = "finite_difference", unrolled_lr: float | None = None, neumann_terms: int = 0, own_gradient: bool = False,
                  warmup_epochs: int = 0, gradient_clip_val: float | None = None, reproduce_original: bool = False,
                  log_prob_every_n_step: int = 10, **kwargs):
-        for name, value in (("arc_learning_rate", arc_learning_rate), ("arc_weight_decay", arc_weight_decay), ("warmup_epochs", warmup_epochs),
-                            ("neumann_terms", neumann_terms), ("log_prob_every_n_step", log_prob_every_n_step),
-                            ("unrolled_lr", 0 if unrolled_lr is None else unrolled_lr)):
-            if not (_number(name, value) and 0 <= value < math.inf):
-                raise ValueError(f"{name}: {value!r} must be at least 0, and finite")
-        for name, value in (("epsilon", epsilon), ("gradient_clip_val", 1 if gradient_clip_val is None else gradient_clip_val)):
-            if not (_number(name, value) and 0 < value < math.inf):
-                raise ValueError(f"{name}: {value!r} must be above 0, and finite")
-        for name, value in (("neumann_terms", neumann_terms), ("warmup_epochs", warmup_epochs)):
-            if isinstance(value, bool) or value != int(value):
-                raise ValueError(f"{name}: {value!r} must be a whole number")
-        for name, value in (("own_gradient", own_gradient), ("reproduce_original", reproduce_original)):
-            if not isinstance(value, bool):
-                raise ValueError(f"{name}: {value!r} must be True or False")
-        if not isinstance(arc_betas, Sequence) or len(arc_betas) != 2 or not all(_number("arc_betas", beta) and 0 <= beta < 1 for beta in arc_betas):
-            raise ValueError(f"arc_betas: {arc_betas!r} must be at least 0 and below 1, two of them")
-        one_of("hvp", hvp, MODES)
-        if neumann_terms and is_first_order(hvp, unrolled_lr):
-            raise ValueError(f"neumann_terms: {neumann_terms} terms of the second-order gradient go with no first-order one; give 0")
-        if reproduce_original and (hvp == "exact" or neumann_terms):
-            raise ValueError(f"reproduce_original: the published code has a finite difference and no series; hvp={hvp!r} and neumann_terms={neumann_terms} go without it")
+        check_step(hvp=hvp, unrolled_lr=unrolled_lr, neumann_terms=neumann_terms, reproduce_original=reproduce_original, arc_learning_rate=arc_learning_rate,
+                   arc_weight_decay=arc_weight_decay, arc_betas=arc_betas, epsilon=epsilon, own_gradient=own_gradient, warmup_epochs=warmup_epochs,
+                   gradient_clip_val=gradient_clip_val, log_prob_every_n_step=log_prob_every_n_step)
         if reproduce_original and gradient_clip_val is None:
             raise ValueError("reproduce_original: the published code always clips; give gradient_clip_val (the paper's is 0.25)")
         super().__init__(arc_learning_rate=arc_learning_rate, gradient_clip_val=gradient_clip_val,

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from .checkpoints.stopping import Terminated, end_by
+from .own_parameters import own_parameters
 from .rungs import BUDGET, configuration_folder, copy_results, recipe_fields
 
 REFUSALS = (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError)
@@ -63,14 +64,14 @@ def main(argv: list[str] | None = None) -> int:
     quiet_hosts()
     import nni
 
-    parameters = nni.get_next_parameter() or {}
+    parameters = own_parameters()
 
     def final(result: dict) -> None:
         nni.report_final_result({"default": result["valid_perplexity"]}
                                 | {k: result[k] for k in ("test_perplexity", "parameters", "seconds", "supernet_valid_perplexity")})
 
     try:
-        run(arguments, dict(parameters), nni.report_intermediate_result, final)
+        run(arguments, parameters, nni.report_intermediate_result, final)
     except REFUSALS as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
@@ -142,14 +143,13 @@ def run(arguments: argparse.Namespace, parameters: dict, report, final=None) -> 
     def done(result: dict) -> None:
         if rung:
             copy_results(where, folder)
+        if arguments.onnx:
+            write_trained_onnx(folder)
+        _leave_report(folder, arguments)
         if final is not None:
             final(result)
 
-    result = whole_run(corpus, recipe, seed, where, report, progress=False, device=arguments.device, keeping=keep, final=done, more=rung)
-    if arguments.onnx:
-        write_trained_onnx(folder)
-    _leave_report(folder, arguments)
-    return result
+    return whole_run(corpus, recipe, seed, where, report, progress=False, device=arguments.device, keeping=keep, final=done, more=rung)
 
 
 def _leave_report(folder: Path, arguments: argparse.Namespace) -> None:

@@ -6,12 +6,14 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelEpochException, CancelTrainException
+from fastai.callback.mixup import MixUp
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner, ValueMetric
+from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD, OptimWrapper
 
 from nni_darts_rnn import epoch_counts
@@ -209,6 +211,20 @@ def test_rate_is_restored_when_a_batch_is_cancelled(tmp_path):
     recipe = SMALL.retrain
     learn = run(lm_learner(language_dls(corpus(), recipe, 0, "cpu", tmp_path), CELL, recipe, cbs=[Skip()]), 1)
     assert learn.opt.hypers[-1]["lr"] == recipe.lr
+
+
+@pytest.mark.parametrize("kind", [CancelTrainException, CancelEpochException])
+def test_rate_is_restored_when_an_epoch_ends_within_a_batch(tmp_path, kind):
+    class Enough(Callback):
+        def after_loss(self):
+            if self.training and self.iter == 2:
+                raise kind
+
+    recipe = get_recipe(SMALL, {"retrain.short_bptt_probability": 0.9}).retrain
+    watch = Watch()
+    learn = run(lm_learner(language_dls(corpus(), recipe, 0, "cpu", tmp_path), CELL, recipe, cbs=[Enough(), watch]), 4)
+    assert learn.opt.hypers[-1]["lr"] == recipe.lr and len(watch.steps) == 8
+    assert [s["lr"] for s in watch.steps] == pytest.approx([recipe.lr * s["T"] / recipe.bptt for s in watch.steps])
 
 
 def test_two_epochs_a_stop_and_two_more_equal_four(tmp_path):
@@ -415,6 +431,62 @@ def test_alpha_moves_in_a_model_of_other_data(tmp_path, two):
         assert torch.allclose(grad, expected, rtol=1e-4, atol=1e-6)
 
 
+class Classify(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.dropout, self.readout = MixedRNN(2, 4, 2), torch.nn.Dropout(0.5), torch.nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.readout(self.dropout(self.rnn(x.transpose(0, 1))[-1]))
+
+
+def classifier(tmp_path, valid_batches, cbs, **options) -> Learner:
+    torch.manual_seed(0)
+    data = [(torch.randn(5, 2), torch.tensor(int(i >= 12))) for i in range(24)]
+    train, valid = DataLoader(data[:12], bs=4), DataLoader(data[12:], bs=4)
+    update = ArchParamUpdate(valid if valid_batches == "loader" else list(valid), **options)
+    torch.manual_seed(0)
+    return Learner(DataLoaders(train, valid), Classify(), CrossEntropyLossFlat(), opt_func=partial(OptimWrapper, opt=torch.optim.SGD), lr=0.1, path=tmp_path,
+                   splitter=weight_parameters, cbs=[update, *cbs])
+
+
+def test_mixed_targets_are_of_the_training_text_alone(tmp_path):
+    """`MixUp` puts a loss of its own in the place of the Learner's, with the training batch's targets; α learns from the validation text as it is."""
+    seen = []
+
+    class Valid(Callback):
+        order, run_valid = ArchParamUpdate.order + 1, False
+
+        def after_backward(self):
+            seen.append(float(self.learn.arch_param_update.last.valid_loss))
+
+    learn = classifier(tmp_path, "list", [MixUp(0.4), Valid()])
+    with torch.no_grad():
+        learn.model.readout.weight.zero_()
+        learn.model.readout.bias.copy_(torch.tensor([5.0, -5.0]))
+    learn.lr = 1e-9
+    run(learn)
+    assert seen == pytest.approx([10.0] * 3, abs=1e-3)  # the training text is of one class, the validation text of the other
+
+
+@pytest.mark.parametrize("options", [{}, {"own_gradient": True}, {"hvp": "first_order"}], ids=str)
+def test_reading_the_validation_text_draws_no_random_numbers(tmp_path, options):
+    """torch's DataLoader draws a seed from the global generator whenever it is read from its beginning."""
+    found = [run(classifier(tmp_path, source, [], arch_lr=0, arch_weight_decay=0, **options), 2).model for source in ("loader", "list")]
+    assert same(weights_of(found[0]), weights_of(found[1]))
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"neumann_terms": -1}, "neumann_terms: -1 must be at least 0"), ({"neumann_terms": 2, "hvp": "first_order"}, "neumann_terms: 2 terms"),
+    ({"reproduce_original": True, "hvp": "exact"}, "reproduce_original: the published code"), ({"unrolled_lr": -1}, "unrolled_lr: -1 must be at least 0"),
+    ({"warmup_epochs": float("nan")}, "warmup_epochs: nan"), ({"own_gradient": "false"}, "own_gradient: 'false' must be True or False"),
+    ({"arch_betas": (0.9,)}, "arch_betas: .0.9,. must be .* two of them"), ({"arch_lr": "0.1"}, "arch_lr: '0.1' must be a number"),
+    ({"alpha_dropout": 1}, "alpha_dropout: 1 must be True or False")], ids=str)
+def test_settings_that_the_strategy_refuses_are_refused_here_too(options, words):
+    with pytest.raises(ValueError, match=words):
+        ArchParamUpdate([], **options)
+
+
 def test_alpha_step_leaves_no_trace(tmp_path):
     """With α's rate 0, weights, buffers, hidden states and random state are those of a run without the callback, bit for bit."""
     recipe = get_recipe(SMALL, {"search.arch_lr": 0, "search.arch_weight_decay": 0}).search
@@ -481,6 +553,7 @@ def test_a_search_stopped_and_resumed_is_the_whole_search(tmp_path):
     (lambda learn: setattr(learn, "opt_func", partial(learn.opt_func.func, opt=torch.optim.Adam)), "linear in the gradient"),
     (lambda learn: learn.add_cb(GradientAccumulation(8)), "no GradientAccumulation"),
     (lambda learn: setattr(learn.gradient_clip, "norm_type", float("inf")), "norm_type=2"),
+    (lambda learn: (setattr(learn.arch_param_update, "own_gradient", True), learn.add_cb(MixUp())), "own_gradient: the step would be unrolled before MixUp"),
     (lambda learn: (setattr(learn.arch_param_update, "reproduce_original", True), setattr(learn, "opt_func", partial(learn.opt_func.func, opt=partial(
         torch.optim.SGD, momentum=0.9)))), "plain SGD"),
 ])

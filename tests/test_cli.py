@@ -205,6 +205,16 @@ def test_an_out_that_is_a_file_is_refused(place, capsys):
     assert out.read_text() == "mine"
 
 
+def test_a_home_that_is_not_known_and_a_link_to_nothing(place, capsys):
+    corpus, nobody = place.parent / "corpus", "~nobody-of-this-name/x"
+    for argv in (["search", "--corpus", nobody], ["search", "--corpus", corpus, "--out", nobody], ["search", "--corpus", "penn", "--corpus-folder", nobody],
+                 ["init", nobody], ["report", "a", "--out", nobody + ".html"]):
+        refused(capsys, place, status(cli.main, *argv), "begins with a home folder that this machine does not know")
+    (place.parent / "link").symlink_to("nothing")
+    for path in ("link", "link/below"):
+        refused(capsys, place, status(cli.main, "search", "--corpus", corpus, "--out", place.parent / path), "link is a link to nothing; give a folder")
+
+
 @pytest.mark.parametrize("options, words", RUN_OPTIONS.values(), ids=RUN_OPTIONS)
 def test_the_trial_refuses_options(options, words, place, capsys):
     corpus = [] if any(o.startswith("--corpus") for o in options) else ["--corpus", place.parent / "corpus"]

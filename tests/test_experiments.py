@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import PackagePath
 from pathlib import Path
 
 import pytest
@@ -322,6 +323,17 @@ def test_plot_refuses_in_one_line(tmp_path, capsys, name, text, words):
     said = capsys.readouterr()
     assert words in said.err and len(said.err.splitlines()) == 1 and not said.out and os.listdir(tmp_path) == before
     assert run("plot", tmp_path / "nowhere") == 2 and "no such folder" in capsys.readouterr().err
+
+
+def test_the_example_of_a_wheel_that_lies_in_a_folder_of_its_own(tmp_path, monkeypatch):
+    """As `pip install --target` puts it, whose record tells of another place."""
+    for name, source in starter.example_files().items():
+        write_text(tmp_path / "share" / "nni_darts_rnn" / name, source.read_text(encoding="utf-8"))
+    there = starter.example_files().keys()
+    monkeypatch.setattr(starter, "__file__", str(tmp_path / "nni_darts_rnn" / "commands" / "starter.py"))
+    monkeypatch.setattr(starter, "files", lambda name: [PackagePath("../../share/nni_darts_rnn/examples/darts_rnn.yml")])
+    monkeypatch.setattr(PackagePath, "locate", lambda self: tmp_path / "nowhere", raising=False)
+    assert starter.example_files() == {name: tmp_path / "share" / "nni_darts_rnn" / name for name in there}
 
 
 def test_init_writes_the_example_and_replaces_nothing(tmp_path, capsys):

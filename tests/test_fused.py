@@ -539,9 +539,12 @@ def test_two_processes_build_at_once_a_third_finds_it_and_a_damaged_one_is_built
     (built,) = folder.glob("*.so")
     size = built.stat().st_size
     built.write_bytes(built.read_bytes()[:100_000])  # loading this would end the process
+    killed = folder / f".build-{built.stem.rpartition('-')[0]}-abc"  # while it compiled
+    killed.mkdir()
+    (killed / "cells.o").touch()
     assert ends(process(XDG_CACHE_HOME=str(tmp_path), CXX=compiler))[0].startswith("True")
     (again,) = folder.glob("*.so")
-    assert again.stat().st_size == size
+    assert again.stat().st_size == size and not killed.exists()
 
 
 def test_without_a_compiler_the_same_numbers(tmp_path):

@@ -9,6 +9,7 @@ from torch import nn
 
 from nni_darts_rnn.cell import DiscreteRNN
 from nni_darts_rnn.genotype import DARTS_V1, DARTS_V2, Genotype
+from nni_darts_rnn.layer import DartsRNN
 from nni_darts_rnn.model import LanguageModel, activation_regularisation, choose_device, number_of_parameters, perplexity, without_dropout
 from nni_darts_rnn.supernet import MixedRNN
 
@@ -131,9 +132,9 @@ def test_without_dropout_all_else_is_as_in_training():
     with without_dropout(model):  # of a model that has none: nothing changes, and it does not come back in training
         assert torch.equal(model(tokens, hidden).decoded, settled)
     assert not any(m.training for m in model.modules())
-    others = nn.Sequential(nn.Dropout(0.9), nn.BatchNorm1d(H), nn.Dropout2d(0.9))
+    others = nn.Sequential(nn.Dropout(0.9), nn.BatchNorm1d(H), nn.Dropout2d(0.9), DartsRNN(3, H, num_layers=2, dropout=0.9))
     with without_dropout(others):
-        assert [m.training for m in others] == [False, True, False]
+        assert [m.training for m in others] == [False, True, False, False] and all(m.training for m in others[3].layers[0].children())
     assert all(m.training for m in others)
 
 

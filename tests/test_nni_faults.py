@@ -36,6 +36,7 @@ from nni_darts_rnn.corpus import EOS, UNK, Corpus, Vocabulary
 from nni_darts_rnn.evaluator import search_evaluator
 from nni_darts_rnn.hyperband import Hyperband
 from nni_darts_rnn.nas_in_trial import trial_reports
+from nni_darts_rnn.own_parameters import own_parameters
 from nni_darts_rnn.recipes import get_recipe
 from nni_darts_rnn.search import make_space
 
@@ -253,6 +254,19 @@ def test_without_that_they_are_swallowed(channel, tmp_path):
     one_shot(strategies.DARTS(), tmp_path, nni.report_intermediate_result)
     nni.report_final_result(5.0)
     assert channel.sent == [("FINAL", 0, 0, 5.0)]
+
+
+def test_a_trial_that_is_started_again_has_its_own_parameters(channel, tmp_path, monkeypatch):
+    """NNI may hand a resumed trial those of another."""
+    monkeypatch.setenv("NNI_OUTPUT_DIR", str(tmp_path))
+    monkeypatch.setattr("nni.trial._trial_id", "abcde")
+    assert own_parameters() == {"seed": 1}
+    channel.receive_parameter = lambda: {"parameter_id": 8, "parameters": {"seed": 2}}
+    assert own_parameters() == {"seed": 1} and nni.get_current_parameter() == {"seed": 1}
+    nni.report_final_result(5.0)
+    assert channel.sent == [("FINAL", 7, 0, 5.0)]
+    monkeypatch.setenv("NNI_OUTPUT_DIR", str(tmp_path / "another"))
+    assert own_parameters() == {"seed": 2}
 
 
 def test_hyperband_takes_its_own_names_of_trials(monkeypatch):

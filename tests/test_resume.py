@@ -17,7 +17,7 @@ import torch
 from crashes import RECIPE, corpus, phase
 from fastai.callback.core import Callback
 
-from nni_darts_rnn import learner, pipeline
+from nni_darts_rnn import cell_trial, learner, pipeline, trial
 from nni_darts_rnn.checkpoints.file import read_about, read_state
 from nni_darts_rnn.checkpoints.stopping import Stopped, Terminated, stop_requests
 from nni_darts_rnn.checkpoints.store import Checkpoints, Every, Keeping, alone_in, run_identity
@@ -221,6 +221,44 @@ def test_a_whole_run_goes_on_where_it_was_and_clears_up(tmp_path, monkeypatch):
         assert finals[-1] == result and not (tmp_path / folder / "checkpoint").exists() and not (tmp_path / folder / ".nni-darts-rnn-best").exists()
     assert {(row["phase"], row["epoch"]) for row in calls[-said:]} and len(calls) == 2 * (RECIPE.search.epochs + 1 + RECIPE.retrain.epochs)
     assert {k: v for k, v in finals[0].items() if "seconds" not in k} == {k: v for k, v in finals[1].items() if "seconds" not in k}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_retraining_is_refused_the_folder_of_an_unfinished_search(tmp_path, monkeypatch):
+    """Its cell may still change, and with a model there the search could not be gone on with."""
+    with monkeypatch.context() as patch:
+        stopped_after(2, signal.SIGTERM, patch)
+        with pytest.raises(Terminated):
+            pipeline.search_phase(corpus(), RECIPE.search, 3, tmp_path, device="cpu", keeping=Keeping(Every()))
+    before = {path.name for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="holds an unfinished search, whose cell may still change"):
+        pipeline.retrain_phase(corpus(), tmp_path, RECIPE.retrain, 3, tmp_path, device="cpu")
+    assert {path.name for path in tmp_path.iterdir()} == before
+    found = pipeline.search_phase(corpus(), RECIPE.search, 3, tmp_path, device="cpu", keeping=Keeping(resume="must"))
+    assert pipeline.retrain_phase(corpus(), found["genotype"], RECIPE.retrain, 3, tmp_path, device="cpu")["epochs"] == RECIPE.retrain.epochs
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("module", [trial, cell_trial])
+def test_a_trial_killed_in_its_last_moment_trains_nothing_again(tmp_path, monkeypatch, module):
+    """Between its final result and its end."""
+    text = " ".join("abcdefgh"[token - 2] for token in corpus().train.tolist() if token > 1)
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"{split}.txt").write_text((text + "\n") * (5 if split == "train" else 1))
+    monkeypatch.setenv("NNI_OUTPUT_DIR", str(tmp_path / "trial"))
+    options = ["--corpus", str(tmp_path), "--recipe", "tiny"]
+    arguments = trial.make_parser().parse_args(options)
+    parameters = {"seed": 1} | ({f"cell/node_1/{what}": value for what, value in (("op", "tanh"), ("input", "0"))} if module is cell_trial else {})
+
+    def killed(result):
+        raise Terminated
+
+    with pytest.raises(Terminated):
+        module.run(arguments, dict(parameters), lambda row: None, killed)
+    assert (tmp_path / "trial" / "result.json").exists()
+    rows, finals = [], []
+    result = module.run(arguments, dict(parameters), rows.append, finals.append)
+    assert rows == [] and finals == [result] and not (tmp_path / "trial" / "checkpoint").exists()
 
 
 def test_whose_checkpoint_it_is(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from nni.algorithms.hpo.random_tuner import RandomTuner
 from nni.common.hpo_utils import validate_search_space
-from nni.mutable import Categorical
+from nni.mutable import Categorical, label_scope
 from nni.nas.oneshot.pytorch.supermodule.base import BaseSuperNetModule
 from nni.nas.strategy import DARTS, ENAS, GumbelDARTS, Proxyless, RandomOneShot
 
@@ -272,3 +272,26 @@ def test_cells_of_one_space_that_differ_are_refused(other):
         DARTS().mutate_model(TwoCells(**other))
     supernet = DARTS().mutate_model(TwoCells())
     assert supernet.one.alpha is supernet.two.alpha
+
+
+class Scoped(RecurrentSpace):
+    def __init__(self):
+        super().__init__()
+        with label_scope("encoder"):
+            self.one = CellSpace(H, H, 2)
+        with label_scope("decoder"):
+            self.two, self.three = CellSpace(H, H, 2), CellSpace(H, H, 2)
+
+    def forward(self, x):
+        return self.three(self.two(self.one(x)))
+
+
+def test_each_label_scope_has_a_cell_of_its_own():
+    supernet = DARTS().mutate_model(Scoped())
+    assert supernet.one.alpha is not supernet.two.alpha and supernet.two.alpha is supernet.three.alpha
+    with torch.no_grad():
+        supernet.one.alpha[0, 1] = supernet.two.alpha[0, 2] = 5
+    sample = {**supernet.one.export({}), **supernet.two.export({})}
+    assert sample.keys() == Scoped().simplify().keys() and list(supernet.two.export_probs({}))[0] == "decoder/cell/node_1/from_0"
+    found = Scoped().freeze(sample)
+    assert [cell.genotype().recurrent[0][0] for cell in (found.one, found.two, found.three)] == [PRIMITIVES[1], PRIMITIVES[2], PRIMITIVES[2]]

@@ -9,6 +9,7 @@ import sys
 from collections import Counter, defaultdict, deque
 from functools import partial
 
+import nni
 import numpy as np
 import pytest
 import pytorch_lightning as pl
@@ -24,6 +25,7 @@ from torch.utils.data import TensorDataset
 from torchmetrics import CatMetric
 
 import nni_darts_rnn.strategy as strategy_module
+from nni_darts_rnn import auxiliary
 from nni_darts_rnn.auxiliary import Before
 from nni_darts_rnn.corpus import EOS, UNK, Corpus, Vocabulary
 from nni_darts_rnn.evaluator import TRAIN, VALID, LanguageModelModule, search_evaluator
@@ -255,6 +257,19 @@ def test_what_modules_keep_in_containers_is_put_back():
     assert module.counts is same and module.counts == Counter(a=1) and torch.equal(module.last[1], torch.ones(2)) and module.nested == {"deep": [[1], (2, {3})]}
 
 
+def test_a_vocabulary_is_not_walked_word_by_word_and_arrays_are_put_back():
+    module = nn.Linear(2, 2)
+    module.words, module.seen = {f"word {i}": i for i in range(100)}, np.zeros(3)
+    before, words = Before(module), module.words
+    walked = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(auxiliary, "_copy", lambda value, usual=auxiliary._copy: walked.append(value) or usual(value))
+        with before.again():
+            module.words["new"] = 100
+            module.seen += 1
+    assert module.words is words and "new" not in words and not module.seen.any() and len(walked) < 20
+
+
 def test_finds_the_known_best():
     found = 0
     for seed in range(20):
@@ -444,6 +459,35 @@ def test_a_step_that_would_not_be_the_one_unrolled_is_refused(training, options,
         search(Branches(), training(), branch_batches(2), branch_batches(2), make(gradient_clip_val=0.1), **options)
 
 
+class ChangesGradients(Regression):
+    def on_after_backward(self):
+        for p in self.parameters():
+            if p.grad is not None:
+                p.grad.mul_(0.1)
+
+
+@pytest.mark.parametrize("own_gradient", [False, True])
+def test_gradients_that_are_changed_are_refused_but_not_in_first_order(own_gradient):
+    with pytest.raises(ValueError, match="on_after_backward: it changes the gradients"):
+        search(Branches(), ChangesGradients(), branch_batches(2), branch_batches(2), make(own_gradient=own_gradient))
+    search(Branches(), ChangesGradients(), branch_batches(2), branch_batches(2), make(hvp="first_order"))
+
+
+class OwnStep(torch.optim.SGD):
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+def test_sgd_by_another_name():
+    found = []
+    for kind in (torch.optim.SGD, nni.trace(torch.optim.SGD), type("Ours", (torch.optim.SGD,), {})):
+        torch.manual_seed(0)
+        found.append(search(Branches(), Regression(optimizer=kind), branch_batches(2), branch_batches(2), make())[0].arch_parameters())
+    assert len(found[0]) > 0 and all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+    with pytest.raises(ValueError, match="OwnStep, its subclass, has a step of its own"):
+        search(Branches(), Regression(optimizer=OwnStep), branch_batches(2), branch_batches(2), make())
+
+
 def test_the_published_numerics_are_of_sgd():
     with pytest.raises(ValueError, match="Adam"):
         search(Branches(), Regression(optimizer=torch.optim.Adam), branch_batches(2), branch_batches(2), make(reproduce_original=True, gradient_clip_val=0.1))
@@ -487,6 +531,7 @@ def test_frozen_weights_take_no_part(spy):
     ({"arc_betas": (0.9,)}, "arc_betas: .0.9,. must be at least 0 and below 1, two of them"), ({"arc_betas": 0.9}, "arc_betas: 0.9 must be .*two of them"),
     ({"arc_learning_rate": "3e-3"}, "arc_learning_rate: '3e-3' must be a number"), ({"epsilon": None}, "epsilon: None must be a number"),
     ({"own_gradient": "false"}, "own_gradient: 'false' must be True or False"), ({"reproduce_original": 0}, "reproduce_original: 0 must be True or False"),
+    ({"arc_learning_rate": True}, "arc_learning_rate: True must be a number"), ({"log_prob_every_n_step": 2.5}, "log_prob_every_n_step: 2.5 must be a whole number"),
     ({"neumann_terms": 2, "hvp": "first_order"}, "neumann_terms: 2 terms"), ({"neumann_terms": 2, "unrolled_lr": 0}, "neumann_terms: 2 terms"),
     ({"reproduce_original": True, "gradient_clip_val": 1, "hvp": "exact"}, "reproduce_original: the published code has a finite difference")], ids=str)
 def test_bad_settings_are_refused(options, message):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from nni_darts_rnn.files import write_csv
 from nni_darts_rnn.genotype import DARTS_V2
 from nni_darts_rnn.outputs.tensorboard import watched
 from nni_darts_rnn.plot import plot_cell
@@ -39,6 +40,21 @@ def test_a_run_that_goes_on_shows_each_epoch_once(tmp_path):
                 report(row)
             raise KeyboardInterrupt
     assert [e.step for e in read(tmp_path).Scalars("perplexity")] == [0, 1, 2, 3, 4]
+
+
+def test_a_phase_that_had_ended_keeps_its_curves_and_gets_its_pictures(tmp_path):
+    """As in a run that was stopped in its second phase, whose first phase then has no row to report."""
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    with pytest.raises(KeyboardInterrupt), watched(tmp_path, "search", None) as report:
+        for row in rows(0, 3):
+            report(row)
+        raise KeyboardInterrupt
+    plot_cell(DARTS_V2, tmp_path / "cell.png")
+    write_csv(tmp_path / "search.csv", rows(0, 3))
+    with watched(tmp_path, "search", None):
+        pass
+    found = read(tmp_path)
+    assert [e.step for e in found.Scalars("perplexity")] == [0, 1, 2] and [image.step for image in found.Images("cell")] == [2]
 
 
 def test_without_tensorboard_nothing_is_written(tmp_path, monkeypatch):

@@ -6,16 +6,18 @@ import contextlib
 import itertools
 
 import torch
+from fastai.callback.mixup import MixHandler
 from fastai.callback.rnn import RNNCallback, RNNRegularizer
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.torch_core import to_device
 from torch import Tensor, nn
 
 from ..auxiliary import Before
-from ..bilevel import EPSILON, AlphaGradient, TrainingPass, WeightStep, architecture_gradient, is_first_order
+from ..bilevel import EPSILON, AlphaGradient, RandomState, TrainingPass, WeightStep, architecture_gradient, is_first_order
 from ..health import check_finite
 from ..model import activation_regularisation, without_dropout
 from ..published import original_gradient, plain_sgd
+from ..step_settings import check_step
 from .fit_only import FitOnly
 from .step import ScaleLRByLength
 
@@ -42,7 +44,7 @@ class ArchParamUpdate(FitOnly):
     validation stream here, apart from the training stream's. The weights' optimizer must be `OptimWrapper(opt=torch.optim.SGD)` without α
     (`splitter=weight_parameters`).
     The training loss is the weight step's: the Learner's `loss_func` plus the AR/TAR of its `RNNRegularizer`; its `GradientClip` is unrolled too.
-    Other arguments: see `recipes.SearchRecipe`. Weights, buffers, hidden states and random state are left as if only the weight step had run.
+    Other arguments: see `recipes.SearchRecipe`; `ValueError` with one line for what is not allowed. Weights, buffers, hidden states and random state are left as if only the weight step had run.
     """
 
     order, run_valid, _stateattrs = ScaleLRByLength.order + 1, False, ("stream", "valid_batches")
@@ -50,6 +52,9 @@ class ArchParamUpdate(FitOnly):
     def __init__(self, valid_batches, arch_lr: float = 3e-3, arch_weight_decay: float = 1e-3, arch_betas: tuple[float, float] = (0.9, 0.999),
                  hvp: str = "finite_difference", epsilon: float = EPSILON, unrolled_lr: float | None = None, neumann_terms: int = 0,
                  warmup_epochs: int = 0, alpha_dropout: bool = True, own_gradient: bool = False, reproduce_original: bool = False):
+        check_step(hvp=hvp, unrolled_lr=unrolled_lr, neumann_terms=neumann_terms, reproduce_original=reproduce_original, arch_lr=arch_lr,
+                   arch_weight_decay=arch_weight_decay, arch_betas=arch_betas, epsilon=epsilon, own_gradient=own_gradient, warmup_epochs=warmup_epochs,
+                   alpha_dropout=alpha_dropout)
         self.valid_batches, self.hvp, self.epsilon, self.unrolled_lr = valid_batches, hvp, epsilon, unrolled_lr
         self.neumann_terms, self.warmup_epochs, self.alpha_dropout, self.reproduce_original = neumann_terms, warmup_epochs, alpha_dropout, reproduce_original
         self.own_gradient = own_gradient or reproduce_original or is_first_order(hvp, unrolled_lr)  # in which there is no step to share
@@ -75,6 +80,8 @@ class ArchParamUpdate(FitOnly):
             raise ValueError("the weights' optimizer holds α: give the Learner splitter=weight_parameters")
         if any(isinstance(cb, GradientAccumulation) or (isinstance(cb, GradientClip) and cb.norm_type != 2) for cb in self.learn.cbs):
             raise ValueError("the step that is unrolled follows each batch and is clipped by its Euclidean norm: no GradientAccumulation, and norm_type=2 of GradientClip")
+        if self.own_gradient and not is_first_order(self.hvp, self.unrolled_lr) and any(isinstance(cb, MixHandler) for cb in self.learn.cbs):
+            raise ValueError("own_gradient: the step would be unrolled before MixUp and its like change the batch that it is taken on; leave it False")
         if self.reproduce_original:
             plain_sgd(self._sgd())
         self.only_looking = hasattr(self.learn, "lr_finder")  # for a rate: that leaves α's optimizer and the warm-up as they are
@@ -120,7 +127,8 @@ class ArchParamUpdate(FitOnly):
                 empty = False
                 yield batch
             if empty:
-                raise ValueError("valid_batches holds no batch: the validation text is too short for this batch size")
+                raise ValueError("valid_batches holds no batch, or none when it is read again: the validation text is too short for this batch size, or it is a generator, "
+                                 "where a list or a DataLoader can be read from its beginning")
 
     def before_batch(self):
         self.before = None
@@ -141,7 +149,10 @@ class ArchParamUpdate(FitOnly):
             self._move_alpha(TrainingPass(gradients, loss, self.before.generators))
 
     def _move_alpha(self, ran: TrainingPass | None) -> None:
-        self.last = self.gradient((tuple(self.learn.xb), tuple(self.learn.yb)), self._plain(next(self.stream)), ran)
+        state = RandomState(self._alphas())
+        batch = next(self.stream)  # torch's DataLoader draws a seed for its workers, were there none
+        state.restore()
+        self.last = self.gradient((tuple(self.learn.xb), tuple(self.learn.yb)), self._plain(batch), ran)
         self.before = None
         check_finite(gradient_of_α=self.last.grads)
         optimizer = self.adam_optimizer()
@@ -170,7 +181,7 @@ class ArchParamUpdate(FitOnly):
         triple = any(isinstance(cb, RNNCallback) for cb in self.learn.cbs)  # which takes it apart in the training pass
         before = self.before or Before(model)
 
-        def run(at_weights, at_alphas, batch, carried):
+        def run(at_weights, at_alphas, batch, carried, learning=True):
             # copies of the buffers: BatchNorm statistics and hidden states stay as they are
             state = {name: b.clone() for name, b in before.buffers.items()} | carried
             state.update(zip(weights, at_weights))
@@ -178,7 +189,11 @@ class ArchParamUpdate(FitOnly):
             with before.again():
                 predicted = torch.func.functional_call(model, state, batch[0])
             decoded, raw, dropped = predicted if triple else (predicted, None, None)
-            return self.learn.loss_func(decoded, *batch[1]), raw, dropped, state
+            now, self.learn.training = self.learn.training, learning  # else `MixUp` would mix the training batch's targets into another batch's loss
+            try:
+                return self.learn.loss_func(decoded, *batch[1]), raw, dropped, state
+            finally:
+                self.learn.training = now
 
         def data_loss(at_weights, at_alphas, batch):
             return run(at_weights, at_alphas, batch, {})[0]
@@ -191,7 +206,7 @@ class ArchParamUpdate(FitOnly):
 
         def valid_loss(at_weights, at_alphas, batch):
             with contextlib.nullcontext() if self.alpha_dropout else without_dropout(model):
-                loss, _, _, state = run(at_weights, at_alphas, batch, self.valid_state)
+                loss, _, _, state = run(at_weights, at_alphas, batch, self.valid_state, learning=False)
             moved_on.update({name: state[name] for name in self.valid_state})
             return loss
 

@@ -65,6 +65,8 @@ class ScaleLRByLength(Callback):
     def after_cancel_batch(self):
         self.after_step()
 
+    after_cancel_train = after_cancel_epoch = after_cancel_batch  # a batch that is left in its middle has no other end
+
 
 class FiniteNumbers(FitOnly):
     """`NotFinite` in the step whose loss or gradient is NaN or infinite, before the weights take it."""

@@ -21,9 +21,9 @@ from .file import DESCRIPTION, TENSORS, read_about, read_state, write_checkpoint
 logger = logging.getLogger(__name__)
 
 FOLDER = "checkpoint"
+"""Where a run's checkpoints are, in the folder of its results."""
 NAME = re.compile(r"(search|retrain)-\d{6,}-\d{8,}")
 """How checkpoints are called: what else lies in that folder is somebody's own."""
-"""Where a run's checkpoints are, in the folder of its results."""
 RESUME = ("auto", "must", "never")
 
 
@@ -188,6 +188,18 @@ def run_identity(corpus, recipe, seed: int, **more) -> dict:
             sha.update(part.contiguous().numpy().tobytes())
     text = {"tokens": {name: len(tokens) for name, tokens in splits.items()}, "words": len(corpus.vocab), "sha256": sha.hexdigest()}
     return {"recipe": dataclasses.asdict(recipe), "seed": seed, "corpus": text, **more}
+
+
+def unfinished_search(kept: Path) -> bool:
+    """Whether in the folder of checkpoints a search waits to go on that has not trained all of its epochs."""
+    newest = max((path for path in kept.glob(f"search-*{DESCRIPTION}") if NAME.fullmatch(path.stem)), default=None)
+    if newest is None:
+        return False
+    try:
+        about = read_about(newest)
+    except ValueError:  # damaged: nothing to wait for
+        return False
+    return about["epoch"] < about["identity"]["recipe"]["epochs"]
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ A run's folder gets `tensorboard/search` and `tensorboard/retrain`, which NNI's 
 from __future__ import annotations
 
 import contextlib
+import csv
 import functools
 import importlib.util
 import math
@@ -43,7 +44,8 @@ def watched(folder: Path, phase: str, report: Callable[[dict], None] | None) -> 
 
 class _Log:
     def __init__(self, folder: Path, phase: str):
-        self.folder, self.phase, self.epoch, self.works = folder, phase, 0, True
+        self.folder, self.phase, self.works = folder, phase, True
+        self.epoch: int | None = None  # of this part of the run
 
     def attempt(self, write: Callable, *what) -> None:
         if self.works:
@@ -57,7 +59,7 @@ class _Log:
     def writer(self):
         from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter(str(self.folder / FOLDER / self.phase), purge_step=self.epoch)
+        return SummaryWriter(str(self.folder / FOLDER / self.phase), purge_step=self.epoch)  # where there is no epoch, all stays
 
     def add(self, row: dict) -> None:
         self.epoch = row["epoch"]
@@ -70,10 +72,16 @@ class _Log:
         import numpy as np
         from PIL import Image
 
+        epoch = self._last_epoch() if self.epoch is None else self.epoch
         for name in PICTURES[self.phase]:
             if (self.folder / name).is_file():
                 with Image.open(self.folder / name) as image:
-                    self.writer.add_image(name.partition(".")[0], np.asarray(image.convert("RGB")), self.epoch, dataformats="HWC")
+                    self.writer.add_image(name.partition(".")[0], np.asarray(image.convert("RGB")), epoch, dataformats="HWC")
+
+    def _last_epoch(self) -> int:
+        """That of the part of the run before this one, in which no epoch was left to train."""
+        with open(self.folder / f"{self.phase}.csv", encoding="utf-8", newline="") as file:
+            return int([*csv.DictReader(file)][-1]["epoch"])
 
     def close(self) -> None:
         if "writer" in vars(self):

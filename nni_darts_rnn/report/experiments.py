@@ -62,7 +62,7 @@ def known_experiments() -> dict[str, dict]:
     try:
         # the file of `nni.tools.nnictl.config_utils.Experiments`, read here because that class takes seconds to import, a lock, and writes
         listed = json.loads((Path.home() / "nni-experiments" / ".experiment").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: no home folder
         return {}
     entries = {key: value for key, value in listed.items() if isinstance(value, dict)} if isinstance(listed, dict) else {}
     return dict(sorted(entries.items(), key=lambda item: -(_seconds(item[1].get("startTime")) or 0)))

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from ..files import digest, hold
+from ..files import at_home, digest, hold
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ _TIMEOUT = 30  # seconds without a byte
 def cache_folder() -> Path:
     """`$XDG_CACHE_HOME/nni_darts_rnn/corpora`, by default under `~/.cache`. It may not exist yet."""
     base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "nni_darts_rnn" / "corpora"
+    return (Path(base) if os.path.isabs(base) else at_home("~/.cache", "XDG_CACHE_HOME")) / "nni_darts_rnn" / "corpora"
 
 
 @contextlib.contextmanager
