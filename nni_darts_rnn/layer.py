@@ -71,7 +71,7 @@ class DartsRNN(nn.Module):
             raise ValueError(f"hx: a {type(hx).__name__}; this cell has one state, as nn.GRU has: a tensor (layers·directions, B, H), or None")
         if isinstance(input, PackedSequence):
             padded, lengths = pad_packed_sequence(input)  # (T, B, I), (B,)
-            output, h_n = self._run(padded, hx, lengths.to(padded.device))
+            output, h_n = self._run_by_length(padded, hx, lengths)
             if input.sorted_indices is not None:  # back into the input's own order, in which sequences of one length may stand in any
                 output, lengths = output[:, input.sorted_indices], lengths[input.sorted_indices.cpu()]
             packed = pack_padded_sequence(output, lengths)
@@ -86,6 +86,16 @@ class DartsRNN(nn.Module):
             raise ValueError(f"input has shape {tuple(input.shape)}; expected 2 (unbatched) or 3 axes")
         output, h_n = self._run(input.transpose(0, 1) if self.batch_first else input, hx, None)  # (B, T, I) -> (T, B, I)
         return (output.transpose(0, 1) if self.batch_first else output), h_n
+
+    def _run_by_length(self, x: Tensor, hx: Tensor | None, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """As `_run`; sequences that are much shorter than others are run apart, so that their padding costs nothing."""
+        groups = _groups(lengths.tolist()) if x.device.type == "cpu" else []  # on a GPU a step takes as long for a few rows as for many
+        if len(groups) < 2 or (hx is not None and (hx.dim() != 3 or hx.shape[1] != x.shape[1])):
+            return self._run(x, hx, lengths.to(x.device))
+        ended = [self._run(x[:int(lengths[rows[0]]), rows], None if hx is None else hx[:, rows], lengths[rows]) for rows in groups]
+        place = torch.tensor([row for rows in groups for row in rows]).argsort()
+        output = torch.cat([F.pad(output, (0, 0, 0, 0, 0, len(x) - len(output))) for output, _ in ended], 1)  # (T, B, D·H)
+        return output[:, place], torch.cat([h_n for _, h_n in ended], 1)[:, place]
 
     def _run(self, x: Tensor, hx: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         """x (T, B, I), lengths (B,) or None -> output (T, B, D·H), h_n (L·D, B, H)."""
@@ -112,6 +122,20 @@ class DartsRNN(nn.Module):
             if self.dropout and layer + 1 < self.num_layers:
                 x = F.dropout(x, self.dropout, self.training)
         return x, torch.stack(finals)  # (L·D, B, H)
+
+
+def _groups(lengths: list[int], step: int = 40) -> list[list[int]]:
+    """The sequences, the longest first, in groups of which each is at most half as long as the one before it, where that is less work; a time step itself
+    costs as much as `step` rows of it."""
+    order, groups = sorted(range(len(lengths)), key=lambda row: -lengths[row]), []
+    for done, row in enumerate(order):
+        if groups:
+            longest, there, rest = lengths[groups[-1][0]], len(groups[-1]), len(order) - done
+            apart = longest * (there + step) + lengths[row] * (rest + step)
+        if not groups or (2 * lengths[row] <= longest and apart < longest * (there + rest + step)):
+            groups.append([])
+        groups[-1].append(row)
+    return groups
 
 
 def _reversed(x: Tensor, lengths: Tensor | None) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 
+from nni_darts_rnn import layer as layer_module
+from nni_darts_rnn.cell import DiscreteRNN
 from nni_darts_rnn.genotype import DARTS_V1, DARTS_V2, Genotype
 from nni_darts_rnn.layer import DartsRNN
 
@@ -265,3 +267,33 @@ def test_torch_compile_leaves_the_loop_over_time_alone():
         assert torch.equal(output, expected) and torch.equal(h_n, h_expected)
         assert torch.equal(torch.autograd.grad(output.sum(), x)[0], torch.autograd.grad(expected.sum(), x)[0])
     assert graphs and sum(len(graph.graph.nodes) for graph in graphs) < 400  # unrolled: some 20 nodes for each of the 91 time steps
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("given", [False, True])
+def test_sequences_of_very_different_lengths_are_run_apart(bidirectional, given, monkeypatch):
+    """The same outputs, last states and gradients as of each sequence alone, in fewer steps × rows."""
+    lengths = [3, 40, 2, 19, 4, 1, 9, 38, 3, 2, *[5] * 30, *[2] * 60]
+    ours = DartsRNN(I, H, SMALL, 2, bidirectional=bidirectional, dtype=torch.float64)
+    x, cells = draw(40, len(lengths), I).requires_grad_(), []
+    hx = draw(ours.num_layers * ours.directions, len(lengths), H).requires_grad_() if given else None
+    monkeypatch.setattr(DiscreteRNN, "forward", lambda self, x, *rest, usual=DiscreteRNN.forward: cells.append(x.shape[:2].numel()) or usual(self, x, *rest))
+    output, h_n = ours(pack_padded_sequence(x, torch.tensor(lengths), enforce_sorted=False), hx)
+    assert sum(cells) < 0.35 * 40 * len(lengths) * len(ours.layers)
+    output, ended = pad_packed_sequence(output)
+    alone = [ours(x[:n, b], None if hx is None else hx[:, b]) for b, n in enumerate(lengths)]
+    assert ended.tolist() == lengths
+    torch.testing.assert_close(h_n, torch.stack([h for _, h in alone], 1), rtol=0, atol=1e-12)
+    for b, n in enumerate(lengths):
+        torch.testing.assert_close(output[:n, b], alone[b][0], rtol=0, atol=1e-12)
+    inputs = [x, *ours.parameters(), *([] if hx is None else [hx])]
+    ones = torch.autograd.grad(output.square().sum() + h_n.sum(), inputs), torch.autograd.grad(sum(o.square().sum() + h.sum() for o, h in alone), inputs)
+    for a, b in zip(*ones, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_sequences_of_like_lengths_are_run_together():
+    assert layer_module._groups([5, 9, 7, 10]) == [[3, 1, 2, 0]]
+    assert layer_module._groups([100] * 100 + [51] * 100) == [list(range(200))]
+    assert layer_module._groups([100] * 100 + [50] * 100) == [list(range(100)), list(range(100, 200))]
+    assert layer_module._groups([100] * 3 + [50] * 3) == [[0, 1, 2, 3, 4, 5]]  # of few rows a step takes as long as of many
