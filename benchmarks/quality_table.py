@@ -157,7 +157,7 @@ def picture(rows: list[dict], path: Path) -> None:
 
     names, ways = list(dict.fromkeys(row["name"] for row in rows)), by_retraining(rows)
     with canvas.style():
-        figure = canvas.new_figure(4 + 3 * len(ways), 0.7 + 0.45 * len(names))
+        figure = canvas.new_figure(4 + 3 * len(ways), max(3.2, 0.7 + 0.45 * len(names)))
         figure.set_layout_engine("constrained")
         panels = figure.subplots(1, len(ways), sharey=True, squeeze=False)[0]
         for axes, (way, there) in zip(panels, ways.items()):

@@ -16,9 +16,10 @@
     python benchmarks/search_quality.py run --study example --arm second-order --set search.epochs=6 --set search.warmup_epochs=4 --set search.relaxation=gumbel --set search.unrolled_lr=2 --set search.init_range=0.12 --set search.clip=0.1 --set search.alpha_dropout=false --name "second-order, gumbel, α warm-up, ξ = 2, init_range 0.12, clip 0.1, no α dropout"
     python benchmarks/search_quality.py run --study example --arm second-order --set search.epochs=6 --set search.warmup_epochs=4 --set search.relaxation=gumbel --set search.unrolled_lr=2 --set search.init_range=0.12 --set search.clip=0.1 --set search.alpha_dropout=false --set search.anneal=0.5 --name "second-order, gumbel, α warm-up, ξ = 2, init_range 0.12, clip 0.1, no α dropout, anneal 0.5"
     python benchmarks/search_quality.py table                                                          # figures, tests and picture of what there is
-    python benchmarks/search_quality.py run --study all-words --corpus FOLDER --retrain-seeds 1 --arm random one       # with all of the text's words
-    python benchmarks/search_quality.py run --study all-words --corpus FOLDER --retrain-seeds 1 --arm second-order --set search.epochs=3 --set search.warmup_epochs=2 --set search.relaxation=gumbel --set search.unrolled_lr=2 --name drawn
-    python benchmarks/search_quality.py run --study all-words --corpus FOLDER --retrain-seeds 1 --cells-of penn "second-order, gumbel, α warm-up, ξ = 2, shared step" --name "drawn with 2,000 words"
+    python benchmarks/search_quality.py run --study all-words --corpus FOLDER --retrain-seeds 1 --arm random       # with all of the text's words
+    python benchmarks/search_quality.py run --study all-words --corpus FOLDER --retrain-seeds 1 --seeds 7 --arm second-order --set search.epochs=3 --set search.warmup_epochs=2 --set search.relaxation=gumbel --set search.unrolled_lr=2 --name drawn
+    python benchmarks/search_quality.py run --study all-words --corpus FOLDER --retrain-seeds 1 --seeds 1 --arm DRAWN_V1
+    python benchmarks/search_quality.py run --study all-words --corpus FOLDER --retrain-seeds 1 --seeds 1 --cells-of penn "second-order, gumbel, α warm-up, ξ = 2, shared step" --name "drawn with 2,000 words"
 
 An interrupted `run` goes on where it was when it is given again: finished trials are kept in --work, and an unfinished phase has its checkpoints there.
 
