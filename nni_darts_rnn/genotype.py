@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import json
 import os
@@ -173,15 +174,39 @@ what it reached beside other cells at that size, is in docs/results.md. At the p
 NAMED = {"DARTS_V1": DARTS_V1, "DARTS_V2": DARTS_V2, "ENAS": ENAS, "DRAWN_V1": DRAWN_V1}
 
 
+def _printed(text: str) -> Genotype:
+    """The genotype that published code has printed. The text is read and never run."""
+    try:
+        call = ast.parse(text.strip(), mode="eval").body
+        parts = {part.arg: part.value for part in call.keywords} if isinstance(call, ast.Call) and not call.args else {}
+        if parts.keys() != {"recurrent", "concat"}:
+            raise ValueError
+        named = parts["concat"]
+        if isinstance(named, ast.Call) and isinstance(named.func, ast.Name) and named.func.id == "range":
+            nodes = range(*map(ast.literal_eval, named.args))
+        else:
+            nodes = ast.literal_eval(named)
+        recurrent = tuple(ast.literal_eval(parts["recurrent"]))
+        concat = tuple(nodes[:len(recurrent) + 1])  # one more than there can be is enough to be refused
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        raise ValueError(f"genotype {text!r} is not as published code prints one: Genotype(recurrent=[(op, predecessor), …], concat=range(1, 9))") from None
+    return Genotype(recurrent, concat)
+
+
 def load_genotype(source: Genotype | str | Path) -> Genotype:
-    """A genotype from itself, a name in `NAMED`, a JSON text or a file of it. `ValueError` otherwise, naming the nearest name."""
+    """A genotype from itself, a name in `NAMED`, a JSON text or a file of it, or what published code has: its named tuple, or that as it prints it,
+    `Genotype(recurrent=[('tanh', 0), …], concat=range(1, 9))`. `ValueError` otherwise, naming the nearest name."""
     if isinstance(source, Genotype):
         return source
+    if isinstance(source, tuple) and {"recurrent", "concat"} <= set(getattr(source, "_fields", ())):
+        return Genotype(source.recurrent, tuple(source.concat))
     text = str(source)
     if text in NAMED:
         return NAMED[text]
     if text.lstrip().startswith("{"):
         return Genotype.from_json(text)
+    if text.lstrip().startswith("Genotype("):
+        return _printed(text)
     path = Path(text)
     if os.path.isdir(text):  # False for what is no path at all, where Path.is_dir raises
         path = path / "genotype.json"

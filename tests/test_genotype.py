@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -119,11 +120,26 @@ def test_the_cell_found_here_is_the_best_stored_one_of_its_search():
     (lambda: load_genotype("no such file.json"), "neither a file nor one of DARTS_V1, DARTS_V2, ENAS, DRAWN_V1"),
     (lambda: load_genotype("[('tanh', 0), ('relu', 1)] " * 20), "neither a file nor"),
     (lambda: load_genotype('{"recurrent": [["tanh", 1]]}'), "node 1 reads state 1"),
+    (lambda: load_genotype("Genotype(recurrent=[('tanh', 1)], concat=range(1, 2))"), "node 1 reads state 1"),
+    (lambda: load_genotype("Genotype(recurrent=[('tanh', 0)], concat=range(1, 10**9))"), "is not as published code prints one"),
+    (lambda: load_genotype("Genotype(recurrent=[('tanh', 0)], concat=range(1, 1000000000))"), "concat (1, 2) must name"),
+    (lambda: load_genotype("Genotype(recurrent=[('tanh', 0)], concat=open('x'))"), "is not as published code prints one"),
+    (lambda: load_genotype("Genotype(recurrent=3, concat=4)"), "is not as published code prints one"),
+    (lambda: load_genotype("Genotype([('tanh', 0)], range(1, 2))"), "is not as published code prints one"),
+    (lambda: load_genotype("Genotype("), "is not as published code prints one"),
 ])
 def test_refusals(make, words):
     with pytest.raises(ValueError) as error:
         make()
     assert words in one_line(error)
+
+
+def test_load_genotype_takes_what_published_code_has_and_prints():
+    """quark0/darts `rnn/genotypes.py`: a named tuple, whose concat is a range."""
+    Theirs = namedtuple("Genotype", "recurrent concat")
+    for cell in (DARTS_V1, ENAS):
+        theirs = Theirs(list(cell.recurrent), range(1, 9) if cell is DARTS_V1 else list(cell.concat))
+        assert load_genotype(theirs) == load_genotype(repr(theirs)) == load_genotype(f" {theirs}\n") == cell
 
 
 def test_load_genotype_takes_itself_a_name_a_text_a_file_and_a_folder(tmp_path):

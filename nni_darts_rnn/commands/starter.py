@@ -25,7 +25,9 @@ def example_files() -> dict[Path, Path]:
                 found[Path(*path.parts[-2:])] = Path(path.locate()).resolve()
     except PackageNotFoundError:
         pass
-    found = {name: path for name, path in found.items() if path.is_file()} or _in(checkout / "share" / "nni_darts_rnn") or _in(Path(sysconfig.get_path("data")) / "share" / "nni_darts_rnn")  # first: of `pip install --target`
+    found = {name: path for name, path in found.items() if path.is_file()}
+    for root in (checkout, Path(sysconfig.get_path("data"))):  # first beside the package, as `pip install --target` leaves them
+        found = found or _in(root / "share" / "nni_darts_rnn")
     if CONFIG not in found:
         raise ValueError(f"{CONFIG} is not part of this installation; install nni-darts-rnn from a wheel or a checkout")
     return found
