@@ -6,7 +6,7 @@ The published figures beside them are quoted here, each with its source.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 STORED = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -58,11 +58,7 @@ def spread(mean: float, sd: float | None) -> str:
 
 
 def quality() -> str:
-    found = stored("search_quality.json")
-    if found is None:
-        return ""
-    settings = found["settings"]
-    return arms("Does the search beat chance?", "search_quality", found, (
+    return arms("Does the search beat chance?", "search_quality", lambda settings: (
         f"Penn Treebank with its {settings['words']:,} most frequent words, {settings['search.hidden_size']} units, batches of "
         f"{settings['search.batch_size']} streams, the paper's learning rate (20), in the search a clip of {settings['search.clip']} where nothing else is said. Weights start in ±{settings['search.init_range']} in the searches whose cells were "
         f"retrained from ±{settings['retrain.init_range']}, but for `original` (±0.04). Arms have one budget of arithmetic (*one*: a random cell as it comes; *random*: the best of several random cells after a short training; *shared*: of random cells under shared weights; *original*: the published "
@@ -75,20 +71,13 @@ def quality() -> str:
 
 
 def example() -> str:
-    found = stored("search_quality_example.json")
-    if found is None:
-        return ""
-    return arms("The same on the example's text", "search_quality_example", found, (
-        f"Python's documentation (80 thousand words) and the retraining of the recipe `{found['settings']['recipe']}`, as `examples/darts_rnn.yml` has them. Searches on all of the training text; "
-        f"where nothing else is said with a clip of {found['settings']['search.clip']} and weights from ±{found['settings']['search.init_range']}. The rest is as above.\n"))
+    return arms("The same on the example's text", "search_quality_example", lambda settings: (
+        f"Python's documentation (80 thousand words) and the retraining of the recipe `{settings['recipe']}`, as `examples/darts_rnn.yml` has them. Searches on all of the training text; "
+        f"where nothing else is said with a clip of {settings['search.clip']} and weights from ±{settings['search.init_range']}. The rest is as above.\n"))
 
 
 def many_words() -> str:
-    found = stored("search_quality_all_words.json")
-    if found is None:
-        return ""
-    settings = found["settings"]
-    return arms("The same with all words", "search_quality_all_words", found, (
+    return arms("The same with all words", "search_quality_all_words", lambda settings: (
         f"Penn Treebank with all of its 10,000 words, and the recipe `{settings['recipe']}`: *drawn* is its search, with {settings['retrain.epochs']} epochs of its retraining and a dropout of "
         f"{settings['retrain.dropout']} for ten and 0.15. *Drawn with 2,000 words*: a cell of the first section's *shared step*, trained with all words. The rest is as above. The search leaves relu out, which every random "
         "cell here has; its weights are trained with SGD, with which relu starts slowly, and the cells with Adam: a likely reason that it is not ahead here. The two cells with the largest "
@@ -132,9 +121,12 @@ def all_words() -> str:
         *([found["note"] + "\n"] if "note" in found else []), made(found)])
 
 
-def arms(title: str, stem: str, found: dict, about: str) -> str:
-    """What a study of `search_quality.py` has found."""
-    parts = [f"## {title}\n", about]
+def arms(title: str, stem: str, about: Callable[[dict], str]) -> str:
+    """What a study of `search_quality.py` has found; `about` says of its settings what was compared."""
+    found = stored(f"{stem}.json")
+    if found is None:
+        return ""
+    parts = [f"## {title}\n", about(found["settings"])]
     for way, figures in found["retrained"].items():
         parts += retrained(way, figures, found["settings"]["short_epochs"])
     parts += [f"Over the {pair['cells']} cells that were retrained both ways ({pair['ways'][0]}; {pair['ways'][1]}), the rank correlation of the two perplexities is "

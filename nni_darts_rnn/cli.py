@@ -31,10 +31,10 @@ def new_folder(text: str) -> Path:
 
 def new_file(text: str) -> Path:
     """A file that is there or can be made."""
-    path = Path(text)
-    if not text or os.path.isdir(os.path.expanduser(text)):
+    path = new_folder(str(Path(text).parent)) / Path(text).name
+    if not text or path.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is not possible: {f'{path} is a folder' if text else 'it is empty'}; give a file")
-    return new_folder(str(path.parent)) / path.name
+    return path
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -192,14 +192,14 @@ def run_identity(corpus, recipe, seed: int, **more) -> dict:
 
 def unfinished_search(kept: Path) -> bool:
     """Whether in the folder of checkpoints a search waits to go on that has not trained all of its epochs."""
-    newest = max((path for path in kept.glob(f"search-*{DESCRIPTION}") if NAME.fullmatch(path.stem)), default=None)
-    if newest is None:
+    search = Checkpoints(kept, "search", {})
+    if not search:
         return False
+    newest = search._positions()[-1]
     try:
-        about = read_about(newest)
+        return newest[0] < read_about(search._path(newest))["identity"]["recipe"]["epochs"]
     except ValueError:  # damaged: nothing to wait for
         return False
-    return about["epoch"] < about["identity"]["recipe"]["epochs"]
 
 
 @contextlib.contextmanager

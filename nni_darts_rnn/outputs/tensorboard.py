@@ -6,7 +6,6 @@ A run's folder gets `tensorboard/search` and `tensorboard/retrain`, which NNI's 
 from __future__ import annotations
 
 import contextlib
-import csv
 import functools
 import importlib.util
 import math
@@ -80,8 +79,9 @@ class _Log:
 
     def _last_epoch(self) -> int:
         """That of the part of the run before this one, in which no epoch was left to train."""
-        with open(self.folder / f"{self.phase}.csv", encoding="utf-8", newline="") as file:
-            return int([*csv.DictReader(file)][-1]["epoch"])
+        from .figures import read_rows
+
+        return max(int(row["epoch"]) for row in read_rows(self.folder) if row["phase"] == self.phase)
 
     def close(self) -> None:
         if "writer" in vars(self):
