@@ -18,10 +18,11 @@ import torch
 from torch import nn
 
 from nni_darts_rnn import fused
-from nni_darts_rnn.bilevel import WeightStep, architecture_gradient, norm
+from nni_darts_rnn.bilevel import architecture_gradient
 from nni_darts_rnn.corpus import load_corpus, streams
 from nni_darts_rnn.model import LanguageModel
 from nni_darts_rnn.supernet import MixedRNN
+from nni_darts_rnn.weight_step import WeightStep, norm
 
 RESULTS = Path(__file__).parent / "results"
 DROPOUT = dict(dropout=0.75, dropout_i=0.2)  # the paper's for a search

@@ -20,9 +20,10 @@ from epsilon import CLIP, WEIGHT_DECAY, Supernet, error, parse, write_rows
 from torch import Tensor
 
 from nni_darts_rnn import fused
-from nni_darts_rnn.bilevel import EPSILON, RandomState, architecture_gradient, norm
+from nni_darts_rnn.bilevel import EPSILON, RandomState, architecture_gradient
 from nni_darts_rnn.corpus import load_corpus
 from nni_darts_rnn.published import original_gradient
+from nni_darts_rnn.weight_step import norm
 
 
 def original(loss, weights, alphas, train, valid, step, mode, same_masks=False, tied=(0,)):
@@ -34,7 +35,7 @@ def original(loss, weights, alphas, train, valid, step, mode, same_masks=False, 
             start.restore()
         return loss(at_weights, at_alphas, batch)
 
-    return original_gradient(train_loss, weights, alphas, train, valid, step.rates[0], WEIGHT_DECAY, CLIP, valid_loss=loss, tied=tied)
+    return original_gradient(train_loss, weights, alphas, train, valid, step.parts[0].rate, WEIGHT_DECAY, CLIP, valid_loss=loss, tied=tied)
 
 
 ESTIMATORS = {

@@ -114,6 +114,20 @@ def model_step(name: str, layer: nn.Module, size: Size):
     return step
 
 
+def that_run(steps: dict) -> dict:
+    """Those that this machine has an implementation of: oneDNN has no LSTM in bfloat16 for processors without AVX-512."""
+    able = {}
+    for name, step in steps.items():
+        try:
+            step()
+            able[name] = step
+        except RuntimeError as problem:
+            if "primitive" not in str(problem):
+                raise
+            print(f"{name} is left out: torch cannot run it on this machine ({str(problem).splitlines()[0]})")
+    return able
+
+
 def report(title: str, best: dict[str, float], size: Size) -> dict:
     print(f"{title:>14} {'tokens/s':>10} {'ratio':>8}")
     for name, seconds in best.items():
@@ -135,7 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
         torch.manual_seed(0)
         built = layers(size, genotype)
         flops = 3 * 2 * (4 + 2 * genotype.n_nodes) * size.H**2 * size.T * size.B  # forward, backward for data and for weights
-        best = shortest({n: layer_step(n, layer, size) for n, layer in built.items()}, options.rounds)
+        best = shortest(that_run({n: layer_step(n, layer, size) for n, layer in built.items()}), options.rounds)
         print(f"\n{name}: {size._asdict()}, layer {flops / 1e9:,.1f} GFLOP a step, GEMM peak {peak / 1e9:,.0f} GFLOP/s, "
               f"fast layer at {flops / best['fused'] / peak:.0%} of it, load average at the start {load:.1f}")
         rows = report("layer", best, size)

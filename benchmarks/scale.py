@@ -28,8 +28,9 @@ def one(part: str, hidden_size: int, rounds: int = 2) -> dict:
     import torch
 
     from nni_darts_rnn import DARTS_V2, LanguageModel
-    from nni_darts_rnn.bilevel import WeightStep, architecture_gradient
+    from nni_darts_rnn.bilevel import architecture_gradient
     from nni_darts_rnn.supernet import MixedRNN
+    from nni_darts_rnn.weight_step import WeightStep
 
     torch.manual_seed(0)
     if part == "search":

@@ -28,9 +28,10 @@ from step_size import CLIP, DECAY, DROPOUT, EPSILON, RATE, SIZES, TAR, Size
 from torch import Tensor, nn
 
 from nni_darts_rnn import extension, fused
-from nni_darts_rnn.bilevel import RandomState, TrainingPass, WeightStep, architecture_gradient
+from nni_darts_rnn.bilevel import RandomState, TrainingPass, architecture_gradient
 from nni_darts_rnn.model import LanguageModel, activation_regularisation
 from nni_darts_rnn.supernet import MixedRNN
+from nni_darts_rnn.weight_step import WeightStep
 
 RESULTS = Path(__file__).parent / "results" / "search_step.json"
 

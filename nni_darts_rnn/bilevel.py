@@ -1,8 +1,9 @@
 """The architecture gradient of the unrolled validation loss, for any loss(weights, α, batch).
 
-With one weight step w′ = w − ρ∘(J(g) + λw) + const, g = ∇w L_train(w, α), J the clip (or the identity), the derivative of L_val(w′, α) is
+With one weight step w′ = w + F(J(g)), g = ∇w L_train(w, α), J the clip (or the identity), F what the optimizer does, −ρ(J(g) + λw) for SGD (`weight_step.py`),
+the derivative of L_val(w′, α) is
 
-    ∇α L_val(w′, α) − ∇α [ ∇w L_train(w, α) · q ],   q = J'ᵀ(ρ∘∇w′ L_val(w′, α))                      (DARTS, eq. 7)
+    ∇α L_val(w′, α) − ∇α [ ∇w L_train(w, α) · q ],   q = −J'ᵀ(F'∘∇w′ L_val(w′, α))                      (DARTS, eq. 7)
 
 and the second term is a central difference along q (eq. 8), or double backprop. Nothing here knows of NNI, fastai or recurrent cells.
 All passes of one step draw the same random numbers, so that a difference of losses is a difference of weights and not of dropout masks.
@@ -11,7 +12,6 @@ All passes of one step draw the same random numbers, so that a difference of los
 from __future__ import annotations
 
 import contextlib
-import inspect
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .weight_step import Linear, Tensors, WeightStep, norm
+
 MODES = ("finite_difference", "exact", "first_order")
 EPSILON = 3e-2
 """Default r of the finite difference: least error in float32 over sizes and moments of training (`benchmarks/epsilon.py`).
@@ -29,7 +31,6 @@ EPSILON = 3e-2
 In float32 rounding asks for a large r and curvature for a small one; with relu, each kink between w − r and w + r adds noise that falls with r.
 """
 
-Tensors = Sequence[Tensor]
 Loss = Callable[[Tensors, Tensors, object], Tensor]
 Reduce = Callable[[Sequence["Tensor | None"]], "list[Tensor | None]"]
 
@@ -49,83 +50,6 @@ class RandomState:
             torch.cuda.set_rng_state(state, device)
         np.random.set_state(self.numpy)
         random.setstate(self.python)
-
-
-def takes_sgds_step(optimizer) -> bool:
-    """Whether the optimizer is `torch.optim.SGD`, or a subclass, such as `nni.trace` makes, with the same step."""
-    return isinstance(optimizer, torch.optim.SGD) and inspect.unwrap(type(optimizer).step) is inspect.unwrap(torch.optim.SGD.step)  # torch wraps it class by class
-
-
-@dataclass(frozen=True)
-class WeightStep:
-    """A weight step that is linear in the (clipped) gradient: w′ = w − rate·(c·g) − decay·w − offset, for each weight.
-
-    `rates[i]` and `decays[i]` are numbers, `offsets[i]` a tensor like the weight or None (what momentum carries over).
-    `clip` is the largest norm of all gradients together, or None: c = min(1, clip/(‖g‖ + 1e-6)) as in `torch.nn.utils.clip_grad_norm_`.
-    """
-
-    rates: tuple[float, ...]
-    decays: tuple[float, ...]
-    offsets: tuple[Tensor | None, ...]
-    clip: float | None = None
-
-    @classmethod
-    def sgd(cls, n_weights: int, lr: float, weight_decay: float = 0.0, clip: float | None = None) -> WeightStep:
-        """Plain SGD on `n_weights` tensors."""
-        return cls((lr,) * n_weights, (lr * weight_decay,) * n_weights, (None,) * n_weights, clip)
-
-    @classmethod
-    def of(cls, optimizer: torch.optim.Optimizer, weights: Tensors, clip: float | None = None, lr: float | None = None) -> WeightStep:
-        """The step that `optimizer` is about to take on `weights`, with `lr` in place of every group's own if given.
-
-        `torch.optim.SGD` with weight decay, momentum, dampening and Nesterov momentum. Others are refused with `ValueError`, as are
-        weights that are in no group (of those, `rates` would be a guess).
-        """
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper holds the real one
-        if not takes_sgds_step(optimizer):
-            what = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}, its subclass, has a step of its own" if isinstance(optimizer, torch.optim.SGD) \
-                else f"{type(optimizer).__name__}'s step is not linear in the gradient"
-            raise ValueError(f"the second-order step unrolls torch.optim.SGD; {what}: use SGD for the weights, or hvp='first_order'")
-        group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        rates, decays, offsets = [], [], []
-        for w in weights:
-            if id(w) not in group_of:
-                raise ValueError(f"a weight of shape {tuple(w.shape)} takes part in the loss but is in no group of the optimizer")
-            group = group_of[id(w)]
-            if group.get("maximize"):
-                raise ValueError("SGD with maximize=True cannot be unrolled: the search minimises the training loss")
-            step, momentum = group["lr"] if lr is None else lr, group["momentum"]
-            buffer = optimizer.state.get(w, {}).get("momentum_buffer") if momentum else None
-            # torch.optim.SGD: d = c·g + λw;  b = d at first, then μb + (1−τ)d;  the step goes along b, or along d + μb (Nesterov)
-            share = 1.0 if buffer is None else 1.0 - group["dampening"]
-            carried = 0.0 if buffer is None else momentum
-            if group["nesterov"]:
-                share, carried = 1.0 + momentum * share, momentum * carried
-            rates.append(float(step * share))
-            decays.append(float(step * share * group["weight_decay"]))
-            offsets.append(None if buffer is None or not step else step * carried * buffer)
-        return cls(tuple(rates), tuple(decays), tuple(offsets), clip)
-
-    def coefficient(self, grads: Sequence[Tensor | None]) -> Tensor | float:
-        """c, differentiable in the gradients."""
-        if self.clip is None:
-            return 1.0
-        return (self.clip / (norm(grads) + 1e-6)).clamp(max=1.0)
-
-    def apply(self, weights: Tensors, grads: Sequence[Tensor | None], c: Tensor | float) -> list[Tensor]:
-        """w′. A weight without a gradient stays where it is, as the optimizer leaves it."""
-        return [w if g is None else w - rate * (c * g) - decay * w - (0 if offset is None else offset)
-                for w, g, rate, decay, offset in zip(weights, grads, self.rates, self.decays, self.offsets)]
-
-    def pull_back(self, vector: Sequence[Tensor | None], grads: Sequence[Tensor | None], c: Tensor | float) -> list[Tensor | None]:
-        """q = J'ᵀ(ρ∘v). Where the clip is active J(g) = clip·g/(‖g‖ + δ), so J'ᵀu = c·(u − g (gᵀu)/(‖g‖(‖g‖ + δ)))."""
-        # a weight that the vector is zero for takes part in the norm all the same
-        u = [None if g is None else torch.zeros_like(g) if v is None else rate * v for v, g, rate in zip(vector, grads, self.rates)]
-        if self.clip is None or float(c) >= 1:
-            return u
-        length = norm(grads)
-        along = sum((g * x).sum() for g, x in zip(grads, u) if x is not None) / (length * (length + 1e-6))
-        return [None if x is None else c * (x - along * g) for x, g in zip(u, grads)]
 
 
 @dataclass(frozen=True)
@@ -163,12 +87,6 @@ def all_digits():
             backend.fp32_precision = was
 
 
-def norm(tensors: Sequence[Tensor | None]) -> Tensor:
-    """The Euclidean norm of all tensors taken together; 0 where there is none."""
-    squares = [t.pow(2).sum() for t in tensors if t is not None]
-    return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
-
-
 def is_first_order(mode: str, lr: float | None) -> bool:
     """Whether no step is unrolled: by `mode`, or because its learning rate ξ is 0 (None: the optimizer's own)."""
     return mode == "first_order" or lr == 0
@@ -198,12 +116,14 @@ def architecture_gradient(loss: Loss, weights: Tensors, alphas: Tensors, train_b
         raise ValueError(f"epsilon: {epsilon!r} must be above 0")
     if neumann_terms < 0:
         raise ValueError(f"neumann_terms: {neumann_terms!r} must be at least 0")
+    if neumann_terms and step is not None and not all(isinstance(part, Linear) for part in step.parts):
+        raise ValueError(f"neumann_terms: {neumann_terms} terms are derivatives of steps that are all alike, as SGD's are; Adam's are not: give 0, or use SGD for the weights")
     valid_loss = valid_loss or loss
     end = RandomState([*weights, *alphas])
     start = end if ran is None else ran.start
     weights = [w.detach() for w in weights]
     alphas = [a.detach().requires_grad_() for a in alphas]
-    if mode == "first_order" or step is None or not (any(step.rates) or any(o is not None for o in step.offsets)):  # w′ = w
+    if mode == "first_order" or step is None or not step.moves:  # w′ = w
         value = valid_loss(weights, alphas, valid_batch)
         direct = reduce(gradients(value, alphas))
         end.restore()
@@ -227,7 +147,9 @@ def architecture_gradient(loss: Loss, weights: Tensors, alphas: Tensors, train_b
     unrolled = [w.detach().requires_grad_() for w in step.apply(leaves, gd, c)]
     valid_value = valid_loss(unrolled, alphas, valid_batch)
     *direct, v = gradients(valid_value, [*alphas, *unrolled], split=len(alphas))
-    q = _neumann(train, leaves, reduce(v), step, gd, c, neumann_terms, epsilon, g if again else None, reduce)
+    q = step.pull_back(reduced := reduce(v), weights, gd, c)
+    if neumann_terms:
+        q = _neumann(train, leaves, reduced, q, step, gd, c, neumann_terms, epsilon, g if again else None, reduce)
     if again:
         implicit = gradients(sum(((x * y).sum() for x, y in zip(g, q) if x is not None and y is not None), torch.zeros(())), alphas)
     else:
@@ -264,10 +186,9 @@ def two_ends(weights: Tensors, direction: Sequence[Tensor | None], epsilon: floa
     return plus, minus, 2 * scale
 
 
-def _neumann(train, weights, v, step, gd, c, terms, epsilon, g, reduce) -> list[Tensor | None]:
+def _neumann(train, weights, v, q, step, gd, c, terms, epsilon, g, reduce) -> list[Tensor | None]:
     """Σ_{k=0..K} J'ᵀρ∘ (1 − decay − ∇w² L_train J'ᵀρ)ᵏ v; each product with ∇w² by a central difference of ∇w L_train, or exactly where the graph of g
     is there."""
-    q = step.pull_back(v, gd, c)
     total = list(q)
     for _ in range(terms):
         if g is not None:
@@ -281,8 +202,8 @@ def _neumann(train, weights, v, step, gd, c, terms, epsilon, g, reduce) -> list[
             with all_digits():
                 up, down = [torch.autograd.grad(train(end), end, allow_unused=True) for end in ends]
             product = [None if a is None else (a - b) / scale for a, b in zip(up, down)]
-        kept = [None if x is None else (1 - decay) * x for x, decay in zip(v, step.decays)]
+        kept = [None if x is None else (1 - part.decay) * x for x, part in zip(v, step.parts)]
         v = [x if h is None else -h if x is None else x - h for x, h in zip(kept, reduce(product))]
-        q = step.pull_back(v, gd, c)
+        q = step.pull_back(v, weights, gd, c)
         total = [None if s is None else s + t for s, t in zip(total, q)]
     return total

@@ -12,7 +12,7 @@ import re
 import sys
 from pathlib import Path
 
-from .checkpoints.stopping import Terminated, end_by
+from .checkpoints.stopping import Terminated, end_by, interrupts_remembered
 from .genotype import Genotype
 from .own_parameters import own_parameters
 from .rungs import recipe_fields
@@ -53,7 +53,8 @@ def main(argv: list[str] | None = None) -> int:
         nni.report_final_result(metrics(result["valid_perplexity"], {k: result[k] for k in ("valid_perplexity", "test_perplexity", "parameters", "seconds")}))
 
     try:
-        run(arguments, parameters, lambda row: nni.report_intermediate_result(metrics(row["perplexity"], row)), final)
+        with interrupts_remembered():
+            run(arguments, parameters, lambda row: nni.report_intermediate_result(metrics(row["perplexity"], row)), final)
     except REFUSALS as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from . import __version__
-from .checkpoints.stopping import Terminated
+from .checkpoints.stopping import Terminated, interrupts_remembered
 from .commands import afterwards, compute
 from .files import at_home
 from .trial import REFUSALS, Parser, add_keeping_options, add_run_options, in_any_locale, one_line
@@ -102,7 +102,8 @@ def main(argv: list[str] | None = None) -> int:
     in_any_locale()
     arguments = build_parser().parse_args(argv)
     try:
-        arguments.action(arguments)
+        with interrupts_remembered():
+            arguments.action(arguments)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read the answer has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

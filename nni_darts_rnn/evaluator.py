@@ -15,10 +15,11 @@ from nni.nas.evaluator.pytorch import Lightning, LightningModule, Trainer
 from .corpus import BpttBatches, Corpus, search_lengths, streams
 from .epoch_counts import EpochCounts
 from .files import write_csv, write_json, write_text
-from .genotype import Genotype
+from .genotype import Genotype, one_of
 from .health import check_epoch, watched_spread
 from .model import activation_regularisation, perplexity, without_dropout
 from .recipes import SearchRecipe
+from .weight_step import OPTIMIZERS
 
 TRAIN, VALID = 0, 1  # which stream a batch comes from; its own hidden state goes with it
 
@@ -66,7 +67,7 @@ def training_part(batch):
 
 @nni.trace
 class LanguageModelModule(LightningModule):
-    """Trains a `DartsRnnSpace` or its supernet: SGD, learning rate × length/bptt, AR/TAR, hidden states carried from batch to batch.
+    """Trains a `DartsRnnSpace` or its supernet: SGD or Adam (`optimizer`), learning rate × length/bptt, AR/TAR, hidden states carried from batch to batch.
 
     A batch is (tokens (T, B), targets (T, B), stream): `TRAIN` or `VALID`. The hidden states of both streams are buffers, so they are in
     Lightning's checkpoints. `training_step` returns "loss" (nats per token, plus AR/TAR for the training stream) and "data_loss" (without).
@@ -77,8 +78,9 @@ class LanguageModelModule(LightningModule):
     validation_buffers = ("hidden_valid",)
 
     def __init__(self, batch_size: int, hidden_size: int, bptt: int = 35, lr: float = 20.0, weight_decay: float = 5e-7, ar: float = 0.0,
-                 tar: float = 1e-3, alpha_dropout: bool = True):
+                 tar: float = 1e-3, alpha_dropout: bool = True, optimizer: str = "sgd"):
         super().__init__()
+        self.optimizer_class = OPTIMIZERS[one_of("optimizer", optimizer, OPTIMIZERS)]
         self.bptt, self.lr, self.weight_decay, self.ar, self.tar, self.alpha_dropout = bptt, lr, weight_decay, ar, tar, alpha_dropout
         self.annealed = 1.0
         self.register_buffer("hidden_train", torch.zeros(batch_size, hidden_size))
@@ -107,7 +109,7 @@ class LanguageModelModule(LightningModule):
         return {"loss": nll, "data_loss": nll}
 
     def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+        return self.optimizer_class(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
 
     def on_train_epoch_start(self) -> None:
         self.hidden_train.zero_()  # the training text begins again
@@ -209,7 +211,7 @@ def search_evaluator(corpus: Corpus, recipe: SearchRecipe, seed: int = 0, report
     every epoch and `folder` the files (see `SupernetReport`); `trainer_options` go to Lightning's `Trainer`.
     """
     module = LanguageModelModule(recipe.batch_size, recipe.hidden_size, recipe.bptt, recipe.lr, recipe.weight_decay, recipe.ar, recipe.tar,
-                                 recipe.alpha_dropout)
+                                 recipe.alpha_dropout, recipe.optimizer)
     # the number of batches differs from epoch to epoch, so Lightning has to count them again before each
     options = dict(max_epochs=recipe.epochs, logger=False, enable_checkpointing=False, enable_model_summary=False, num_sanity_val_steps=0,
                    limit_val_batches=0, reload_dataloaders_every_n_epochs=1) | trainer_options

@@ -41,15 +41,15 @@ from .health import name_poor, with_rollbacks
 from .model import LanguageModel, number_of_parameters, perplexity
 from .recipes import Recipe, RetrainRecipe, SearchRecipe, get_recipe
 from .supernet import MixedRNN
+from .weight_step import OPTIMIZERS
 
 __all__ = ["language_dls", "lm_learner", "search_learner", "retrain"]
 
 BEST = ".nni-darts-rnn-best"
 """The folder of the best model while `retrain` goes on: not fastai's own `models`, where somebody's may lie."""
-OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
 
 
-def _learner(dls, model: StatefulLM, recipe, path, cbs, metrics_file: str | None, optimizer=torch.optim.SGD, **kwargs) -> Learner:
+def _learner(dls, model: StatefulLM, recipe, path, cbs, metrics_file: str | None, **kwargs) -> Learner:
     """What both learners share: the optimizer, hidden state, AR/TAR, clipping, learning rate × length, perplexity, CSV."""
     steps = getattr(dls.train, "seq_len", recipe.bptt)  # fastai's own loaders have a fixed length, which then is the usual one
     own = [ModelResetter(), RNNCallback(), ActivationRegularizer(alpha=recipe.ar, beta=recipe.tar), ScaleLRByLength(steps)]
@@ -59,7 +59,7 @@ def _learner(dls, model: StatefulLM, recipe, path, cbs, metrics_file: str | None
     if metrics_file is not None:
         own.append(MetricsCSV(metrics_file))
     # weight decay and step in one pass over the weights; that goes along their memory, which in a view of something larger (torch 2.14) is not theirs alone
-    optimizer = partial(optimizer, fused=all(p.is_contiguous() for p in model.parameters()))
+    optimizer = partial(OPTIMIZERS[recipe.optimizer], fused=all(p.is_contiguous() for p in model.parameters()))
     learn = ResumableLearner(dls, model, loss_func=SequenceLoss(), opt_func=partial(OptimWrapper, opt=optimizer), lr=recipe.lr, wd=recipe.weight_decay,
                              metrics=TokenPerplexity(), path=path, cbs=[*own, *cbs], **kwargs)
     learn.recorder.loss, learn.recorder.smooth_loss = TokenLoss(), SmoothLoss()
@@ -99,8 +99,7 @@ def lm_learner(dls, genotype: Genotype | str | LanguageModel, recipe: RetrainRec
     lm = genotype if isinstance(genotype, LanguageModel) else LanguageModel.from_genotype(
         V, recipe.hidden_size, genotype, dropout_h=recipe.dropout_h, dropout_x=recipe.dropout_x, init_range=recipe.init_range, **_dropouts(recipe))
     averaging = NTASGD(recipe.nonmono)
-    learn = _learner(dls, StatefulLM(lm, recipe.precision), recipe, path, [BestModel(), averaging, *_annealing(recipe), *cbs], metrics_file,
-                     OPTIMIZERS[recipe.optimizer])
+    learn = _learner(dls, StatefulLM(lm, recipe.precision), recipe, path, [BestModel(), averaging, *_annealing(recipe), *cbs], metrics_file)
     if recipe.patience is not None:
         learn.converged = lambda: averaging.since_best() >= recipe.patience
     return learn

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 
 import torch
 
-from .bilevel import AlphaGradient, Loss, RandomState, Tensors, gradients, norm, takes_sgds_step, two_ends
+from .bilevel import AlphaGradient, Loss, RandomState, gradients, two_ends
+from .weight_step import Tensors, norm, takes_step_of
 
 
 def plain_sgd(optimizer: torch.optim.Optimizer) -> dict:
     """The only group of the optimizer that `original_gradient` unrolls; `ValueError` where it is another one than the published code has."""
     optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper holds the real one
     group, *others = optimizer.param_groups
-    if not takes_sgds_step(optimizer) or others or group["momentum"]:
+    if not takes_step_of(optimizer, torch.optim.SGD) or others or group["momentum"]:
         raise ValueError(f"reproduce_original: the published code has plain SGD, one group of weights without momentum; this is {type(optimizer).__name__}"
                          f" with {1 + len(others)}")
     return group

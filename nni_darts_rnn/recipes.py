@@ -34,8 +34,9 @@ class SearchRecipe:
     eval_batch_size: int = _field(10, 2, help="streams read side by side when perplexity is measured")
     bptt: int = _field(35, 1, help="usual length of a batch in time steps, T")
     short_bptt_probability: float = _field(0.05, 0, 1, help="probability of a batch of half that length")
-    lr: float = _field(20.0, 0, help="SGD's learning rate for a batch of `bptt` steps; scaled by length/bptt")
-    weight_decay: float = _field(5e-7, 0, help="SGD's weight decay")
+    optimizer: str = _field("sgd", choices=("sgd", "adam"), help="of the weights; the step of either is unrolled; adam wants an `lr` near 0.005")
+    lr: float = _field(20.0, 0, help="the optimizer's learning rate for a batch of `bptt` steps; scaled by length/bptt")
+    weight_decay: float = _field(5e-7, 0, help="the optimizer's weight decay")
     clip: float = _field(0.25, 1e-12, optional=True, help="largest norm of the weights' gradient; none: no clipping")
     dropout: float = _rate(0.75, "dropout of the outputs")
     dropout_h: float = _rate(0.25, "dropout of the states before each node's matrix")
@@ -69,6 +70,11 @@ class SearchRecipe:
         if self.reproduce_original and (self.hvp == "exact" or self.neumann_terms):
             raise ValueError(f"search.reproduce_original: the published code has a finite difference and no series; hvp = {self.hvp} and neumann_terms = "
                              f"{self.neumann_terms} would change nothing; give finite_difference or first_order, and 0")
+        if self.optimizer == "adam" and (self.reproduce_original or self.neumann_terms):
+            raise ValueError(f"search.optimizer: the published code has SGD, and the series is of its steps; adam goes with neither reproduce_original = "
+                             f"{self.reproduce_original} nor neumann_terms = {self.neumann_terms}; give sgd, or false and 0")
+        if self.optimizer == "adam" and self.lr > ADAMS_LR:
+            raise ValueError(f"search.lr: {self.lr:g} is a rate for SGD; search.optimizer = adam takes at most {ADAMS_LR}, and 0.005 is usual")
         if self.neumann_terms and self.first_order:
             raise ValueError(f"search.neumann_terms: {self.neumann_terms} terms of the second-order gradient go with no first-order one "
                              f"(hvp = {self.hvp}, unrolled_lr = {self.unrolled_lr}); give 0")

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .auxiliary import Before
-from .bilevel import EPSILON, TrainingPass, WeightStep, architecture_gradient, is_first_order
+from .bilevel import EPSILON, TrainingPass, architecture_gradient, is_first_order
 from .health import check_finite
 from .published import original_gradient, plain_sgd
 from .step_settings import check_step
+from .weight_step import WeightStep
 
 
 class _TrainingStep(nn.Module):
@@ -242,7 +243,7 @@ class SecondOrderDARTS(DARTS):
     unrolled_lr
         ξ, the learning rate of the unrolled step. None: the weight optimizer's current one; 0: first order.
     neumann_terms
-        Terms of iDARTS's series (arXiv 2106.10784); 0: eq. 7.
+        Terms of iDARTS's series (arXiv 2106.10784); 0: eq. 7. Of SGD's steps alone.
     own_gradient
         False: the weights take the very step that α's gradient unrolled, whose gradient is that of α before its move: 10 forward passes' worth of
         arithmetic. True: they take one at the α that has just moved, as in the paper's Algorithm 1: 13. (First order always does.)
@@ -257,7 +258,7 @@ class SecondOrderDARTS(DARTS):
     log_prob_every_n_step, penalty, mutation_hooks
         As in NNI's `DARTS`; 0 turns the log off.
 
-    Raises `ValueError` with one line for a value that is not allowed, and in the first step for a weight optimizer other than SGD;
+    Raises `ValueError` with one line for a value that is not allowed, and in the first step for a weight optimizer other than SGD, Adam and AdamW;
     `FloatingPointError` in the step in which the loss, a gradient or α is no longer finite.
     """
 

@@ -13,7 +13,7 @@ import re
 import sys
 from pathlib import Path
 
-from .checkpoints.stopping import Terminated, end_by
+from .checkpoints.stopping import Terminated, end_by, interrupts_remembered
 from .own_parameters import own_parameters
 from .rungs import BUDGET, configuration_folder, copy_results, recipe_fields
 
@@ -71,7 +71,8 @@ def main(argv: list[str] | None = None) -> int:
                                 | {k: result[k] for k in ("test_perplexity", "parameters", "seconds", "supernet_valid_perplexity")})
 
     try:
-        run(arguments, parameters, nni.report_intermediate_result, final)
+        with interrupts_remembered():
+            run(arguments, parameters, nni.report_intermediate_result, final)
     except REFUSALS as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from nni_darts_rnn.bilevel import RandomState, TrainingPass, WeightStep, architecture_gradient, norm
+from nni_darts_rnn.bilevel import RandomState, TrainingPass, architecture_gradient
 from nni_darts_rnn.model import LanguageModel
 from nni_darts_rnn.published import original_gradient
 from nni_darts_rnn.supernet import MixedRNN
+from nni_darts_rnn.weight_step import WeightStep, norm
 
 SMOOTH = ("none", "tanh", "sigmoid", "identity")
 
@@ -54,9 +55,9 @@ class LossOf(nn.Module):
 
 
 class Configuration:
-    """A random supernet of smooth primitives, with masks and BatchNorm, some steps into its training by a random SGD."""
+    """A random supernet of smooth primitives, with masks and BatchNorm, some steps into its training by a random SGD, or Adam."""
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int, adam: bool = False):
         draw = random.Random(seed)
         V, H, T, B = draw.randint(6, 14), draw.randint(3, 8), draw.randint(2, 5), draw.randint(5, 9)
         rate = lambda: draw.choice([0.0, 0.1, 0.3, 0.5])  # noqa: E731
@@ -71,13 +72,8 @@ class Configuration:
         self.alphas = [self.module.lm.rnn.alpha]
         self.train, self.valid = ((torch.randint(V, (T, B)), torch.randint(V, (T, B)), 0.5 * torch.randn(B, H)) for _ in range(2))
 
-        momentum = draw.choice([0.0, 0.0, 0.5, 0.9])
-        nesterov = momentum > 0 and draw.random() < 0.4
-        settings = dict(momentum=momentum, nesterov=nesterov, dampening=0.0 if nesterov or not momentum else draw.choice([0.0, 0.3]))
-        groups = [{"params": self.weights[:1], "lr": draw.choice([0.05, 0.3, 1.0]), "weight_decay": draw.choice([0.0, 1e-3, 0.1])},
-                  {"params": self.weights[1:], "lr": draw.choice([0.05, 0.3, 1.0]), "weight_decay": draw.choice([0.0, 1e-3, 0.1])}]
-        self.optimizer = torch.optim.SGD(groups, lr=1.0, **settings)
-        for _ in range(draw.choice([0, 1, 2])):  # with none, the momentum buffers are not there yet
+        self.optimizer = self.random_adam(draw) if adam else self.random_sgd(draw)
+        for _ in range(draw.choice([0, 1, 2])):  # with none, momentum and moments are not there yet
             self.optimizer.zero_grad()
             self.loss(self.weights, self.alphas, self.train).backward()
             self.optimizer.step()
@@ -88,6 +84,19 @@ class Configuration:
         self.grad_norm = float(norm(grads))
         self.clip = None if self.clip is None else self.clip * self.grad_norm
 
+    def groups(self, draw, rates):
+        return [{"params": part, "lr": draw.choice(rates), "weight_decay": draw.choice([0.0, 1e-3, 0.1])} for part in (self.weights[:1], self.weights[1:])]
+
+    def random_sgd(self, draw):
+        momentum = draw.choice([0.0, 0.0, 0.5, 0.9])
+        nesterov = momentum > 0 and draw.random() < 0.4
+        settings = dict(momentum=momentum, nesterov=nesterov, dampening=0.0 if nesterov or not momentum else draw.choice([0.0, 0.3]))
+        return torch.optim.SGD(self.groups(draw, [0.05, 0.3, 1.0]), lr=1.0, **settings)
+
+    def random_adam(self, draw):
+        settings = dict(betas=draw.choice([(0.9, 0.999), (0.0, 0.9), (0.5, 0.7)]), eps=draw.choice([1e-8, 1e-3]), fused=draw.choice([True, False]))
+        return draw.choice([torch.optim.Adam, torch.optim.AdamW])(self.groups(draw, [1e-3, 0.02, 0.3]), lr=1.0, **settings)
+
     def loss(self, weights, alphas, batch):
         state = dict(zip(self.names, weights)) | {"lm.rnn.alpha": alphas[0]}
         return torch.func.functional_call(self.module, state, batch)
@@ -97,7 +106,7 @@ class Configuration:
         return architecture_gradient(self.loss, self.weights, self.alphas, self.train, self.valid, step, mode, **kwargs)
 
     def oracle(self) -> tuple[list, list]:
-        """∇α through clip and SGD written out after torch's documentation, with every operation differentiated; and w′."""
+        """∇α through clip and optimizer written out after torch's documentation, with every operation differentiated; and w′."""
         weights = [w.detach().requires_grad_() for w in self.weights]
         alpha = self.alphas[0].detach().requires_grad_()
         grads = torch.autograd.grad(self.loss(weights, [alpha], self.train), weights, create_graph=True)
@@ -108,20 +117,36 @@ class Configuration:
         group_of = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
         unrolled = []
         for parameter, w, g in zip(self.weights, weights, grads):
-            group = group_of[id(parameter)]
-            g = g + group["weight_decay"] * w
-            if group["momentum"]:
-                buffer = self.optimizer.state[parameter].get("momentum_buffer")
-                buffer = g if buffer is None else group["momentum"] * buffer.clone() + (1 - group["dampening"]) * g
-                g = g + group["momentum"] * buffer if group["nesterov"] else buffer
-            unrolled.append(w - group["lr"] * g)
+            moved = adam_written_out if isinstance(self.optimizer, torch.optim.Adam) else sgd_written_out
+            unrolled.append(moved(w, g, group_of[id(parameter)], self.optimizer.state[parameter]))
         gradient, = torch.autograd.grad(self.loss(unrolled, [alpha], self.valid), alpha)
         return [gradient], unrolled
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_against_double_backprop(seed):
-    problem = Configuration(seed)
+def sgd_written_out(w, g, group, state):
+    g = g + group["weight_decay"] * w
+    if group["momentum"]:
+        buffer = state.get("momentum_buffer")
+        buffer = g if buffer is None else group["momentum"] * buffer.clone() + (1 - group["dampening"]) * g
+        g = g + group["momentum"] * buffer if group["nesterov"] else buffer
+    return w - group["lr"] * g
+
+
+def adam_written_out(w, g, group, state):
+    (beta1, beta2), lr, decay, t = group["betas"], group["lr"], group["weight_decay"], int(state.get("step", 0)) + 1
+    if group["decoupled_weight_decay"]:
+        w = w - lr * decay * w
+    else:
+        g = g + decay * w
+    m, v = (state[name].clone() if state else torch.zeros_like(w) for name in ("exp_avg", "exp_avg_sq"))
+    m, v = (beta1 * m + (1 - beta1) * g) / (1 - beta1**t), (beta2 * v + (1 - beta2) * g**2) / (1 - beta2**t)
+    root = torch.where(v > 0, torch.where(v > 0, v, 1.0).sqrt(), 0.0)  # with a derivative at 0
+    return w - lr * m / (root + group["eps"])
+
+
+@pytest.mark.parametrize("seed, adam", [(seed, adam) for adam in (False, True) for seed in range(60)])
+def test_against_double_backprop(seed, adam):
+    problem = Configuration(seed, adam)
     start = torch.get_rng_state()
     truth, unrolled = problem.oracle()
     torch.set_rng_state(start)
@@ -135,7 +160,7 @@ def test_against_double_backprop(seed):
     if problem.clip is not None:
         torch.nn.utils.clip_grad_norm_(problem.weights, problem.clip)
     problem.optimizer.step()
-    assert error(problem.weights, unrolled) < 1e-14
+    assert error(problem.weights, unrolled) < (1e-12 if adam else 1e-14)  # Adam divides by what may be next to nothing
     assert (exact.coefficient < 1) == (problem.clip is not None and exact.grad_norm > problem.clip)
 
 
@@ -147,6 +172,11 @@ def test_configurations_cover_the_cases():
     assert any(g["nesterov"] for g in groups) and any(g["dampening"] for g in groups) and any(g["weight_decay"] for g in groups)
     with_buffers = [p for p in problems if any("momentum_buffer" in s for s in p.optimizer.state.values())]
     assert 5 <= len(with_buffers) <= 55
+    adams = [Configuration(seed, adam=True) for seed in range(60)]
+    groups = [g for p in adams for g in p.optimizer.param_groups]
+    assert {(g["decoupled_weight_decay"], g["weight_decay"] > 0) for g in groups} == {(a, b) for a in (False, True) for b in (False, True)}
+    assert 10 <= sum(bool(p.optimizer.state) for p in adams) <= 50 and {g["eps"] for g in groups} == {1e-8, 1e-3}
+    assert {p.clip is not None and p.clip < p.grad_norm for p in adams} == {False, True}
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -314,11 +344,34 @@ def test_mean_over_processes():
 # --- what is refused
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.ASGD])
+@pytest.mark.parametrize("optimizer", [torch.optim.RMSprop, torch.optim.ASGD, torch.optim.NAdam, torch.optim.Adamax])
 def test_other_optimizers_are_refused_by_name(optimizer):
     weights = [nn.Parameter(torch.randn(3))]
-    with pytest.raises(ValueError, match=optimizer.__name__ + "'s step is not linear"):
+    with pytest.raises(ValueError, match=f"unrolls torch.optim.SGD, Adam and AdamW; not {optimizer.__name__}: use one of these"):
         WeightStep.of(optimizer(weights, lr=0.1), weights)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+def test_a_subclass_is_unrolled_where_its_step_is_inherited(kind):
+    class Renamed(kind):
+        pass
+
+    class Own(kind):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    weights = [nn.Parameter(torch.randn(3))]
+    assert WeightStep.of(Renamed(weights, lr=0.1), weights) == WeightStep.of(kind(weights, lr=0.1), weights)
+    with pytest.raises(ValueError, match="Own, a subclass, has a step of its own"):
+        WeightStep.of(Own(weights, lr=0.1), weights)
+
+
+def test_what_of_adam_is_refused():
+    w = nn.Parameter(torch.randn(3))
+    with pytest.raises(ValueError, match="amsgrad"):
+        WeightStep.of(torch.optim.Adam([w], amsgrad=True), [w])
+    with pytest.raises(ValueError, match="neumann_terms: 2"):
+        architecture_gradient(lambda w, a, b: (w[0] * a[0]).sum(), [w], [torch.ones(3)], None, None, WeightStep.of(torch.optim.Adam([w]), [w]), neumann_terms=2)
 
 
 def test_maximize_and_strangers_are_refused():

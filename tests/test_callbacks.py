@@ -17,7 +17,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD, OptimWrapper
 
 from nni_darts_rnn import epoch_counts
-from nni_darts_rnn.bilevel import WeightStep, architecture_gradient
+from nni_darts_rnn.bilevel import architecture_gradient
 from nni_darts_rnn.callbacks import (
     NTASGD,
     ActivationRegularizer,
@@ -36,6 +36,7 @@ from nni_darts_rnn.model import activation_regularisation
 from nni_darts_rnn.published import original_gradient
 from nni_darts_rnn.recipes import get_recipe
 from nni_darts_rnn.supernet import MixedRNN
+from nni_darts_rnn.weight_step import WeightStep
 
 CELL = Genotype((("tanh", 0), ("relu", 1), ("sigmoid", 0)))
 SMALL = get_recipe("tiny", {"retrain.hidden_size": 6, "retrain.batch_size": 4, "retrain.eval_batch_size": 2, "search.hidden_size": 6,
@@ -550,7 +551,7 @@ def test_a_search_stopped_and_resumed_is_the_whole_search(tmp_path):
 @pytest.mark.parametrize("break_it, message", [
     (lambda learn: setattr(learn, "opt_func", SGD), "unrolls a torch optimizer"),
     (lambda learn: setattr(learn, "splitter", lambda model: list(model.parameters())), "splitter=weight_parameters"),
-    (lambda learn: setattr(learn, "opt_func", partial(learn.opt_func.func, opt=torch.optim.Adam)), "linear in the gradient"),
+    (lambda learn: setattr(learn, "opt_func", partial(learn.opt_func.func, opt=torch.optim.RMSprop)), "unrolls torch.optim.SGD, Adam and AdamW; not RMSprop"),
     (lambda learn: learn.add_cb(GradientAccumulation(8)), "no GradientAccumulation"),
     (lambda learn: setattr(learn.gradient_clip, "norm_type", float("inf")), "norm_type=2"),
     (lambda learn: (setattr(learn.arch_param_update, "own_gradient", True), learn.add_cb(MixUp())), "own_gradient: the step would be unrolled before MixUp"),

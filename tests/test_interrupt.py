@@ -50,6 +50,31 @@ def test_ctrl_c(tmp_path, command, table):
         assert load_trained(out)[0].rnn.genotype == load_genotype("DARTS_V2")
 
 
+def test_an_interrupt_that_an_import_swallowed_stops_the_run(tmp_path, monkeypatch, capsys):
+    """As a bare `except:` about an import of fastai's does. The search would take 500 epochs."""
+    from nni_darts_rnn import cli, pipeline
+
+    swallowed, real = [], pipeline.check_fits
+
+    def importing(*args):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        except:  # noqa: E722
+            swallowed.append(True)
+        return real(*args)
+
+    monkeypatch.setattr(pipeline, "check_fits", importing)
+    monkeypatch.chdir(tmp_path)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert cli.main(["search", *SMALL, "--set", "search.batch_size=32", "--set", "search.bptt=8", "--out", "out"]) == 130
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert swallowed and "interrupted" in capsys.readouterr().err and len((tmp_path / "out" / "search.csv").read_text().splitlines()) == 2  # the untrained supernet's
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_trial_that_is_stopped_ends_by_the_signal(tmp_path, signum):
     """NNI lists it as stopped then; whatever ends with a status of its own has failed for NNI."""

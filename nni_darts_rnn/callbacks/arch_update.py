@@ -13,11 +13,12 @@ from fastai.torch_core import to_device
 from torch import Tensor, nn
 
 from ..auxiliary import Before
-from ..bilevel import EPSILON, AlphaGradient, RandomState, TrainingPass, WeightStep, architecture_gradient, is_first_order
+from ..bilevel import EPSILON, AlphaGradient, RandomState, TrainingPass, architecture_gradient, is_first_order
 from ..health import check_finite
 from ..model import activation_regularisation, without_dropout
 from ..published import original_gradient, plain_sgd
 from ..step_settings import check_step
+from ..weight_step import WeightStep
 from .fit_only import FitOnly
 from .step import ScaleLRByLength
 
@@ -41,8 +42,8 @@ class ArchParamUpdate(FitOnly):
 
     `valid_batches` yields (tokens (B, T), targets (B, T)) of a text that the weights do not learn, or any inputs and targets such as the Learner's own; it is read
     from its beginning in each epoch, and again as often as the training text is longer. Hidden states (buffers named in the model's `carried`) run along the
-    validation stream here, apart from the training stream's. The weights' optimizer must be `OptimWrapper(opt=torch.optim.SGD)` without α
-    (`splitter=weight_parameters`).
+    validation stream here, apart from the training stream's. The weights' optimizer must be `OptimWrapper(opt=torch.optim.SGD)`, or with
+    `Adam` or `AdamW`, without α (`splitter=weight_parameters`).
     The training loss is the weight step's: the Learner's `loss_func` plus the AR/TAR of its `RNNRegularizer`; its `GradientClip` is unrolled too.
     Other arguments: see `recipes.SearchRecipe`; `ValueError` with one line for what is not allowed. Weights, buffers, hidden states and random state are left as if only the weight step had run.
     """
@@ -75,7 +76,7 @@ class ArchParamUpdate(FitOnly):
         alphas = self._alphas()
         if not alphas:
             raise ValueError("the model has no parameter named alpha: nothing to search")
-        moved = {id(p) for group in self._sgd().param_groups for p in group["params"]}
+        moved = {id(p) for group in self._optimizer().param_groups for p in group["params"]}
         if any(id(p) in moved for p in alphas):
             raise ValueError("the weights' optimizer holds α: give the Learner splitter=weight_parameters")
         if any(isinstance(cb, GradientAccumulation) or (isinstance(cb, GradientClip) and cb.norm_type != 2) for cb in self.learn.cbs):
@@ -83,7 +84,7 @@ class ArchParamUpdate(FitOnly):
         if self.own_gradient and not is_first_order(self.hvp, self.unrolled_lr) and any(isinstance(cb, MixHandler) for cb in self.learn.cbs):
             raise ValueError("own_gradient: the step would be unrolled before MixUp and its like change the batch that it is taken on; leave it False")
         if self.reproduce_original:
-            plain_sgd(self._sgd())
+            plain_sgd(self._optimizer())
         self.only_looking = hasattr(self.learn, "lr_finder")  # for a rate: that leaves α's optimizer and the warm-up as they are
         self._require_grad(False)  # the weight step needs no gradient of α, and GradientClip must not count one
 
@@ -97,10 +98,10 @@ class ArchParamUpdate(FitOnly):
         for alpha in self._alphas():
             alpha.requires_grad_(value)
 
-    def _sgd(self) -> torch.optim.Optimizer:
+    def _optimizer(self) -> torch.optim.Optimizer:
         optimizer = getattr(self.learn.opt, "opt", None)
         if not isinstance(optimizer, torch.optim.Optimizer):
-            raise ValueError("ArchParamUpdate unrolls a torch optimizer: give the Learner opt_func=partial(OptimWrapper, opt=torch.optim.SGD)")
+            raise ValueError("ArchParamUpdate unrolls a torch optimizer: give the Learner opt_func=partial(OptimWrapper, opt=torch.optim.SGD), or with Adam or AdamW")
         return optimizer
 
     def adam_optimizer(self) -> torch.optim.Adam:
@@ -173,7 +174,7 @@ class ArchParamUpdate(FitOnly):
 
         `ran`: the training pass of this batch, where it has been run.
         """
-        model, optimizer = self.learn.model, self._sgd()
+        model, optimizer = self.learn.model, self._optimizer()
         alphas = architecture_parameters(model)
         weights = {name: p for name, p in model.named_parameters() if p.requires_grad and name not in alphas}
         regularizer, clipper = (next((cb for cb in self.learn.cbs if isinstance(cb, kind)), None) for kind in (RNNRegularizer, GradientClip))

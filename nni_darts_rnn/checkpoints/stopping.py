@@ -53,6 +53,30 @@ class StopRequest:
             raise Stopped(self.signum)
 
 
+class _Interrupt:
+    """Ctrl-C as Python answers it, and whether there was one."""
+
+    def __init__(self):
+        self.came = False
+
+    def __call__(self, signum: int, frame) -> None:
+        self.came = True
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def interrupts_remembered() -> Iterator[None]:
+    """A Ctrl-C in the meantime that is lost, in a bare `except:` of a package that is being imported, stops the run that follows."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, _Interrupt())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequest]:
     """Notes SIGINT and SIGTERM in the meantime rather than ending the program. In threads other than the main one signals are not ours."""
@@ -61,6 +85,8 @@ def stop_requests() -> Iterator[StopRequest]:
         yield request
         return
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    if getattr(before[signal.SIGINT], "came", False):
+        request.signum = signal.SIGINT
     for signum, handler in before.items():
         if handler is not signal.SIG_IGN:  # as in a shell's background job
             signal.signal(signum, request)
