@@ -1,7 +1,8 @@
-"""What the shared weights of a search say of a cell, on the example's text: do they rank cells as training each from scratch does?
+"""What the shared weights of a search say of a cell, on the example's text or all words of Penn: do they rank cells as training each from scratch does?
 
     python benchmarks/shared_weights.py --seeds 2 --save                                                     # every way of searching below
     python benchmarks/shared_weights.py --way "no α dropout, anneal 0.5" --seeds 8 --descend --save          # the recipe small
+    python benchmarks/shared_weights.py --study all-words --corpus FOLDER --seeds 2 --save                   # with all words
 
 A search through fastai is run to its end. Every cell that `search_quality.py` has retrained is then judged by its validation perplexity with the shared weights,
 and that is compared with the perplexity after its own training. With `--descend` the shared weights are asked for better cells than α's: node by node, as long as
@@ -15,6 +16,7 @@ import argparse
 import json
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
@@ -30,17 +32,36 @@ from nni_darts_rnn.genotype import PRIMITIVES, Genotype
 from nni_darts_rnn.learner import language_dls, retrain
 from nni_darts_rnn.model import LanguageModel, perplexity
 
-COMMAND = "python benchmarks/shared_weights.py --seeds 2 --save, then --way 'no α dropout, anneal 0.5' --seeds 8 --descend --save"
-RESULTS = Path(__file__).parent / "results" / "shared_weights.json"
-STEM = "search_quality_example"
+RESULTS = Path(__file__).parent / "results"
 OLD = {"search.clip": 0.25, "search.init_range": 0.04, "search.alpha_dropout": True, "search.anneal": 0}
-WAYS = {  # each with what the one before it has
+EXAMPLE = {  # each with what the one before it has
     "clip 0.25, ±0.04": OLD,
     "clip 0.1": OLD | {"search.clip": 0.1},
     "±0.12": OLD | {"search.clip": 0.1, "search.init_range": 0.12},
     "no α dropout": {"search.anneal": 0},
     "no α dropout, anneal 0.5": {},
 }
+ADAM = {"search.optimizer": "adam", "search.lr": 0.003, "search.clip": 0.25, "search.unrolled_lr": None,  # and as little dropout as the cells are trained with
+        "search.dropout": 0.1, "search.dropout_x": 0.1, "search.dropout_h": 0.05, "search.dropout_i": 0.05}
+ALL_WORDS = {"SGD, the recipe's": {}, "Adam, dropout 0.1": ADAM,
+             "Adam, dropout 0.1, first order, α moves for two epochs": ADAM | {"search.hvp": "first_order", "search.warmup_epochs": 1}}
+
+
+@dataclass(frozen=True)
+class Study:
+    """Which cells are judged, by searches with which recipe; where the figures are kept, and the command that makes them."""
+
+    cells: str  # a study of `search_quality.py`, by its file
+    recipe: str
+    ways: dict[str, dict]
+    results: str
+    command: str
+
+
+STUDIES = {"example": Study("search_quality_example", "small", EXAMPLE, "shared_weights.json",
+                            "python benchmarks/shared_weights.py --seeds 2 --save, then --way 'no α dropout, anneal 0.5' --seeds 8 --descend --save"),
+           "all-words": Study("search_quality_all_words", "drawn", ALL_WORDS, "shared_weights_all_words.json",
+                              "python benchmarks/shared_weights.py --study all-words --corpus FOLDER --seeds 2 --save")}
 
 
 def neighbours(cell: Genotype, node: int) -> list[Genotype]:
@@ -72,16 +93,18 @@ class Judge:
         return self.known[cell.recurrent]
 
 
-def one(way: str, seed: int, down: bool, corpus=None, recipe=None, cells=None, retrainings: int = 2) -> dict:
+def study_one(study: Study, way: str, seed: int, down: bool, corpus: str) -> dict:
+    return one(way, seed, down, load_corpus(corpus), get_recipe(study.recipe, study.ways[way]), known_cells(study))
+
+
+def one(way: str, seed: int, down: bool, corpus, recipe, cells: dict[str, float], retrainings: int = 2) -> dict:
     """One search and what its weights say."""
     torch.set_num_threads(1)
-    corpus, recipe = corpus or load_corpus("pydoc"), recipe or get_recipe("small", WAYS[way])
     fused.prepare(float("inf"), torch.device("cpu"))
     search = search_learner(language_dls(corpus, recipe.search, seed), recipe, seed=seed, metrics_file=None)
     with search.no_bar(), search.no_logging():
         search.fit(recipe.search.epochs)
     cell, judge = search.model.genotype(), Judge(search.model.lm, corpus, recipe.search)
-    cells = default_cells() if cells is None else cells
     shared, trained = np.array([judge(Genotype.from_json(there)) for there in cells]), np.array(list(cells.values()))
     row = {"way": way, "seed": seed, "cells": len(cells), "rank_correlation": spearman(shared, trained), "best": float(shared.min()), "median": float(np.median(shared)),
            "worst": float(shared.max()), "genotype": cell.to_json(), "depth": depth(cell.recurrent), "perplexity": judge(cell)}
@@ -95,9 +118,9 @@ def one(way: str, seed: int, down: bool, corpus=None, recipe=None, cells=None, r
     return row
 
 
-def default_cells() -> dict[str, float]:
-    """genotype -> mean validation perplexity, of every cell retrained as the recipe has it."""
-    rows = stored(STEM)
+def known_cells(study: Study) -> dict[str, float]:
+    """genotype -> mean validation perplexity, of every cell that the study has trained by itself."""
+    rows = stored(study.cells)
     way = next(iter(by_retraining(rows)))
     return {genotype: mean(there, "valid") for genotype, there in by_genotype(by_retraining(rows)[way]).items()}
 
@@ -122,21 +145,27 @@ def summary(rows: list[dict]) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--way", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--study", choices=STUDIES, default="example")
+    parser.add_argument("--corpus", default="pydoc", help="pydoc, or a folder with train.txt, valid.txt and test.txt")
+    parser.add_argument("--way", nargs="+", help="ways of searching; default: every one of the study")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--descend", action="store_true")
     parser.add_argument("--workers", type=int, default=2, help="searches at a time, a thread each")
     parser.add_argument("--save", action="store_true", help="keep the figures in results/")
     options = parser.parse_args()
-    rows = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"] if RESULTS.exists() else []
+    study = STUDIES[options.study]
+    place, ways = RESULTS / study.results, list(study.ways)
+    if options.way and not set(options.way) <= set(ways):
+        parser.error(f"--way: {', '.join(sorted(set(options.way) - set(ways)))} is none of {'; '.join(ways)}")
+    rows = json.loads(place.read_text(encoding="utf-8"))["rows"] if place.exists() else []
     with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
-        runs = [pool.submit(one, way, seed, options.descend) for way in options.way for seed in range(1, options.seeds + 1)]
+        runs = [pool.submit(study_one, study, way, seed, options.descend, options.corpus) for way in options.way or ways for seed in range(1, options.seeds + 1)]
         for run in runs:
             row = run.result()
-            rows = sorted([r for r in rows if (r["way"], r["seed"]) != (row["way"], row["seed"])] + [row], key=lambda r: (list(WAYS).index(r["way"]), r["seed"]))
+            rows = sorted([r for r in rows if (r["way"], r["seed"]) != (row["way"], row["seed"])] + [row], key=lambda r: (ways.index(r["way"]), r["seed"]))
             print({k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
             if options.save:
-                write_json(RESULTS, {"ways": summary(rows), "rows": rows, "command": COMMAND, "date": date.today().isoformat(), "machine": machine()})
+                write_json(place, {"ways": summary(rows), "rows": rows, "command": study.command, "date": date.today().isoformat(), "machine": machine()})
     print(json.dumps(summary(rows), indent=2, ensure_ascii=False))
 
 

@@ -6,6 +6,7 @@ The published figures beside them are quoted here, each with its source.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -30,7 +31,7 @@ of epochs, for which these machines are too slow.
 
 
 def page() -> str:
-    parts = [HEAD, *(section() for section in (quality, example, many_words, shared_weights, all_words, long_training, lstm, gradient, steps, layers, few_rows)), published()]
+    parts = [HEAD, *(section() for section in (quality, example, many_words, shared_weights, shared_weights_all_words, all_words, long_training, lstm, gradient, steps, layers, few_rows)), published()]
     return "\n".join(part for part in parts if part)
 
 
@@ -86,16 +87,32 @@ def many_words() -> str:
 
 
 def shared_weights() -> str:
-    found = stored("shared_weights.json")
+    return judged("## What a search's shared weights say of a cell\n", "shared_weights.json", lambda cells: (
+        f"On the example's text, with drawn cells. The {cells} different cells that the searches of its section above in the published order found, each judged by its validation perplexity with the weights that a search ends "
+        "with. *Agreement*: the rank correlation of that with the perplexity after a training of its own, mean ± standard deviation over searches. Each way of searching "
+        "has what the one above it has; the last is the recipe `small`.\n"))
+
+
+def shared_weights_all_words() -> str:
+    return judged("### With all words\n", "shared_weights_all_words.json", lambda cells: (
+        f"The same with all words of the Penn Treebank, over the {cells} cells of the study above, which Adam trained. Weights that Adam trains rank cells better than those of the recipe `drawn`'s SGD. What α chooses is "
+        "another matter: its own cell is worse, with the very weights that it was chosen with, than the median of cells that nobody chose with them, and nearly all identity where Adam trains the weights. α's gradient, "
+        "the straight-through one, says what a little of a function would change where another was drawn; it does not say what the function would do in its place.\n"))
+
+
+def judged(title: str, name: str, about: Callable[[int], str]) -> str:
+    """What `shared_weights.py` has found; `about` says it of so many cells."""
+    found = stored(name)
     if found is None:
         return ""
-    rows = [(way, r["seeds"], spread(r["rank_correlation"], r["rank_correlation_sd"]), *(f"{r[k]:,.1f}" for k in ("best", "median", "worst", "perplexity")), f"{r['depth']:.2f}")
+    own: dict[str, Counter] = {way: Counter() for way in found["ways"]}
+    for row in found["rows"]:
+        own[row["way"]].update(op for op, _ in json.loads(row["genotype"])["recurrent"])
+    rows = [(way, r["seeds"], spread(r["rank_correlation"], r["rank_correlation_sd"]), *(f"{r[k]:,.1f}" for k in ("best", "median", "worst", "perplexity")), f"{r['depth']:.2f}",
+             ", ".join(f"{op} {count / own[way].total():.0%}" for op, count in own[way].most_common()))
             for way, r in found["ways"].items()]
-    parts = ["## What a search's shared weights say of a cell\n",
-             f"On the example's text, with drawn cells. The {found['rows'][-1]['cells']} different cells that the searches of the section above in the published order found, each judged by its validation perplexity with the weights that a search ends "
-             "with. *Agreement*: the rank correlation of that with the perplexity after a training of its own, mean ± standard deviation over searches. Each way of searching "
-             "has what the one above it has; the last is the recipe `small`.\n",
-             table(("search", "searches", "agreement", "best of the cells", "median", "worst", "α's own cell", "its depth"), rows)]
+    parts = [title, about(found["rows"][-1]["cells"]),
+             table(("search", "searches", "agreement", "best of the cells", "median", "worst", "α's own cell", "its depth", "its functions"), rows)]
     for way, r in found["ways"].items():
         if low := r.get("lower"):
             parts.append(f"*{way}*, {low['seeds']} searches: going down from α's cell node by node for as long as the shared weights find a better one leads to a mean of "

@@ -75,6 +75,9 @@ class SearchRecipe:
                              f"{self.reproduce_original} nor neumann_terms = {self.neumann_terms}; give sgd, or false and 0")
         if self.optimizer == "adam" and self.lr > ADAMS_LR:
             raise ValueError(f"search.lr: {self.lr:g} is a rate for SGD; search.optimizer = adam takes at most {ADAMS_LR}, and 0.005 is usual")
+        if self.optimizer == "adam" and self.unrolled_lr is not None and self.unrolled_lr > ADAMS_LR:
+            raise ValueError(f"search.unrolled_lr: {self.unrolled_lr:g} is a step for SGD; with search.optimizer = adam, which moves each weight by about that, it is at most "
+                             f"{ADAMS_LR}, or none: search.lr")
         if self.neumann_terms and self.first_order:
             raise ValueError(f"search.neumann_terms: {self.neumann_terms} terms of the second-order gradient go with no first-order one "
                              f"(hvp = {self.hvp}, unrolled_lr = {self.unrolled_lr}); give 0")

@@ -103,6 +103,21 @@ def test_all_words_keeps_what_its_commands_answered_and_runs_none_twice(tmp_path
     assert json.loads((tmp_path / "found.json").read_text()) == kept
 
 
+def test_what_torch_has_no_code_for_here_is_left_out_and_said(capsys):
+    def lacking():
+        raise RuntimeError("could not create a primitive descriptor for the LSTM forward propagation primitive. Run workload with\nmore")
+
+    def broken():
+        raise RuntimeError("sizes do not match")
+
+    ran = []
+    assert list(retrain_step.that_run({"LSTM": lambda: ran.append(1), "LSTM, bfloat16": lacking})) == ["LSTM"] and ran == [1]
+    said = capsys.readouterr().out
+    assert said.startswith("LSTM, bfloat16 is left out: torch cannot run it on this machine (could not create a primitive descriptor") and said.count("\n") == 1
+    with pytest.raises(RuntimeError, match="sizes"):
+        retrain_step.that_run({"GRU": broken})
+
+
 def test_lstm_and_gru_have_as_many_parameters():
     large = retrain_step.layers(Size(1, 1, 850, 10, 8), DARTS_V2)
     count = 20 * 850**2

@@ -181,6 +181,19 @@ def test_going_down_finds_the_lowest_cell_where_nodes_do_not_depend_on_each_othe
     assert weights.descend(start, lambda cell: 1.0) == start  # of equal ones its own
 
 
+@pytest.mark.parametrize("study", weights.STUDIES.values(), ids=weights.STUDIES)
+def test_ways_of_searching_are_recipes_and_have_cells_to_judge(study, monkeypatch, capsys):
+    for way, changed in study.ways.items():
+        searches = weights.get_recipe(study.recipe, changed).search
+        assert searches.relaxation == "gumbel" and all(getattr(searches, key.removeprefix("search.")) == value for key, value in changed.items()), way
+    known = weights.known_cells(study)
+    assert len(known) > 10 and all(Genotype.from_json(cell).n_nodes == 8 and 50 < perplexity < 130 for cell, perplexity in known.items())
+    monkeypatch.setattr("sys.argv", ["shared_weights.py", "--way", "none such"])
+    with pytest.raises(SystemExit):
+        weights.main()
+    assert "--way: none such is none of" in capsys.readouterr().err
+
+
 def test_what_the_shared_weights_say(monkeypatch):
     """On a small text: the judge's perplexity of α's own cell is the supernet's, in evaluation, and the figures are of the cells given."""
     recipe = replace(TINY, search=replace(TINY.search, relaxation="gumbel", dropout=0.2))
