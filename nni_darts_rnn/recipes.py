@@ -34,7 +34,7 @@ class SearchRecipe:
     eval_batch_size: int = _field(10, 2, help="streams read side by side when perplexity is measured")
     bptt: int = _field(35, 1, help="usual length of a batch in time steps, T")
     short_bptt_probability: float = _field(0.05, 0, 1, help="probability of a batch of half that length")
-    optimizer: str = _field("sgd", choices=("sgd", "adam"), help="of the weights; the step of either is unrolled; adam wants an `lr` near 0.005")
+    optimizer: str = _field("sgd", choices=("sgd", "adam"), help="of the weights; the step of either is unrolled; adam wants an `lr` near 0.003")
     lr: float = _field(20.0, 0, help="the optimizer's learning rate for a batch of `bptt` steps; scaled by length/bptt")
     weight_decay: float = _field(5e-7, 0, help="the optimizer's weight decay")
     clip: float = _field(0.25, 1e-12, optional=True, help="largest norm of the weights' gradient; none: no clipping")
@@ -74,7 +74,7 @@ class SearchRecipe:
             raise ValueError(f"search.optimizer: the published code has SGD, and the series is of its steps; adam goes with neither reproduce_original = "
                              f"{self.reproduce_original} nor neumann_terms = {self.neumann_terms}; give sgd, or false and 0")
         if self.optimizer == "adam" and self.lr > ADAMS_LR:
-            raise ValueError(f"search.lr: {self.lr:g} is a rate for SGD; search.optimizer = adam takes at most {ADAMS_LR}, and 0.005 is usual")
+            raise ValueError(f"search.lr: {self.lr:g} is a rate for SGD; search.optimizer = adam takes at most {ADAMS_LR}, and 0.003 is usual")
         if self.optimizer == "adam" and self.unrolled_lr is not None and self.unrolled_lr > ADAMS_LR:
             raise ValueError(f"search.unrolled_lr: {self.unrolled_lr:g} is a step for SGD; with search.optimizer = adam, which moves each weight by about that, it is at most "
                              f"{ADAMS_LR}, or none: search.lr")

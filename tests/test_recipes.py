@@ -164,7 +164,7 @@ def test_to_dict_is_json_and_comes_back():
     ("penn", {"search.epsilon": 1e300}, "search.epsilon: 1e+300 must be a number of at least 1e-12, and at most 1e+30"),
     ("penn", {"search.epochs": 3, "search.warmup_epochs": 3}, "search.warmup_epochs: 3 must be below search.epochs = 3: α would never move"),
     ("tiny", {"retrain.anneal": 0.5, "retrain.patience": 4}, "retrain.anneal: 0.5 goes with a number of epochs that is known"),
-    ("penn", {"search.optimizer": "adam"}, "search.lr: 20 is a rate for SGD; search.optimizer = adam takes at most 0.1, and 0.005 is usual"),
+    ("penn", {"search.optimizer": "adam"}, "search.lr: 20 is a rate for SGD; search.optimizer = adam takes at most 0.1, and 0.003 is usual"),
     ("penn", {"search.optimizer": "adam", "search.lr": 0.01, "search.reproduce_original": True}, "search.optimizer: the published code has SGD"),
     ("drawn", {"search.optimizer": "adam", "search.lr": 0.01}, "search.unrolled_lr: 2 is a step for SGD; with search.optimizer = adam, which moves each weight"),
     ("penn", {"search.optimizer": "adam", "search.lr": 0.01, "search.neumann_terms": 1}, "neither reproduce_original = False nor neumann_terms = 1; give sgd, or false and 0"),
