@@ -24,6 +24,11 @@ def _rate(default, help):
     return _field(default, 0, 1, below=True, help=help)
 
 
+def _check_rate(part: str, optimizer: str, lr: float, usual: float) -> None:
+    if optimizer == "adam" and lr > ADAMS_LR:
+        raise ValueError(f"{part}.lr: {lr:g} is a rate for SGD; {part}.optimizer = adam takes at most {ADAMS_LR}, and {usual} is usual")
+
+
 @dataclass(frozen=True)
 class SearchRecipe:
     """How the supernet is trained and α is moved."""
@@ -73,8 +78,7 @@ class SearchRecipe:
         if self.optimizer == "adam" and (self.reproduce_original or self.neumann_terms):
             raise ValueError(f"search.optimizer: the published code has SGD, and the series is of its steps; adam goes with neither reproduce_original = "
                              f"{self.reproduce_original} nor neumann_terms = {self.neumann_terms}; give sgd, or false and 0")
-        if self.optimizer == "adam" and self.lr > ADAMS_LR:
-            raise ValueError(f"search.lr: {self.lr:g} is a rate for SGD; search.optimizer = adam takes at most {ADAMS_LR}, and 0.003 is usual")
+        _check_rate("search", self.optimizer, self.lr, 0.003)
         if self.optimizer == "adam" and self.unrolled_lr is not None and self.unrolled_lr > ADAMS_LR:
             raise ValueError(f"search.unrolled_lr: {self.unrolled_lr:g} is a step for SGD; with search.optimizer = adam, which moves each weight by about that, it is at most "
                              f"{ADAMS_LR}, or none: search.lr")
@@ -143,8 +147,7 @@ class RetrainRecipe:
     def __post_init__(self):
         if self.optimizer == "adam" and self.nonmono is not None:
             raise ValueError(f"retrain.nonmono: averaging is of SGD, not of retrain.optimizer = adam; give none instead of {self.nonmono}")
-        if self.optimizer == "adam" and self.lr > ADAMS_LR:
-            raise ValueError(f"retrain.lr: {self.lr:g} is a rate for SGD; retrain.optimizer = adam takes at most {ADAMS_LR}, and 0.005 is usual")
+        _check_rate("retrain", self.optimizer, self.lr, 0.005)
         if self.patience is not None and self.nonmono is not None and self.patience <= self.nonmono:
             raise ValueError(f"retrain.patience: {self.patience} must be above retrain.nonmono = {self.nonmono}: averaging, which begins after so many epochs "
                              "without improvement, would never be tried")
