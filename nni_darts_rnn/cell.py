@@ -10,12 +10,12 @@ Cell (DARTS, section 3.2 and appendix A.1.2; quark0/darts `rnn/model.py`), for o
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from .checks import number, whole_number
 from .genotype import Genotype, load_genotype, register_op
 
 ACTIVATIONS = {
@@ -100,8 +100,7 @@ def variational_mask(like: Tensor, p: float, training: bool) -> Tensor | None:
 def check_rates(**rates: float) -> None:
     """`ValueError` with one line for a dropout rate that is none."""
     for name, rate in rates.items():
-        if not isinstance(rate, numbers.Real) or not 0 <= rate < 1:
-            raise ValueError(f"{name}: {rate!r} must be a number of at least 0 and below 1")
+        number(name, rate, high=1)
 
 
 class RecurrentWeights(nn.Module):
@@ -111,8 +110,7 @@ class RecurrentWeights(nn.Module):
                  init_range: float = INIT_RANGE):
         super().__init__()
         for name, value in (("input_size", input_size), ("hidden_size", hidden_size), ("n_nodes", n_nodes)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: {value!r} must be a whole number of at least 1")
+            whole_number(name, value)
         check_rates(dropout_x=dropout_x, dropout_h=dropout_h)
         if not 0 < init_range < math.inf:
             raise ValueError(f"init_range: {init_range!r} must be above 0")

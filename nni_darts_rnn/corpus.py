@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .checks import did_you_mean, number
 from .files import at_home
-from .genotype import did_you_mean
 from .text import download
 from .text.batches import Batch, BpttBatches, LengthRule, fixed_length, retrain_lengths, search_lengths, streams
 from .text.pydoc_text import pydoc_splits
@@ -70,8 +70,7 @@ def load_corpus(name_or_folder: str | Path, *, folder: str | Path | None = None,
     published texts. `alpha_fraction` > 0 splits that last part of the training text off for the architecture parameters; a retraining has all of it.
     Raises `ValueError` with one line that says what is wrong where, and what is allowed.
     """
-    if isinstance(alpha_fraction, bool) or not isinstance(alpha_fraction, (int, float)) or not 0 <= alpha_fraction < 1:
-        raise ValueError(f"alpha_fraction: {alpha_fraction!r} must be a number of at least 0 and below 1")
+    number("alpha_fraction", alpha_fraction, high=1)
     if not isinstance(name_or_folder, (str, Path)) or not str(name_or_folder):
         raise ValueError(f"corpus {name_or_folder!r} must be a folder or one of {', '.join(NAMES)}")
     name = name_or_folder if isinstance(name_or_folder, str) else f"{name_or_folder}{os.sep}"

@@ -12,10 +12,11 @@ import pytorch_lightning as pl
 import torch
 from nni.nas.evaluator.pytorch import Lightning, LightningModule, Trainer
 
+from .checks import one_of
 from .corpus import BpttBatches, Corpus, search_lengths, streams
 from .epoch_counts import EpochCounts
 from .files import write_csv, write_json, write_text
-from .genotype import Genotype, one_of
+from .genotype import Genotype
 from .health import check_epoch, watched_spread
 from .model import activation_regularisation, perplexity, without_dropout
 from .recipes import SearchRecipe

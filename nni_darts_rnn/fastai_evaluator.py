@@ -16,6 +16,7 @@ from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.learner import Learner
 from nni.nas.evaluator import Evaluator
 
+from .checks import whole_number
 from .corpus import Corpus, load_corpus
 from .files import write_text
 from .learner import language_dls, lm_learner
@@ -68,8 +69,8 @@ class FastaiEvaluator(Evaluator):
     def __init__(self, corpus: str | Corpus | None = None, recipe: str | Recipe | None = None, settings: dict | None = None, *, epochs: int | None = None, seed: int = 0,
                  corpus_folder: str | None = None, corpus_mirror: str | None = None, device: str = "auto",
                  learner: Callable[..., Learner] | None = None, onnx: bool = False):
-        if epochs is not None and (isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0):
-            raise ValueError(f"epochs: {epochs!r} must be a whole number of at least 0")
+        if epochs is not None:
+            whole_number("epochs", epochs, 0)
         settings = dict(settings or {})
         for name in OF_THE_SPACE:
             if name in settings:

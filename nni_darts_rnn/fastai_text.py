@@ -16,6 +16,7 @@ from fastcore.foundation import L
 from torch import Tensor, nn
 
 from .cell import DiscreteRNN
+from .checks import whole_number
 from .corpus import EOS, UNK
 from .genotype import DARTS_V2, Genotype, load_genotype
 from .trained import load_trained
@@ -43,8 +44,7 @@ class AWD_DARTS(nn.Module):
     def __init__(self, vocab_sz: int, emb_sz: int, n_hid: int, n_layers: int, genotype: Genotype | str = DARTS_V2, pad_token: int = 1,
                  hidden_p: float = 0.2, input_p: float = 0.6, embed_p: float = 0.1, cell_input_p: float = 0.0, cell_hidden_p: float = 0.0):
         super().__init__()
-        if isinstance(n_layers, bool) or not isinstance(n_layers, int) or n_layers < 1:
-            raise ValueError(f"n_layers: {n_layers!r} must be a whole number of at least 1")
+        whole_number("n_layers", n_layers)
         for name, value in (("hidden_p", hidden_p), ("input_p", input_p), ("embed_p", embed_p)):
             if not 0 <= value < 1:
                 raise ValueError(f"{name}: {value!r} must be at least 0 and below 1; drop_mult scales it")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from .checks import did_you_mean
 
 PRIMITIVES = ("none", "tanh", "relu", "sigmoid", "identity")
 """Primitives of one edge of the supernet, in the order of α's columns (DARTS, section 3.2). `none` is never derived."""
@@ -34,19 +35,6 @@ def number_of_nodes(n_edges: int) -> int:
     if n < 1 or n * (n + 1) // 2 != n_edges:
         raise ValueError(f"{n_edges} rows of α fit no number of nodes; N nodes have N(N+1)/2 edges: 1, 3, 6, 10, …")
     return n
-
-
-def did_you_mean(word: object, allowed) -> str:
-    """`"; did you mean 'x'?"` for the nearest of `allowed`, or nothing."""
-    near = difflib.get_close_matches(str(word), [str(a) for a in allowed], n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def one_of(name: str, value, allowed):
-    """`value`, or `ValueError` with one line that names the setting, what is allowed and the nearest of it."""
-    if value not in allowed:
-        raise ValueError(f"{name}: {value!r} is none of {', '.join(allowed)}" + did_you_mean(value, allowed))
-    return value
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 import warnings
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from .cell import DiscreteRNN
+from .checks import number, whole_number
 from .genotype import Genotype, load_genotype
 
 
@@ -36,13 +36,11 @@ class DartsRNN(nn.Module):
             raise ValueError(f"genotype: {genotype!r} is a number; the third argument is the cell, num_layers the one after it")
         if bias:
             raise ValueError("bias: True is not possible, the DARTS cell has no bias terms; leave it False")
-        if isinstance(num_layers, bool) or not isinstance(num_layers, int) or num_layers < 1:
-            raise ValueError(f"num_layers: {num_layers!r} must be a whole number of at least 1")
+        whole_number("num_layers", num_layers)
         for name, value in (("batch_first", batch_first), ("bidirectional", bidirectional)):
             if value not in (True, False):
                 raise ValueError(f"{name}: {value!r} must be True or False")
-        if isinstance(dropout, bool) or not isinstance(dropout, numbers.Real) or not 0 <= dropout <= 1:
-            raise ValueError(f"dropout: {dropout!r} must be a number of at least 0 and at most 1")
+        number("dropout", dropout, high=1, below=False)
         if dropout and num_layers == 1:  # as nn.GRU does
             warnings.warn(f"dropout: {dropout!r} acts between layers, and there is one; dropout_x and dropout_h act within it", stacklevel=2)
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers

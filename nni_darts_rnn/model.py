@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cell import INIT_RANGE, DiscreteRNN, RecurrentWeights, check_rates, variational_mask
+from .checks import whole_number
 from .corpus import BpttBatches, fixed_length, streams
 from .cross_entropy import linear_cross_entropy
 from .genotype import Genotype
@@ -41,8 +42,7 @@ class LanguageModel(nn.Module):
     def __init__(self, vocab_size: int, rnn: nn.Module, dropout: float = 0.0, dropout_i: float = 0.0, dropout_e: float = 0.0,
                  init_range: float = INIT_RANGE):
         super().__init__()
-        if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 1:
-            raise ValueError(f"vocab_size: {vocab_size!r} must be a whole number of at least 1")
+        whole_number("vocab_size", vocab_size)
         check_rates(dropout=dropout, dropout_i=dropout_i, dropout_e=dropout_e)
         if rnn.input_size != rnn.hidden_size:
             raise ValueError(f"rnn: input_size {rnn.input_size} and hidden_size {rnn.hidden_size} must be equal: "

@@ -9,7 +9,8 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 
-from .genotype import RELAXATIONS, did_you_mean, one_of
+from .checks import did_you_mean, one_of
+from .genotype import RELAXATIONS
 
 ADAMS_LR = 0.1  # Adam moves every weight by about its rate in each step, and no weights are so large that more would teach them anything
 MOST = 1e30  # of a number without a limit of its own: what it is multiplied by must find room in float32 too

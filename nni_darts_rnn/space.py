@@ -12,7 +12,8 @@ from nni.nas.oneshot.pytorch.supermodule.base import BaseSuperNetModule
 from torch import Tensor, nn
 
 from .cell import ACTIVATIONS, INIT_RANGE, RecurrentWeights, checked_primitives
-from .genotype import PRIMITIVES, RELAXATIONS, Genotype, edges, load_genotype, one_of
+from .checks import one_of
+from .genotype import PRIMITIVES, RELAXATIONS, Genotype, edges, load_genotype
 from .model import LanguageModel, LMOutput
 from .supernet import MixedRNN
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from numbers import Real
 
 from .bilevel import MODES, is_first_order
-from .genotype import one_of
+from .checks import one_of
 
 ABOVE_0 = {"epsilon", "gradient_clip_val"}  # of other numbers 0 is allowed too
 WHOLE = {"neumann_terms", "warmup_epochs", "log_prob_every_n_step"}

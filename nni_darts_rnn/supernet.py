@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cell import ACTIVATIONS, INIT_RANGE, RecurrentWeights, checked_primitives
-from .genotype import PRIMITIVES, RELAXATIONS, Genotype, derive, edges, number_of_nodes, one_of
+from .checks import one_of
+from .genotype import PRIMITIVES, RELAXATIONS, Genotype, derive, edges, number_of_nodes
 
 BATCHNORM_EPS = 1e-5
 ALPHA_SCALE = 1e-3

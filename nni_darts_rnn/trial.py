@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, as every other refusal; `--help` has the usage."""
 
     def error(self, message: str):
-        from .genotype import did_you_mean
+        from .checks import did_you_mean
 
         refused = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)$", message)
         near = did_you_mean(refused[1], re.findall(r"[\w-]+", refused[2])) if refused else ""

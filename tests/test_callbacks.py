@@ -21,6 +21,7 @@ from nni_darts_rnn.bilevel import architecture_gradient
 from nni_darts_rnn.callbacks import (
     NTASGD,
     ActivationRegularizer,
+    AnnealLR,
     ArchParamUpdate,
     EpochReport,
     NNIReporter,
@@ -486,6 +487,25 @@ def test_reading_the_validation_text_draws_no_random_numbers(tmp_path, options):
 def test_settings_that_the_strategy_refuses_are_refused_here_too(options, words):
     with pytest.raises(ValueError, match=words):
         ArchParamUpdate([], **options)
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda: NTASGD(0), "nonmono: 0 must be a whole number of at least 1"), (lambda: NTASGD(2.5), "nonmono: 2.5 must be a whole number"),
+    (lambda: AnnealLR(1.5), "share: 1.5 must be a number of at least 0 and at most 1"), (lambda: AnnealLR(0), "share: 0 of a fit is none; leave AnnealLR out"),
+    (lambda: AnnealLR("0.5"), "share: '0.5' must be a number"), (lambda: AnnealLR(float("nan")), "share: nan must be a number"),
+    (lambda: ScaleLRByLength(0), "bptt: 0 must be a whole number of at least 1"), (lambda: PrintGenotype(every=0), "every: 0 must be a whole number of at least 1")],
+    ids=lambda value: value if isinstance(value, str) else "")
+def test_arguments_that_are_not_allowed(make, words):
+    with pytest.raises(ValueError) as refused:
+        make()
+    assert str(refused.value).startswith(words)
+
+
+def test_monitor_that_is_not_recorded(tmp_path):
+    recipe = SMALL.retrain
+    learn = lm_learner(language_dls(corpus(), recipe, 3, "cpu", tmp_path), CELL, recipe, seed=3, cbs=[NTASGD(2, monitor="valid_los")])
+    with pytest.raises(ValueError, match="monitor: 'valid_los' is none of train_loss, valid_loss.*; did you mean 'valid_loss'"):
+        run(learn, 1)
 
 
 def test_alpha_step_leaves_no_trace(tmp_path):

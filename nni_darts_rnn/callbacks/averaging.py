@@ -7,6 +7,7 @@ from fastai.callback.tracker import SaveModelCallback
 from fastai.optimizer import OptimWrapper
 from torch import Tensor
 
+from ..checks import one_of, whole_number
 from .fit_only import ValidatedEpochs
 
 
@@ -27,13 +28,14 @@ class NTASGD(ValidatedEpochs):
 
     Merity et al. 2017, algorithm 1. The switch is to `torch.optim.ASGD(t0=0, lambd=0)` with the same learning rate and weight decay; from then on
     validation sees the averaged weights, and so does whatever saves the model up to `SaveModelCallback`. torch's average leaves out the
-    very first step after the switch: after s ≥ 2 steps it is the mean of w_2 … w_s.
+    very first step after the switch: after s ≥ 2 steps it is the mean of w_2 … w_s. `ValueError` for a `nonmono` below 1, and when a fit begins for
+    a `monitor` that is not recorded.
     """
 
     order = SaveModelCallback.order + 1
 
     def __init__(self, nonmono: int | None = 5, monitor: str = "valid_loss"):
-        self.nonmono, self.monitor = nonmono, monitor
+        self.nonmono, self.monitor = nonmono if nonmono is None else whole_number("nonmono", nonmono), monitor
         self.logs: list[float] = []
         self.kept: list[tuple[Tensor, Tensor]] | None = None
         self.before = 0  # validated epochs of earlier fits
@@ -45,7 +47,8 @@ class NTASGD(ValidatedEpochs):
     def start_fit(self):
         self.put_back()  # a fit that was interrupted while it validated left the averages there
         self.before = len(self.logs)
-        self.column = list(self.recorder.metric_names[1:]).index(self.monitor)
+        names = list(self.recorder.metric_names[1:])
+        self.column = names.index(one_of("monitor", self.monitor, names))
 
     def before_step(self):
         if self.averaging:

@@ -10,6 +10,7 @@ import torch
 from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger, ProgressCallback
 
+from ..checks import whole_number
 from ..epoch_counts import EpochCounts
 from ..fastai_streams import already_trained
 from ..files import write_csv
@@ -58,7 +59,7 @@ class PrintGenotype(ValidatedEpochs):
     order = NTASGD.order + 1
 
     def __init__(self, every: int = 1):
-        self.every, self.genotypes = every, []
+        self.every, self.genotypes = whole_number("every", every), []
 
     def after_epoch(self):
         if not self.newly_validated():

@@ -7,6 +7,7 @@ from fastai.callback.rnn import RNNRegularizer
 from fastai.callback.schedule import ParamScheduler, SchedCos
 from fastai.callback.training import GradientClip
 
+from ..checks import number, whole_number
 from ..fastai_streams import already_trained
 from ..health import check_finite
 from ..model import activation_regularisation
@@ -32,6 +33,8 @@ class AnnealLR(FitOnly):
     order, run_valid = ParamScheduler.order, False
 
     def __init__(self, share: float):
+        if not number("share", share, high=1, below=False):
+            raise ValueError(f"share: {share!r} of a fit is none; leave AnnealLR out")
         self.share, self.full, self.falling = share, [], SchedCos(1.0, 0.0)
 
     def start_fit(self):
@@ -51,7 +54,7 @@ class ScaleLRByLength(Callback):
     order, run_valid = ParamScheduler.order + 1, False
 
     def __init__(self, bptt: int):
-        self.bptt, self.plain = bptt, None
+        self.bptt, self.plain = whole_number("bptt", bptt), None
 
     def before_batch(self):
         self.plain = [hyper["lr"] for hyper in self.opt.hypers]

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..checks import one_of
 from ..files import hold, remove_partial
-from ..genotype import did_you_mean
 from .file import DESCRIPTION, TENSORS, read_about, read_state, write_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -54,8 +54,7 @@ class Keeping:
     resume: str = "auto"
 
     def __post_init__(self):
-        if self.resume not in RESUME:
-            raise ValueError(f"--resume: {self.resume!r} is none of {', '.join(RESUME)}" + did_you_mean(self.resume, RESUME))
+        one_of("--resume", self.resume, RESUME)
 
 
 USUAL = Keeping()

@@ -63,7 +63,7 @@ def retrain(arguments) -> None:
 
 def evaluate(arguments) -> None:
     from .. import fused
-    from ..genotype import did_you_mean
+    from ..checks import did_you_mean
     from ..model import choose_device, perplexity
     from ..pipeline import check_reading
     from ..text.baselines import bigram_perplexity, unigram_perplexity

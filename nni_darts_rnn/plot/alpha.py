@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..genotype import PRIMITIVES, RELAXATIONS, derive, number_of_nodes, one_of
+from ..checks import one_of
+from ..genotype import PRIMITIVES, RELAXATIONS, derive, number_of_nodes
 from .canvas import GREY, mix, new_figure, op_colours, save, style, target
 
 

@@ -15,7 +15,7 @@ import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..genotype import did_you_mean
+from ..checks import did_you_mean
 from ..trial import Parser, add_run_options
 from .trial_folder import Trial, one_line, read_trial
 

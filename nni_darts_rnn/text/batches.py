@@ -14,14 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import whole_number
+
 
 def streams(tokens: Tensor, batch_size: int) -> Tensor:
     """(tokens,) as B = `batch_size` streams (S, B): column b is the b-th of B equal consecutive parts; what is over at the end is cut off.
 
     A view, not a copy. `ValueError` for a text of less than two tokens a stream.
     """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size: {batch_size!r} must be a whole number of at least 1")
+    whole_number("batch_size", batch_size)
     if len(tokens) < 2 * batch_size:
         raise ValueError(f"batch_size: {batch_size} streams need a text of at least {2 * batch_size} tokens, this one has {len(tokens)}; "
                          "take fewer streams or more text")

@@ -1,0 +1,34 @@
+"""One line for a setting that is not allowed: its name, its value, what is allowed and, of words, the nearest."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from numbers import Real
+
+
+def did_you_mean(word: object, allowed) -> str:
+    """`"; did you mean 'x'?"` for the nearest of `allowed`, or nothing."""
+    near = difflib.get_close_matches(str(word), [str(a) for a in allowed], n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def one_of(name: str, value, allowed):
+    """`value`, or `ValueError` with one line that names the setting, what is allowed and the nearest of it."""
+    if value not in allowed:
+        raise ValueError(f"{name}: {value!r} is none of {', '.join(allowed)}" + did_you_mean(value, allowed))
+    return value
+
+
+def whole_number(name: str, value, low: int = 1) -> int:
+    """`value`, an `int` of at least `low`, or `ValueError` with one line."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{name}: {value!r} must be a whole number of at least {low}")
+    return value
+
+
+def number(name: str, value: float, low: float = 0, high: float = math.inf, *, below: bool = True) -> float:
+    """`value`, a real number of at least `low` and below `high` (not `below`: at most it), or `ValueError` with one line."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not low <= value or not (value < high if below else value <= high):
+        raise ValueError(f"{name}: {value!r} must be a number of at least {low}" + (f" and {'below' if below else 'at most'} {high}" if high < math.inf else ""))
+    return value
