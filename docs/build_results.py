@@ -31,7 +31,7 @@ of epochs, for which these machines are too slow.
 
 
 def page() -> str:
-    parts = [HEAD, *(section() for section in (quality, example, many_words, shared_weights, shared_weights_all_words, all_words, long_training, lstm, gradient, steps, layers, few_rows)), published()]
+    parts = [HEAD, *(section() for section in (quality, example, many_words, shared_weights, shared_weights_all_words, all_words, long_training, lstm, gradient, draws, steps, layers, few_rows)), published()]
     return "\n".join(part for part in parts if part)
 
 
@@ -68,7 +68,8 @@ def quality() -> str:
         "mean, ± the standard deviation over search seeds. Differences are paired by seed, and p is the exact two-sided sign-flip test's. Seconds are of two searches at a time on two cores, of one machine or another, that "
         "other work often shared, so they do not compare arms; the budget does. *Supernet*: the median of its validation perplexities at the end. *Agreement*: the share of nodes, function and predecessor, "
         "that the cells of two seeds have in common, mean over pairs. *Temperature to 0.1*: what α is divided by before its softmax is taken falls from 1 to 0.1, geometrically, while α moves; "
-        "in the Gumbel softmax, α with its noise. It made no difference beyond chance, and is no setting of a recipe.\n"))
+        "in the Gumbel softmax, α with its noise. It made no difference beyond chance, and is no setting of a recipe. *8 draws*: a batch is run as eight parts with a cell each "
+        "(`search.draws=8`); *α's rate 0.03 without decay*: `search.arch_lr=0.03`, `search.arch_weight_decay=0`.\n"))
 
 
 def example() -> str:
@@ -221,6 +222,22 @@ def gradient() -> str:
         f"steps, medians of {settings['draws']} draws, float64, torch {settings['torch']}.\n",
         table(("estimator", *(f"H {H}, {steps} steps" for H, steps in moments)), [(name, *(cell(name, *m) for m in moments)) for name in names]),
         "`python benchmarks/gradient_quality.py --corpus FOLDER`.\n"])
+
+
+def draws() -> str:
+    found = stored("draws.json")
+    if found is None:
+        return ""
+    return "\n".join([
+        "### Of drawn cells\n",
+        f"At the size of the first section's study, ξ = {found['settings']['search.unrolled_lr']}, α's rate {found['settings']['search.arch_lr']:g}, the first {found['steps']} steps after {found['settings']['search.warmup_epochs']} epochs "
+        "without α. *Signal*: the cosine between the mean gradient of even steps and that of odd ones, each step's scaled to length 1. *Spread*: α's standard deviation after the last of "
+        "these steps.\n",
+        table(("cells drawn for a batch", "α's weight decay", "searches", "signal", "spread", "the first search's cell"),
+              [(r["search.draws"], f"{r['search.arch_weight_decay']:g}", r["seeds"], f"{r['signal']:.2f}", f"{r['spread']:.2f}",
+                f"`{', '.join(f'{op}←{j}' for op, j in json.loads(row['genotype'])['recurrent'])}`")
+               for r in found["ways"] if (row := next(row for row in found["rows"] if all(row[k] == r[k] for k in ("search.draws", "search.arch_weight_decay"))))]),
+        made(found)])
 
 
 def steps() -> str:

@@ -118,7 +118,7 @@ def search_learner(dls, recipe: SearchRecipe | Recipe | str = "penn", *, seed: i
     V = _vocab_size(dls, vocab_size)
     torch.manual_seed(seed)
     rnn = MixedRNN(recipe.hidden_size, recipe.hidden_size, recipe.n_nodes, dropout_x=recipe.dropout_x, dropout_h=recipe.dropout_h,
-                   relaxation=recipe.relaxation, init_range=recipe.init_range)
+                   relaxation=recipe.relaxation, init_range=recipe.init_range, draws=recipe.draws)
     lm = LanguageModel(V, rnn, init_range=recipe.init_range, **_dropouts(recipe))
     own = [ArchParamUpdate.of(recipe, valid_batches), *_annealing(recipe)]
     return _learner(dls, StatefulLM(lm), recipe, path, [*own, *cbs], metrics_file, splitter=weight_parameters)

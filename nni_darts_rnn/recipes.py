@@ -56,6 +56,7 @@ class SearchRecipe:
     epochs: int = _field(50, 1, help="passes over the training text")
     relaxation: str = _field("edge", choices=RELAXATIONS,
                              help="what one softmax of α is over: an edge's primitives, with BatchNorm, or all of a node's, without; gumbel: one of these drawn at a time")
+    draws: int = _field(1, 1, help="of cells for a batch, with gumbel: each for as many of its streams")
     arch_lr: float = _field(3e-3, 0, help="Adam's learning rate for α")
     arch_weight_decay: float = _field(1e-3, 0, help="Adam's weight decay for α")
     arch_beta1: float = _rate(0.9, "Adam's first coefficient for α")
@@ -79,6 +80,10 @@ class SearchRecipe:
         if self.optimizer == "adam" and (self.reproduce_original or self.neumann_terms):
             raise ValueError(f"search.optimizer: the published code has SGD, and the series is of its steps; adam goes with neither reproduce_original = "
                              f"{self.reproduce_original} nor neumann_terms = {self.neumann_terms}; give sgd, or false and 0")
+        if self.draws > 1 and self.relaxation != "gumbel":
+            raise ValueError(f"search.draws: {self.draws} cells are drawn with search.relaxation = gumbel alone; with {self.relaxation} give 1")
+        if self.draws > self.batch_size:
+            raise ValueError(f"search.draws: {self.draws} cells have at least a stream each; give at most search.batch_size = {self.batch_size}")
         _check_rate("search", self.optimizer, self.lr, 0.003)
         if self.optimizer == "adam" and self.unrolled_lr is not None and self.unrolled_lr > ADAMS_LR:
             raise ValueError(f"search.unrolled_lr: {self.unrolled_lr:g} is a step for SGD; with search.optimizer = adam, which moves each weight by about that, it is at most "

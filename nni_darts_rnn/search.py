@@ -38,7 +38,7 @@ def make_space(vocab_size: int, recipe: SearchRecipe) -> DartsRnnSpace:
     """The recipe's model space for a vocabulary of V words."""
     return DartsRnnSpace(vocab_size, recipe.hidden_size, recipe.n_nodes, dropout=recipe.dropout, dropout_h=recipe.dropout_h,
                          dropout_x=recipe.dropout_x, dropout_i=recipe.dropout_i, dropout_e=recipe.dropout_e, relaxation=recipe.relaxation,
-                         init_range=recipe.init_range)
+                         init_range=recipe.init_range, draws=recipe.draws)
 
 
 def make_strategy(recipe: SearchRecipe, **options) -> SecondOrderDARTS:

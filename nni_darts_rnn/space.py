@@ -15,7 +15,7 @@ from .cell import ACTIVATIONS, INIT_RANGE, RecurrentWeights, checked_primitives
 from .checks import one_of
 from .genotype import PRIMITIVES, RELAXATIONS, Genotype, edges, load_genotype
 from .model import LanguageModel, LMOutput
-from .supernet import MixedRNN
+from .supernet import MixedRNN, checked_draws
 
 
 class Read(nn.Module):
@@ -62,14 +62,15 @@ class CellSpace(RecurrentWeights, MutableModule):
     """One recurrent layer of open choices: x (T, B, I), h0 (B, H) or None -> outputs (T, B, H).
 
     Per node two `LayerChoice`s, `cell/node_<i>/input` (candidates "0" … "i-1") and `cell/node_<i>/op` (the primitives but `none`).
-    While every choice is decided (frozen, or one path sampled) the layer runs as the discrete cell that the choices spell. `relaxation` is for
-    strategies that mix the choices (see `supernet`).
+    While every choice is decided (frozen, or one path sampled) the layer runs as the discrete cell that the choices spell. `relaxation` and `draws` are
+    for strategies that mix the choices (see `supernet`).
     """
 
     def __init__(self, input_size: int, hidden_size: int, n_nodes: int = 8, primitives=PRIMITIVES, dropout_x: float = 0.0, dropout_h: float = 0.0,
-                 relaxation: str = "edge", init_range: float = INIT_RANGE):
+                 relaxation: str = "edge", init_range: float = INIT_RANGE, draws: int = 1):
         super().__init__(input_size, hidden_size, n_nodes, dropout_x, dropout_h, init_range)
         self.primitives, self.relaxation = checked_primitives(primitives), one_of("relaxation", relaxation, RELAXATIONS)
+        self.draws = checked_draws(draws, relaxation)
         ops = [name for name in self.primitives if name != "none"]
         self.inputs, self.ops = nn.ModuleList(), nn.ModuleList()
         with label_scope("cell"):
@@ -112,11 +113,11 @@ class MixedCell(MixedRNN, BaseSuperNetModule):
         if type(module) is not CellSpace:
             return None
         mixed = cls(module.input_size, module.hidden_size, module.n_nodes, module.primitives, module.dropout_x, module.dropout_h,
-                    softmax=mutate_kwargs.get("softmax"), relaxation=module.relaxation, init_range=module.init_range)
+                    softmax=mutate_kwargs.get("softmax"), relaxation=module.relaxation, init_range=module.init_range, draws=module.draws)
         mixed.W0, mixed.Ws = module.W0, module.Ws
         mixed.scope = module.inputs[0].label.removesuffix("cell/node_1/input")  # of NNI's `label_scope`s around it
         first = memo.setdefault(f"{mixed.scope}cell", mixed)  # layers whose choices have the same labels are one cell: one α
-        for what in ("n_nodes", "relaxation"):  # of choices with other candidates NNI says so itself
+        for what in ("n_nodes", "relaxation", "draws"):  # of choices with other candidates NNI says so itself
             if getattr(first, what) != getattr(mixed, what):
                 raise ValueError(f"{what}: {getattr(mixed, what)!r} of one CellSpace, {getattr(first, what)!r} of another; all of a space are one cell, so give them the same")
         mixed.alpha = first.alpha
@@ -158,15 +159,15 @@ class DartsRnnSpace(RecurrentSpace):
     """AWD-LSTM's language model with an open DARTS cell: every sample is one `Genotype`, every label a plain categorical.
 
     vocab_size V, hidden_size H (the embedding's size too), n_nodes N; dropout rates and init_range as in `LanguageModel` and `RecurrentWeights`,
-    relaxation as in `MixedRNN`.
+    relaxation and draws as in `MixedRNN`.
     tokens (T, B), hidden (B, H) -> `LMOutput`.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int = 300, n_nodes: int = 8, primitives=PRIMITIVES, dropout: float = 0.0,
                  dropout_h: float = 0.0, dropout_x: float = 0.0, dropout_i: float = 0.0, dropout_e: float = 0.0, relaxation: str = "edge",
-                 init_range: float = INIT_RANGE):
+                 init_range: float = INIT_RANGE, draws: int = 1):
         super().__init__()
-        rnn = CellSpace(hidden_size, hidden_size, n_nodes, primitives, dropout_x, dropout_h, relaxation, init_range)
+        rnn = CellSpace(hidden_size, hidden_size, n_nodes, primitives, dropout_x, dropout_h, relaxation, init_range, draws)
         self.lm = LanguageModel(vocab_size, rnn, dropout, dropout_i, dropout_e, init_range)
 
     def forward(self, tokens: Tensor, hidden: Tensor) -> LMOutput:

@@ -7,7 +7,8 @@ Three relaxations. "edge", the paper's: a softmax for each edge; node i then add
 that is derived has neither the sums nor the BatchNorm. "node": one softmax over all primitives of all edges into a node, and no BatchNorm: the state
 is a convex combination, and with all of α's weight on one primitive of one edge of each node the mixed cell is the discrete cell. "gumbel": for each
 sequence one primitive of one edge into each node is drawn in proportion to that softmax, `none` left out; what runs is that discrete cell, and α has the
-gradient of the Gumbel softmax in its place (Jang, Gu, Poole 2017, "straight-through"; drawn so by Dong and Yang 2019, GDAS). In evaluation: the derived cell.
+gradient of the Gumbel softmax in its place (Jang, Gu, Poole 2017, "straight-through"; drawn so by Dong and Yang 2019, GDAS). With `draws` > 1 a batch is run as so
+many equal parts, and each part's sequences draw a cell of their own. In evaluation: the derived cell.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cell import ACTIVATIONS, INIT_RANGE, RecurrentWeights, checked_primitives
-from .checks import one_of
+from .checks import one_of, whole_number
 from .genotype import PRIMITIVES, RELAXATIONS, Genotype, derive, edges, number_of_nodes
 
 BATCHNORM_EPS = 1e-5
@@ -40,6 +41,13 @@ def one_hot_genotype(probabilities: Tensor, primitives=PRIMITIVES) -> Genotype:
     entries = [divmod(place, len(primitives)) for place in probabilities.flatten().nonzero().flatten().tolist()]  # node by node
     every = edges(number_of_nodes(len(probabilities)))
     return Genotype(tuple((primitives[k], every[row][1]) for row, k in entries))
+
+
+def checked_draws(draws: int, relaxation: str) -> int:
+    """`draws`; `ValueError` with one line unless it is a whole number that `relaxation` has a use for."""
+    if whole_number("draws", draws) > 1 and relaxation != "gumbel":
+        raise ValueError(f"draws: {draws} cells are drawn with relaxation 'gumbel' alone; with {relaxation!r} give 1")
+    return draws
 
 
 def mixed_cell(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, probabilities: Tensor, mask: Tensor | None = None,
@@ -86,10 +94,10 @@ class MixedRNN(RecurrentWeights):
 
     def __init__(self, input_size: int, hidden_size: int, n_nodes: int = 8, primitives=PRIMITIVES, dropout_x: float = 0.0,
                  dropout_h: float = 0.0, softmax: nn.Module | None = None, relaxation: str = "edge",
-                 init_range: float = INIT_RANGE):
+                 init_range: float = INIT_RANGE, draws: int = 1):
         super().__init__(input_size, hidden_size, n_nodes, dropout_x, dropout_h, init_range)
         self.primitives = checked_primitives(primitives)
-        self.relaxation = one_of("relaxation", relaxation, RELAXATIONS)
+        self.relaxation, self.draws = one_of("relaxation", relaxation, RELAXATIONS), checked_draws(draws, relaxation)
         self.softmax = nn.Softmax(-1) if softmax is None else softmax
         if relaxation == "gumbel" and type(self.softmax) is not nn.Softmax:
             raise ValueError(f"relaxation: 'gumbel' draws by itself, which goes with DARTS and SecondOrderDARTS alone; the strategy gave {self.softmax}")
@@ -124,11 +132,14 @@ class MixedRNN(RecurrentWeights):
     def forward(self, x: Tensor, h0: Tensor | None = None) -> Tensor:
         normalise = self.relaxation == "edge"
         if normalise and x.shape[1] < 2:
-            raise ValueError("the supernet normalises over the batch: batch_size and eval_batch_size must be at least 2")
+            raise ValueError(f"a batch of {x.shape[1]}: the supernet normalises over the batch, so every batch needs at least 2 sequences (search.batch_size, search.eval_batch_size)")
         from . import fused  # here, since it imports this module
 
         x_proj, h0, W0_h, mask = self.project(x, h0)
-        p = self.mixture()
-        if self.relaxation == "gumbel":
-            return fused.drawn_cell(x_proj, h0, W0_h, self.Ws, p, mask, self.primitives)
-        return fused.mixed_cell(x_proj, h0, W0_h, self.Ws, p, mask, self.primitives, normalise)
+        if self.relaxation != "gumbel":
+            return fused.mixed_cell(x_proj, h0, W0_h, self.Ws, self.mixture(), mask, self.primitives, normalise)
+        parts = min(self.draws, len(h0)) if self.softmax.training else 1
+        masks = [None] * parts if mask is None else mask.tensor_split(parts)  # (B/parts, H) each
+        outputs = [fused.drawn_cell(x_part, h_part, W0_h, self.Ws, self.mixture(), mask_part, self.primitives)  # (T, B/parts, H)
+                   for x_part, h_part, mask_part in zip(x_proj.tensor_split(parts, 1), h0.tensor_split(parts), masks)]
+        return torch.cat(outputs, 1) if parts > 1 else outputs[0]  # (T, B, H)

@@ -14,8 +14,9 @@ from nni_darts_rnn.recipes import RetrainRecipe, SearchRecipe, get_recipe, overr
 SEARCH = dict(hidden_size=6, n_nodes=2, batch_size=4, eval_batch_size=3, bptt=7, short_bptt_probability=0.4, lr=3.0, weight_decay=1e-3, clip=0.7,
               dropout=0.11, dropout_h=0.12, dropout_x=0.13, dropout_i=0.14, dropout_e=0.15, init_range=0.5, ar=0.2, tar=0.3, anneal=0.8, epochs=9, arch_lr=0.02,
               arch_weight_decay=0.03, arch_beta1=0.4, arch_beta2=0.5, relaxation="node", hvp="exact", epsilon=0.06, unrolled_lr=0.07, neumann_terms=2, warmup_epochs=3,
-              alpha_dropout=False, own_gradient=True, reproduce_original=False, optimizer="sgd")
+              alpha_dropout=False, own_gradient=True, reproduce_original=False, optimizer="sgd", draws=1)
 WITH_ADAM = SEARCH | dict(optimizer="adam", lr=0.03, neumann_terms=0)
+DRAWN = SEARCH | dict(relaxation="gumbel", draws=3)  # which goes with no other relaxation
 ORIGINAL = SEARCH | dict(hvp="finite_difference", neumann_terms=0, reproduce_original=True)  # which goes with no other gradient
 RETRAIN = dict(hidden_size=6, batch_size=4, eval_batch_size=3, test_batch_size=2, bptt=7, short_bptt_probability=0.4, bptt_std=1.5, min_bptt=3,
                max_bptt_above=2, lr=3.0, weight_decay=1e-3, clip=0.7, dropout=0.11, dropout_h=0.12, dropout_x=0.13, dropout_i=0.14, dropout_e=0.15,
@@ -46,13 +47,13 @@ def first_weights(lm) -> float:
 def test_the_tables_name_every_field():
     assert set(SEARCH) == {f.name for f in dataclasses.fields(SearchRecipe)} and set(RETRAIN) == {f.name for f in dataclasses.fields(RetrainRecipe)}
     paper = get_recipe("penn")
-    search = SEARCH | {"optimizer": WITH_ADAM["optimizer"]}
+    search = SEARCH | {"optimizer": WITH_ADAM["optimizer"], "draws": DRAWN["draws"]}
     assert all(search[k] != getattr(paper.search, k) for k in search if k != "reproduce_original") and ORIGINAL["reproduce_original"]
     retrain = RETRAIN | {"optimizer": ADAM["optimizer"]}
     assert all(retrain[k] != getattr(paper.retrain, k) for k in retrain if k != "patience")  # which goes without `anneal`: see below
 
 
-@pytest.mark.parametrize("settings", [SEARCH, WITH_ADAM, ORIGINAL], ids=["search", "adam", "original"])
+@pytest.mark.parametrize("settings", [SEARCH, WITH_ADAM, DRAWN, ORIGINAL], ids=["search", "adam", "drawn", "original"])
 def test_search_through_nni(settings):
     from nni_darts_rnn.evaluator import AnnealLR, SupernetReport, search_evaluator
     from nni_darts_rnn.search import make_space, make_strategy
@@ -68,7 +69,7 @@ def test_search_through_nni(settings):
     adam, weights = step.configure_architecture_optimizers().defaults, of_weights.defaults
     train, valid = evaluator.train_dataloaders.batches, evaluator.val_dataloaders.batches
     found = lm_fields(space.lm) | {
-        "n_nodes": space.lm.rnn.n_nodes, "relaxation": space.lm.rnn.relaxation, "batch_size": train.stream.shape[1], "eval_batch_size": reporter.recipe.eval_batch_size,
+        "n_nodes": space.lm.rnn.n_nodes, "relaxation": space.lm.rnn.relaxation, "draws": space.lm.rnn.draws, "batch_size": train.stream.shape[1], "eval_batch_size": reporter.recipe.eval_batch_size,
         "bptt": train.rule.bptt, "short_bptt_probability": train.rule.short_probability, "lr": weights["lr"], "weight_decay": weights["weight_decay"],
         "clip": step.gradient_clip_val, "ar": evaluator.module.ar, "tar": evaluator.module.tar, "anneal": annealing.share, "epochs": evaluator.trainer.max_epochs,
         "arch_lr": adam["lr"], "arch_weight_decay": adam["weight_decay"], "arch_beta1": adam["betas"][0], "arch_beta2": adam["betas"][1],

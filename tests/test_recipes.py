@@ -15,7 +15,7 @@ SHARED = dict(anneal=0, bptt=35, short_bptt_probability=0.05, lr=20, clip=0.25, 
               tar=1e-3, eval_batch_size=10)
 SEARCH = SHARED | dict(hidden_size=300, n_nodes=8, batch_size=256, weight_decay=5e-7, dropout_e=0, epochs=50, arch_lr=3e-3, arch_weight_decay=1e-3,
                        arch_beta1=0.9, arch_beta2=0.999, relaxation="edge", hvp="finite_difference", epsilon=3e-2, unrolled_lr=None, neumann_terms=0,
-                       warmup_epochs=0, alpha_dropout=True, own_gradient=False, reproduce_original=False, optimizer="sgd")
+                       warmup_epochs=0, alpha_dropout=True, own_gradient=False, reproduce_original=False, optimizer="sgd", draws=1)
 RETRAIN = SHARED | dict(hidden_size=850, batch_size=64, test_batch_size=1, bptt_std=5, min_bptt=5, max_bptt_above=20, weight_decay=8e-7,
                         dropout_e=0.1, optimizer="sgd", precision="float32", nonmono=5, epochs=3600, patience=None)
 
@@ -164,6 +164,9 @@ def test_to_dict_is_json_and_comes_back():
     ("penn", {"search.epsilon": 1e300}, "search.epsilon: 1e+300 must be a number of at least 1e-12, and at most 1e+30"),
     ("penn", {"search.epochs": 3, "search.warmup_epochs": 3}, "search.warmup_epochs: 3 must be below search.epochs = 3: α would never move"),
     ("tiny", {"retrain.anneal": 0.5, "retrain.patience": 4}, "retrain.anneal: 0.5 goes with a number of epochs that is known"),
+    ("penn", {"search.draws": 0}, "search.draws: 0 must be a whole number of at least 1"),
+    ("penn", {"search.draws": 4}, "search.draws: 4 cells are drawn with search.relaxation = gumbel alone; with edge give 1"),
+    ("penn", {"search.draws": 257, "search.relaxation": "gumbel"}, "search.draws: 257 cells have at least a stream each; give at most search.batch_size = 256"),
     ("penn", {"search.optimizer": "adam"}, "search.lr: 20 is a rate for SGD; search.optimizer = adam takes at most 0.1, and 0.003 is usual"),
     ("penn", {"search.optimizer": "adam", "search.lr": 0.01, "search.reproduce_original": True}, "search.optimizer: the published code has SGD"),
     ("drawn", {"search.optimizer": "adam", "search.lr": 0.01}, "search.unrolled_lr: 2 is a step for SGD; with search.optimizer = adam, which moves each weight"),

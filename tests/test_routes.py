@@ -18,7 +18,7 @@ def corpus(n: int) -> Corpus:
 
 @pytest.mark.parametrize("settings", [{}, {"search.unrolled_lr": 0.5, "search.warmup_epochs": 1}, {"search.hvp": "first_order", "search.ar": 0.1},
                                       {"search.relaxation": "node"}, {"search.own_gradient": True}, {"search.hvp": "exact"}, {"search.relaxation": "gumbel"},
-                                      {"search.relaxation": "gumbel", "search.alpha_dropout": False},
+                                      {"search.relaxation": "gumbel", "search.alpha_dropout": False, "search.draws": 3},
                                       {"search.optimizer": "adam", "search.lr": 0.01}, {"search.optimizer": "adam", "search.lr": 0.01, "search.unrolled_lr": 0.1, "search.relaxation": "gumbel"},
                                       {"search.anneal": 0.7, "search.short_bptt_probability": 0.5}])
 def test_nni_and_fastai_give_the_same_alpha_step_for_step(tmp_path, settings, monkeypatch):

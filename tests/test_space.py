@@ -257,20 +257,19 @@ def test_there_are_search_spaces():
 
 
 class TwoCells(RecurrentSpace):
-    def __init__(self, **other):
+    def __init__(self, both, **other):
         super().__init__()
-        self.one, self.two = CellSpace(H, H, 2), CellSpace(H, H, **{"n_nodes": 2} | other)
+        self.one, self.two = CellSpace(H, H, 2, relaxation=both), CellSpace(H, H, **{"n_nodes": 2, "relaxation": both} | other)
 
     def forward(self, x):
         return self.two(self.one(x))
 
 
-@pytest.mark.parametrize("other", [{"n_nodes": 3}, {"relaxation": "node"}], ids=str)
-def test_cells_of_one_space_that_differ_are_refused(other):
-    (name, value), = other.items()
+@pytest.mark.parametrize("both, name, value", [("edge", "n_nodes", 3), ("edge", "relaxation", "node"), ("gumbel", "draws", 2)])
+def test_cells_of_one_space_that_differ_are_refused(both, name, value):
     with pytest.raises(ValueError, match=f"^{name}: {re.escape(repr(value))} of one CellSpace, .* of another; all of a space are one cell"):
-        DARTS().mutate_model(TwoCells(**other))
-    supernet = DARTS().mutate_model(TwoCells())
+        DARTS().mutate_model(TwoCells(both, **{name: value}))
+    supernet = DARTS().mutate_model(TwoCells(both))
     assert supernet.one.alpha is supernet.two.alpha
 
 

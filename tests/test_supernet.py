@@ -194,6 +194,37 @@ def test_gumbel_with_and_without_a_gradient_for_alpha(primitives):
         same(a, b)
 
 
+@pytest.mark.parametrize("draws, sizes", [(2, (3, 2)), (3, (2, 2, 1)), (9, (1,) * 5)])
+def test_several_draws_of_a_batch_are_parts_with_a_cell_each(draws, sizes, monkeypatch):
+    """Outputs, and the gradient of everything, against the parts run one by one as batches of their own, with the masks and the noise that they had."""
+    torch.manual_seed(0)
+    rnn, x, h0 = (MixedRNN(2, H, 4, relaxation="gumbel", dropout_h=0.4, draws=draws).double(), torch.randn(T, B, 2, dtype=torch.float64),
+                  torch.randn(B, H, dtype=torch.float64))
+    with torch.no_grad():
+        for w in (rnn.W0, rnn.Ws, rnn.alpha):
+            w.normal_(0, 0.6)
+    weights, seen = [rnn.W0, rnn.Ws, rnn.alpha], []
+    monkeypatch.setattr(rnn, "mixture", lambda: seen.append(MixedRNN.mixture(rnn)) or seen[-1])
+    torch.manual_seed(1)
+    outputs = rnn(x, h0)
+    cells = [p.detach() for p in seen]
+    assert outputs.shape == (T, B, H) and len(cells) == len(sizes) and len({tuple(p.flatten().tolist()) for p in cells}) > 1
+    found = torch.autograd.grad(outputs.pow(2).sum(), weights)
+    torch.manual_seed(1)
+    x_proj, h0, W0_h, mask = rnn.project(x, h0)
+    parts = [torch.stack([x_proj[:, b] for b in rows], 1) for rows in torch.arange(B).split(sizes)]
+    alone = [mixed_cell(x_part, h0[rows], W0_h, rnn.Ws, MixedRNN.mixture(rnn), mask[rows], normalise=False) for x_part, rows in zip(parts, torch.arange(B).split(sizes))]
+    same(outputs, torch.cat(alone, 1))
+    for a, b in zip(found, torch.autograd.grad(torch.cat(alone, 1).pow(2).sum(), weights)):
+        same(a, b)
+    seen.clear()
+    rnn.eval()
+    discrete = DiscreteRNN(2, H, rnn.genotype()).double()
+    discrete.W0, discrete.Ws = rnn.W0, rnn.Ws
+    same(rnn(x, h0), discrete(x, h0))
+    assert len(seen) == 1
+
+
 def test_gumbels_gradient_is_the_soft_samples():
     """By hand: y = softmax((α + g) without `none`), g from the same noise, and ∂L/∂α = y∘(∂L/∂p − Σ y ∂L/∂p) node by node, with ∂L/∂p at the drawn cell."""
     torch.manual_seed(0)
@@ -275,6 +306,8 @@ def test_states_of_any_text_stay_in_range():
     (lambda: MixedRNN(2, 3, 0), "n_nodes: 0"),
     (lambda: MixedRNN(2, 3, 2, relaxation="nodes"), "relaxation: 'nodes' is none of edge, node, gumbel; did you mean 'node'?"),
     (lambda: MixedRNN(2, 3, 2, softmax=GumbelSoftmax(), relaxation="gumbel"), "'gumbel' draws by itself"),
+    (lambda: MixedRNN(2, 3, 2, draws=4), "draws: 4 cells are drawn with relaxation 'gumbel' alone; with 'edge' give 1"),
+    (lambda: MixedRNN(2, 3, 2, relaxation="gumbel", draws=1.5), "draws: 1.5 must be a whole number of at least 1"),
     (lambda: MixedRNN(2, 3, 2, ("tanh", "swish")), "each must be 'none' or one of tanh"),
     (lambda: MixedRNN(2, 3, 2, ("tanh", "tanh")), "named once"),
     (lambda: MixedRNN(2, 3, 2, ("none",)), "one not 'none'"),
