@@ -232,7 +232,7 @@ def draws() -> str:
         "### Of drawn cells\n",
         f"At the size of the first section's study, ξ = {found['settings']['search.unrolled_lr']}, α's rate {found['settings']['search.arch_lr']:g}, the first {found['steps']} steps after {found['settings']['search.warmup_epochs']} epochs "
         "without α. *Signal*: the cosine between the mean gradient of even steps and that of odd ones, each step's scaled to length 1. *Spread*: α's standard deviation after the last of "
-        "these steps.\n",
+        "these steps. Without decay α comes to where its gradient has no one direction any more.\n",
         table(("cells drawn for a batch", "α's weight decay", "searches", "signal", "spread", "the first search's cell"),
               [(r["search.draws"], f"{r['search.arch_weight_decay']:g}", r["seeds"], f"{r['signal']:.2f}", f"{r['spread']:.2f}",
                 f"`{', '.join(f'{op}←{j}' for op, j in json.loads(row['genotype'])['recurrent'])}`")
