@@ -26,7 +26,7 @@
 An interrupted `run` goes on where it was when it is given again: finished trials are kept in --work, and an unfinished phase has its checkpoints there.
 
 What is stored under names without "shared step" is of the published order of the two steps, when there was no other: their commands want
-`--set search.own_gradient=true` now. The names "…, ξ = 2, shared step" (both studies' last searches) are the same commands without it.
+`--set search.own_gradient=true` now. Names that end in "shared step" are the same commands without it.
 "…, temperature to 0.1" are of a setting that was tried and dropped: in the epochs in which α moves, logits were divided by a temperature
 0.1**(the share of those epochs that is over), in the softmax of a mixture and in the Gumbel softmax.
 

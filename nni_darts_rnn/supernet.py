@@ -7,8 +7,8 @@ Three relaxations. "edge", the paper's: a softmax for each edge; node i then add
 that is derived has neither the sums nor the BatchNorm. "node": one softmax over all primitives of all edges into a node, and no BatchNorm: the state
 is a convex combination, and with all of α's weight on one primitive of one edge of each node the mixed cell is the discrete cell. "gumbel": for each
 sequence one primitive of one edge into each node is drawn in proportion to that softmax, `none` left out; what runs is that discrete cell, and α has the
-gradient of the Gumbel softmax in its place (Jang, Gu, Poole 2017, "straight-through"; drawn so by Dong and Yang 2019, GDAS). With `draws` > 1 a batch is run as so
-many equal parts, and each part's sequences draw a cell of their own. In evaluation: the derived cell.
+gradient of the Gumbel softmax in its place (Jang, Gu, Poole 2017, "straight-through"; drawn so by Dong and Yang 2019, GDAS). With `draws` > 1 a batch is run in so
+many parts, of sizes that differ by one at most, and each part's sequences draw a cell of their own. In evaluation: the derived cell.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class MixedRNN(RecurrentWeights):
         x_proj, h0, W0_h, mask = self.project(x, h0)
         if self.relaxation != "gumbel":
             return fused.mixed_cell(x_proj, h0, W0_h, self.Ws, self.mixture(), mask, self.primitives, normalise)
-        parts = min(self.draws, len(h0)) if self.softmax.training else 1
+        parts = max(1, min(self.draws, len(h0))) if self.softmax.training else 1
         masks = [None] * parts if mask is None else mask.tensor_split(parts)  # (B/parts, H) each
         outputs = [fused.drawn_cell(x_part, h_part, W0_h, self.Ws, self.mixture(), mask_part, self.primitives)  # (T, B/parts, H)
                    for x_part, h_part, mask_part in zip(x_proj.tensor_split(parts, 1), h0.tensor_split(parts), masks)]

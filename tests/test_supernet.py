@@ -225,6 +225,12 @@ def test_several_draws_of_a_batch_are_parts_with_a_cell_each(draws, sizes, monke
     assert len(seen) == 1
 
 
+@pytest.mark.parametrize("draws", [1, 3])
+def test_a_batch_of_no_sequences_is_run_by_drawn_cells(draws):
+    rnn = MixedRNN(2, H, 2, relaxation="gumbel", dropout_h=0.4, draws=draws)
+    assert rnn(torch.zeros(T, 0, 2)).shape == rnn.eval()(torch.zeros(T, 0, 2)).shape == (T, 0, H)
+
+
 def test_gumbels_gradient_is_the_soft_samples():
     """By hand: y = softmax((α + g) without `none`), g from the same noise, and ∂L/∂α = y∘(∂L/∂p − Σ y ∂L/∂p) node by node, with ∂L/∂p at the drawn cell."""
     torch.manual_seed(0)
