@@ -3,62 +3,133 @@
 from __future__ import annotations
 
 import contextlib
-import copy
+import random
 from collections import Counter, OrderedDict, defaultdict, deque
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from .bilevel import RandomState
 
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # parameters, buffers, hooks: no attributes that a training step assigns
 PLAIN = {str, bytes, int, float, bool, complex, type(None)}  # cannot be changed in place
-CONTAINERS = (list, dict, deque, Counter, OrderedDict, defaultdict)
+CONTAINERS = (list, dict, deque, Counter, OrderedDict, defaultdict, set)
+GENERATORS = {torch.Generator: (torch.Generator.get_state, torch.Generator.set_state), random.Random: (random.Random.getstate, random.Random.setstate),
+              np.random.RandomState: (np.random.RandomState.get_state, np.random.RandomState.set_state),
+              np.random.Generator: (lambda g: g.bit_generator.state, lambda g, state: setattr(g.bit_generator, "state", state))}
+
+
+class Held(NamedTuple):
+    """A container and what it held: values, with those that can be changed in place as copies. `plain`: none can."""
+
+    container: Any
+    contents: dict | list
+    plain: bool
 
 
 class Before:
-    """What a module was before a training step: its `buffers` by name (copies), its modules' own attributes, and the random `generators`."""
+    """What a module was before a training step: its `buffers` by name (copies), its modules' own attributes, and the random `generators`.
+
+    Containers and generators keep their identity, as hooks and other modules may have them too: what they held is written back into them.
+    """
 
     def __init__(self, module: nn.Module):
         self.buffers = {name: b.clone() for name, b in module.named_buffers()}
-        self.attributes = [(m, _copies(vars(m))) for m in module.modules()]
+        self.without = [(m, name) for m in module.modules() for name, b in m._buffers.items() if b is None]
+        self.held: dict[int, Held | None] = {}
+        self.states: dict[int, tuple] = {}  # of generators that a module has for itself
+        copies: dict[int, tuple] = {}
+        self.attributes = [(m, {name: self._note(value, copies) for name, value in vars(m).items() if name not in OF_EVERY_MODULE}) for m in module.modules()]
         self.generators = RandomState(list(module.parameters()))
+
+    def _note(self, value, copies: dict[int, tuple]):
+        """`value` as it is to be kept, which is a copy where a step may change it in place; containers are kept with what they hold."""
+        if type(value) in GENERATORS:
+            self.states[id(value)] = (value, GENERATORS[type(value)][0](value))
+        elif type(value) in CONTAINERS and id(value) not in self.held:
+            self.held[id(value)] = None  # it may hold itself
+            contents = _contents(value)
+            plain = {type(held) for held in (contents.values() if isinstance(contents, dict) else contents)} <= PLAIN  # a vocabulary, say: not word by word
+            if not plain:
+                contents = _each(contents, lambda held: self._note(held, copies))
+            self.held[id(value)] = Held(value, contents, plain)
+        elif type(value) is tuple:
+            return tuple(self._note(held, copies) for held in value)
+        return _copy(value, copies)
 
     @contextlib.contextmanager
     def again(self):
         """Attributes that the modules assign in a step (counters, the states of torchmetrics) are at first what they were before it, and in the
         end what they are now. Buffers are for `torch.func.functional_call` to replace."""
-        now = [dict(vars(module)) for module, _ in self.attributes]
+        attributes_now, buffers_now = [dict(vars(module)) for module, _ in self.attributes], [m._buffers[name] for m, name in self.without]
+        held_now = [Held(h.container, h.contents if _same(h) else _contents(h.container), h.plain) for h in self.held.values()]
+        states_now = [(generator, GENERATORS[type(generator)][0](generator)) for generator, _ in self.states.values()]
+        copies: dict[int, tuple] = {}
         for module, attributes in self.attributes:
-            _replace(module, _copies(attributes))
+            _replace(module, {name: _copy(value, copies) for name, value in attributes.items()})
+        for module, name in self.without:
+            module._buffers[name] = None
+        for held in self.held.values():
+            _fill(Held(held.container, held.contents if held.plain else _each(held.contents, lambda value: _copy(value, copies)), held.plain))
+        for generator, state in self.states.values():
+            GENERATORS[type(generator)][1](generator, state)
         try:
             yield
         finally:
-            for (module, _), attributes in zip(self.attributes, now):
+            for (module, _), attributes in zip(self.attributes, attributes_now):
                 _replace(module, attributes)
+            for (module, name), buffer in zip(self.without, buffers_now):
+                module._buffers[name] = buffer
+            for held in held_now:
+                _fill(held)
+            for generator, state in states_now:
+                GENERATORS[type(generator)][1](generator, state)
 
 
-def _copies(attributes: dict) -> dict:
-    """A module's own attributes; what can be changed in place is a copy."""
-    return {name: _copy(value) for name, value in attributes.items() if name not in OF_EVERY_MODULE}
+def _copy(value, copies: dict[int, tuple]):
+    """A tensor or an array as a copy, one for all that have it; anything else, such as a module, as it is."""
+    if type(value) is tuple:
+        return tuple(_copy(held, copies) for held in value)
+    if type(value) is not Tensor and type(value) is not np.ndarray:
+        return value
+    if id(value) not in copies:
+        copies[id(value)] = (value, value.clone() if type(value) is Tensor else value.copy())  # with `value`, whose id is nobody else's as long as it lives
+    return copies[id(value)][1]
 
 
-def _copy(value):
-    """What a step may change in place as a copy, with what it holds; anything else, such as a module, as it is."""
-    if type(value) is Tensor:
-        return value.clone()
-    if type(value) is np.ndarray:
-        return value.copy()
-    if type(value) is set:  # what it holds cannot be changed in place
-        return value.copy()
-    if type(value) in CONTAINERS:
-        new = copy.copy(value)
-        if set(map(type, new.values() if isinstance(new, dict) else new)) <= PLAIN:  # a vocabulary, say: at C's speed
-            return new
-        for key, held in new.items() if isinstance(new, dict) else enumerate(new):
-            new[key] = _copy(held)
-        return new
-    return tuple(map(_copy, value)) if type(value) is tuple else value
+def _contents(container) -> dict | list:
+    return dict(container) if isinstance(container, dict) else list(container)
+
+
+def _each(contents: dict | list, function) -> dict | list:
+    return {key: function(value) for key, value in contents.items()} if isinstance(contents, dict) else list(map(function, contents))
+
+
+def _same(held: Held) -> bool:
+    """Whether the container still holds that."""
+    if held.plain:
+        return (held.container if isinstance(held.contents, dict) else list(held.container)) == held.contents
+    now = _contents(held.container)
+    if isinstance(now, dict):
+        return now.keys() == held.contents.keys() and all(value is held.contents[key] for key, value in now.items())
+    return len(now) == len(held.contents) and all(a is b for a, b in zip(now, held.contents))
+
+
+def _fill(held: Held) -> None:
+    """Writes that into the container, which is left alone where it holds it already, as somebody may be going through it."""
+    container, contents, _ = held
+    if _same(held):
+        return
+    if isinstance(contents, dict):
+        if container.keys() != contents.keys():
+            container.clear()
+        for key, value in contents.items():
+            container[key] = value
+    else:
+        container.clear()
+        (container.update if isinstance(container, set) else container.extend)(contents)
 
 
 def _replace(module: nn.Module, attributes: dict) -> None:

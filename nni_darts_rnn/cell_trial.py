@@ -44,8 +44,6 @@ def main(argv: list[str] | None = None) -> int:
     quiet_hosts()
     import nni
 
-    parameters = own_parameters()
-
     def metrics(perplexity: float, row: dict) -> dict:
         return row | {"default": 1 / perplexity if arguments.maximize else perplexity}
 
@@ -54,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         with interrupts_remembered():
-            run(arguments, parameters, lambda row: nni.report_intermediate_result(metrics(row["perplexity"], row)), final)
+            run(arguments, own_parameters(), lambda row: nni.report_intermediate_result(metrics(row["perplexity"], row)), final)
     except REFUSALS as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import tempfile
@@ -16,6 +17,7 @@ from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.learner import Learner
 from nni.nas.evaluator import Evaluator
 
+from .bilevel import RandomState
 from .checks import whole_number
 from .corpus import Corpus, load_corpus
 from .files import write_text
@@ -39,6 +41,17 @@ class _Report(Callback):
         row = dict(zip(names, map(float, values)))
         if math.isfinite(row.get("valid_loss", math.nan)):
             nni.report_intermediate_result({"default": -row["valid_loss"], "epoch": self.epoch + 1, **row})
+
+
+@contextlib.contextmanager
+def _others_draws_untouched():
+    """The process's random generators as they were: the next draw of a strategy that runs in it, a policy say, is not to be the same after every model."""
+    before = RandomState()
+    try:
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            yield
+    finally:
+        before.restore()
 
 
 @nni.trace
@@ -87,11 +100,16 @@ class FastaiEvaluator(Evaluator):
         self.seed, self.device, self.learner, self.onnx = seed, device, learner, onnx
 
     def _execute(self, model):
-        torch.manual_seed(self.seed)  # before the model is made
-        return super()._execute(model)
+        with _others_draws_untouched():
+            torch.manual_seed(self.seed)  # before the model is made
+            return super()._execute(model)
 
     def evaluate(self, model) -> float:
-        """Trains `model`, reports to NNI, and returns the final result."""
+        """Trains `model`, reports to NNI, and returns the final result. The process's random generators are in the end as they were."""
+        with _others_draws_untouched():
+            return self._evaluate(model)
+
+    def _evaluate(self, model) -> float:
         output = os.environ.get("NNI_OUTPUT_DIR")
         genotype = model.genotype() if isinstance(model, RecurrentSpace) else None
         if output is not None and genotype is not None:

@@ -187,7 +187,10 @@ def load_genotype(source: Genotype | str | Path) -> Genotype:
     if isinstance(source, Genotype):
         return source
     if isinstance(source, tuple) and {"recurrent", "concat"} <= set(getattr(source, "_fields", ())):
-        return Genotype(source.recurrent, tuple(source.concat))
+        try:
+            return Genotype(tuple(source.recurrent), tuple(source.concat))
+        except TypeError:
+            raise ValueError(f"genotype {source!r}: recurrent and concat have to be lists, as published code has them") from None
     text = str(source)
     if text in NAMED:
         return NAMED[text]

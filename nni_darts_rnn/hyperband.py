@@ -1,24 +1,78 @@
 """NNI's Hyperband advisor, running: in a YAML file `advisor: {className: nni_darts_rnn.hyperband.Hyperband, …}`.
 
-NNI 3.0's own ends at the first metric with a TypeError: it names its trials "0-1_0_2", and asks whether that is at most the largest number of an
-earlier run. This can go once NNI's `Recoverable.is_created_in_previous_exp` takes such names. Nor can its draws be repeated, and in serial mode it
-says that there are no more trials while a rung waits for its last one.
+What is worked round of NNI 3.0, and when it can go:
+
+- It ends at the first metric with a TypeError: its trials are named "0-1_0_2", and it asks whether that is at most the largest number of an earlier run
+  (once `Recoverable.is_created_in_previous_exp` takes such names).
+- Its draws cannot be repeated (once it takes a seed).
+- In serial mode it says that there are no more trials while a rung waits for its last one (once it waits).
+- Requests for trials and their ends come through two queues, each with a thread: a request that comes while a rung is being made may open the next
+  bracket before that rung is sent, and an end may be counted before the result (once `MsgDispatcherBase` has one queue, or a lock).
+- A trial that failed or was stopped is ranked by what it reported before, and where fewer have a result than go on it ends with an IndexError, after which
+  the experiment stands still without an error (once `inform_trial_end` ranks results alone).
+- `nnictl resume` brings its running trials back, but not what it had drawn and learnt (once it has a checkpoint).
 """
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
 
 import numpy as np
 from nni.algorithms.hpo import hyperband_advisor
+from nni.runtime.msg_dispatcher_base import MsgDispatcherBase
+from nni.utils import MetricType
+
+from .checks import one_of, whole_number
+from .files import write_json
+
+STATE = "hyperband.json"
+"""In the experiment's folder of checkpoints."""
+KEPT = ("n", "i", "hyper_configs", "configs_perf", "num_configs_to_run", "num_finished_configs", "no_more_trial")
+"""What a bracket comes to know after it was made."""
 
 
 class Hyperband(hyperband_advisor.Hyperband):
-    """NNI's `Hyperband` with the same arguments, `optimize_mode`, `R`, `eta`, `exec_mode`, and `seed`: the same configurations in the same order."""
+    """NNI's `Hyperband` with the same arguments, `optimize_mode`, `R`, `eta`, `exec_mode`, and `seed`: the same configurations in the same order.
+
+    Of a rung go on those with the best final results; a trial that failed or was stopped has none, and if fewer than are wanted have one, these go on. A
+    resumed experiment goes on with the brackets, results and draws that it had. `ValueError` with one line for an argument that is not allowed; NNI ends the
+    experiment on it, and has the line in its log.
+    """
 
     def __init__(self, optimize_mode: str = "maximize", R: int = 60, eta: int = 3, exec_mode: str = "parallelism", seed: int | None = None):
+        try:
+            one_of("optimize_mode", optimize_mode, ("maximize", "minimize"))
+            one_of("exec_mode", exec_mode, ("parallelism", "serial"))
+            whole_number("R", R), whole_number("eta", eta, 2)
+            if seed is not None:
+                whole_number("seed", seed, 0)
+        except ValueError as error:
+            MsgDispatcherBase.__init__(self)  # connects, without which NNI knows only that nobody did
+            self.report_error(f"Hyperband: {error}")
+            raise
         super().__init__(optimize_mode, R, eta, exec_mode)
         self.seed = seed
+        self.ended: set[str] = set()  # names of trials
+        self.resumed: dict | None = None  # the state that an experiment goes on from, until its running trials are known
+
+    def enqueue_command(self, command, data) -> None:
+        self.default_command_queue.put((command, data))
+
+    def process_command(self, command, data) -> None:
+        try:
+            super().process_command(command, data)
+        except Exception as error:
+            self.report_error(f"Hyperband: {type(error).__name__}: {error}")
+            raise
+        self.save_checkpoint()
 
     def handle_update_search_space(self, data) -> None:
         super().handle_update_search_space(data)
         self.random_state = np.random.RandomState(self.seed)
+        if self.resumed is not None:
+            kind, keys, *rest = self.resumed["draws"]
+            self.random_state.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
 
     def _get_one_trial_job(self):
         bracket = self.brackets.get(self.curr_bracket_id)
@@ -27,4 +81,51 @@ class Hyperband(hyperband_advisor.Hyperband):
         return super()._get_one_trial_job()
 
     def is_created_in_previous_exp(self, param_id) -> bool:
-        return isinstance(param_id, int) and super().is_created_in_previous_exp(param_id)
+        """Whether the trial is none of a rung's: one that a user has added."""
+        if not isinstance(param_id, str):
+            return True
+        name, rung, _ = param_id.split("_")
+        return name not in self.brackets or param_id not in self.brackets[name].hyper_configs[int(rung)]
+
+    def handle_report_metric_data(self, data) -> None:
+        if data["type"] == MetricType.FINAL:  # what comes before it may be of another quantity, such as the supernet's perplexity
+            super().handle_report_metric_data(data)
+
+    def _handle_trial_end(self, parameter_id: str) -> None:
+        name, rung, _ = parameter_id.split("_")
+        bracket, rung = self.brackets[name], int(rung)
+        self.ended.add(parameter_id)
+        if bracket.num_finished_configs[rung] + 1 == bracket.num_configs_to_run[rung] and not bracket.is_completed():  # the last of its rung
+            results = len(bracket.configs_perf[rung])
+            bracket.no_more_trial = not results
+            bracket.n = min(max(bracket.get_n_r()[0], 1), results) * bracket.eta**bracket.i  # of which `get_n_r` makes as many as go on
+        super()._handle_trial_end(parameter_id)
+
+    def save_checkpoint(self) -> None:
+        if (folder := self.get_checkpoint_path()) is not None and self.random_state is not None and self.resumed is None:
+            kind, keys, *rest = self.random_state.get_state()
+            brackets = {name: {"s": bracket.s} | {key: getattr(bracket, key) for key in KEPT} for name, bracket in self.brackets.items()}
+            write_json(Path(folder) / STATE, {"brackets": brackets, "curr_s": self.curr_s, "curr_hb": self.curr_hb, "curr_bracket_id": self.curr_bracket_id,
+                                              "ended": sorted(self.ended), "waiting": [name for name, _ in self.generated_hyper_configs],
+                                              "draws": [kind, keys.tolist(), *rest]})
+
+    def load_checkpoint(self) -> None:
+        folder = self.get_checkpoint_path()
+        if folder is None or not (path := Path(folder) / STATE).exists():
+            self.report_error(gone := f"Hyperband: there is no {STATE} in {folder} to go on from; create the experiment again, with `--rungs` to keep what its trials have done")
+            raise FileNotFoundError(gone)
+        self.resumed = json.loads(path.read_text(encoding="utf-8"))
+        self.curr_s, self.curr_hb, self.curr_bracket_id = (self.resumed[key] for key in ("curr_s", "curr_hb", "curr_bracket_id"))
+        self.ended = set(self.resumed["ended"])
+        for name, known in self.resumed["brackets"].items():
+            self.brackets[name] = hyperband_advisor.Bracket(name, known["s"], self.s_max, self.eta, self.R, self.optimize_mode)
+            vars(self.brackets[name]).update({key: known[key] for key in KEPT})
+
+    def handle_add_customized_trial(self, data) -> None:
+        """NNI names the trials that ran when the experiment was stopped, which it starts again by itself. What it had been sent and had not started is sent again."""
+        running = {json.loads(trial)["parameter_id"] if isinstance(trial, str) else trial["parameter_id"] for trial in data}
+        drawn = {name: values for bracket in self.brackets.values() for name, values in bracket.hyper_configs[-1].items()}
+        waiting = self.resumed["waiting"]
+        lost = [name for name in drawn if name not in self.ended | running | set(waiting)]
+        self.generated_hyper_configs = [[name, drawn[name]] for name in lost + waiting]
+        self.resumed = None

@@ -174,6 +174,8 @@ def retrain(corpus: Corpus, genotype: Genotype | str, recipe: RetrainRecipe, see
     remove_partial(best.parent)
     with contextlib.suppress(OSError):  # something else of the caller's lies there
         best.parent.rmdir()
+    learn.remove_cb(keeper)  # from here on the Learner is the caller's: `validate` or `fit` is no part of this training
+    learn.best_model.last_saved_path, learn.model_dir = None, "models"
     model, rows = learn.model.lm, learn.epoch_report.rows
     value = perplexity(model, corpus.valid, recipe.eval_batch_size, recipe.bptt)
     name_poor("retrain", value, len(corpus.vocab))

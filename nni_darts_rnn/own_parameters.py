@@ -17,14 +17,17 @@ NAME = "parameters.json"
 
 
 def own_parameters() -> dict:
-    """What the tuner drew for this trial; outside of an experiment nothing, {}."""
+    """What the tuner drew for this trial; outside of an experiment nothing, {}. `ValueError` with one line where what the trial has kept is damaged."""
     import nni.trial
 
     drawn, kept = nni.get_next_parameter() or {}, Path(os.environ.get("NNI_OUTPUT_DIR", ".")) / NAME
     if nni.trial._params is None or nni.get_trial_id() == "STANDALONE":
         return dict(drawn)
     if kept.exists():
-        nni.trial._params = json.loads(kept.read_text(encoding="utf-8"))  # with its number, so results reach the tuner as of this draw
+        try:
+            nni.trial._params = json.loads(kept.read_text(encoding="utf-8"))  # with its number, so results reach the tuner as of this draw
+        except ValueError as error:
+            raise ValueError(f"{kept}: damaged ({error}); the trial no longer knows what the tuner drew for it") from None
     else:
         write_json(kept, nni.trial._params)
     return dict(nni.trial._params["parameters"])

@@ -32,8 +32,10 @@ def drawn(logits: Tensor) -> Tensor:
 
 
 def strongest(logits: Tensor) -> Tensor:
-    """One-hot in the last axis, where `logits` is largest; of equal ones the first."""
-    return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
+    """One-hot in the last axis, where softmax(logits) is largest as `MixedRNN.probabilities` has it; of equal ones the first."""
+    probabilities = logits.float().softmax(-1)
+    largest = probabilities == probabilities.amax(-1, keepdim=True)
+    return (largest & (largest.cumsum(-1) == 1)).to(logits.dtype)
 
 
 def one_hot_genotype(probabilities: Tensor, primitives=PRIMITIVES) -> Genotype:

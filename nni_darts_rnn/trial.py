@@ -64,15 +64,13 @@ def main(argv: list[str] | None = None) -> int:
     quiet_hosts()
     import nni
 
-    parameters = own_parameters()
-
     def final(result: dict) -> None:
         nni.report_final_result({"default": result["valid_perplexity"]}
                                 | {k: result[k] for k in ("test_perplexity", "parameters", "seconds", "supernet_valid_perplexity")})
 
     try:
         with interrupts_remembered():
-            run(arguments, parameters, nni.report_intermediate_result, final)
+            run(arguments, own_parameters(), nni.report_intermediate_result, final)
     except REFUSALS as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2

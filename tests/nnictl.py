@@ -67,5 +67,15 @@ class Experiment:
         assert self.get("check-status")["status"] == "DONE"
         return self.get("trial-jobs")
 
+    def resume(self) -> None:
+        """After `stop`, on another port."""
+        for attempt in range(3):  # as in `create`
+            self.port = free_port()
+            subprocess.run([self.nnictl, "resume", self.id, "--port", str(self.port)], env=self.env, capture_output=True, timeout=120)
+            if self.running():
+                return
+            self.stop()
+        raise AssertionError(f"{self.id} was not resumed")
+
     def stop(self) -> None:
         subprocess.run([self.nnictl, "stop", self.id], env=self.env, capture_output=True, timeout=60)

@@ -96,6 +96,7 @@ def test_the_cell_found_here_is_the_best_stored_one_of_its_search():
     (lambda: Genotype((("tanh", None),)), "expected recurrent"),
     (lambda: Genotype((("tanh",),)), "expected recurrent"),
     (lambda: Genotype("DARTS_V1"), "expected recurrent"),
+    (lambda: load_genotype(namedtuple("Genotype", "recurrent concat")([("tanh", 0)], 5)), "recurrent and concat have to be lists"),
     (lambda: Genotype(None), "expected recurrent"),
     (lambda: Genotype.from_json("no JSON"), "not JSON"),
     (lambda: Genotype.from_json(""), "not JSON"),

@@ -1,4 +1,5 @@
 import hashlib
+import math
 import random
 import subprocess
 import sys
@@ -182,6 +183,18 @@ def test_retrain_learns_keeps_the_best_model_and_tests_it(tmp_path):
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["retrain.csv"]
     lines = (tmp_path / "new" / "retrain.csv").read_text().splitlines()
     assert lines[0].startswith("phase,epoch,perplexity,train_loss,") and [line.split(",")[1] for line in lines[1:]] == list("123456")
+
+
+def test_the_learner_of_a_retraining_is_the_callers(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    (tmp_path / "temporary").mkdir()
+    outcome = retrain(corpus(), CELL, TINY.retrain, 0, tmp_path / "new")
+    learn = outcome["learner"]
+    with learn.no_bar(), learn.no_logging():
+        assert math.exp(learn.validate()[0]) == pytest.approx(outcome["valid_perplexity"], rel=1e-5)
+        learn.fit(1)
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 def test_training_ends_once_validation_no_longer_improves(tmp_path):

@@ -10,6 +10,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from nni.nas.evaluator import Evaluator
@@ -69,6 +70,25 @@ def test_a_result_is_minus_the_nats_of_the_best_epoch_and_repeats(text, monkeypa
             results.append(evaluator.evaluate(frozen))
         assert model.metric == results[-1] == pytest.approx(-math.log(perplexity(frozen.lm, text.valid, 16, RECIPE.retrain.bptt)), rel=1e-6)
     assert results[0] == results[1]
+
+
+def test_a_strategy_that_draws_in_the_same_process_draws_on(text, monkeypatch):
+    monkeypatch.setattr("nni.trial._params", None)
+    space = make_space(len(text.vocab), RECIPE.search)
+    sample = {label: choice.values[-1] for label, choice in space.simplify().items()}
+    evaluator = FastaiEvaluator(text, RECIPE, epochs=0, device="cpu")
+    torch.manual_seed(5)
+    np.random.seed(5)
+    wanted = [(torch.rand(()).item(), np.random.rand()) for _ in range(3)]
+    torch.manual_seed(5)
+    np.random.seed(5)
+    for each in wanted:
+        assert (torch.rand(()).item(), np.random.rand()) == each
+        model = RawFormatModelSpace(space, evaluator).freeze(sample)
+        with Evaluator.mock_runtime(model):
+            evaluator.evaluate(model.executable_model())
+        model = RawFormatModelSpace(space, evaluator).freeze(sample)
+        evaluator._execute(model)
 
 
 def test_shared_weights(text, tmp_path):

@@ -267,12 +267,15 @@ def test_a_trial_that_is_started_again_has_its_own_parameters(channel, tmp_path,
     assert channel.sent == [("FINAL", 7, 0, 5.0)]
     monkeypatch.setenv("NNI_OUTPUT_DIR", str(tmp_path / "another"))
     assert own_parameters() == {"seed": 2}
+    (tmp_path / "another" / "parameters.json").write_text("{")
+    with pytest.raises(ValueError, match=r"parameters.json: damaged \(.*\); the trial no longer knows what the tuner drew for it"):
+        own_parameters()
 
 
 def test_hyperband_takes_its_own_names_of_trials(monkeypatch):
     for kind, works in ((NniHyperband, False), (Hyperband, True)):
         advisor = kind.__new__(kind)
-        advisor.recovered_max_param_id = -1
+        advisor.recovered_max_param_id, advisor.brackets = -1, {"0-1": SimpleNamespace(hyper_configs=[{"0-1_0_2": {}}])}
         if works:
             assert advisor.is_created_in_previous_exp("0-1_0_2") is False and advisor.is_created_in_previous_exp(-1) is True
         else:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -118,16 +119,149 @@ def test_a_folder_for_rungs_that_nothing_would_be_kept_in(tmp_path, corpus, monk
     assert not list((tmp_path / "trial").iterdir()) and not (tmp_path / "rungs").exists()
 
 
-def sent_by(kind, monkeypatch, *arguments) -> list:
-    """What the advisor answers when it is asked for ten trials, in a bracket of nine."""
+def make_advisor(kind, monkeypatch, *arguments, mode="serial", resume=False):
+    """An advisor of brackets of nine, as NNI starts it, and the list of what it sends."""
     sent: list = []
     environment = msg_dispatcher_base.dispatcher_env_vars
     monkeypatch.setattr(msg_dispatcher_base, "dispatcher_env_vars", environment._replace(NNI_TUNER_COMMAND_CHANNEL="ws://_unittest_halving"))
-    monkeypatch.setattr(kind, "send", lambda self, command, text: sent.append((command, json.loads(text))), raising=False)
-    advisor = kind("minimize", 9, 3, "serial", *arguments)
-    advisor.handle_update_search_space({"seed": {"_type": "randint", "_value": [1, 1000]}})
+    advisor = kind("minimize", 9, 3, mode, *arguments)
+    monkeypatch.setattr(advisor, "send", lambda command, text: sent.append((command, json.loads(text) if text.startswith("{") else text)))
+    if resume:
+        advisor.load_checkpoint()
+    advisor.process_command(CommandType.Initialize, {"seed": {"_type": "randint", "_value": [1, 1000]}})
+    sent.clear()
+    return advisor, sent
+
+
+def sent_by(kind, monkeypatch, *arguments) -> list:
+    """What the advisor answers when it is asked for ten trials, in a bracket of nine."""
+    advisor, sent = make_advisor(kind, monkeypatch, *arguments)
     advisor.handle_request_trial_jobs(10)
     return sent
+
+
+def metric(name: str, value: float, kind: str = "FINAL", sequence: int = 0) -> dict:
+    return {"parameter_id": name, "trial_job_id": f"job of {name}", "type": kind, "sequence": sequence, "value": json.dumps({"default": value})}
+
+
+def end(name: str, how: str = "SUCCEEDED") -> dict:
+    return {"trial_job_id": f"job of {name}", "event": how, "hyper_params": json.dumps({"parameter_id": name})}
+
+
+def run_to_its_end(advisor, sent, values: dict[int, float | None], first: int = 0) -> None:
+    """Trials end one after the other, each asked for when the one before it has ended; `values`: of seeds, their perplexity, or None for one that fails."""
+    for k in range(first, 13):
+        if k == len(sent):
+            break
+        name, seed = sent[k][1]["parameter_id"], sent[k][1]["parameters"]["seed"]
+        advisor.process_command(CommandType.ReportMetricData, metric(name, 0.1, "PERIODICAL"))  # a supernet's, say: no result
+        value = values.get(seed, 200.0)
+        if value is not None:
+            advisor.process_command(CommandType.ReportMetricData, metric(name, value))
+        advisor.process_command(CommandType.TrialEnd, end(name, "FAILED" if value is None else "SUCCEEDED"))
+        advisor.process_command(CommandType.RequestTrialJobs, 1)
+
+
+def rungs(sent) -> list[tuple[int, int]]:
+    """(seed, epochs) of every trial sent."""
+    return [(job["parameters"]["seed"], job["parameters"]["TRIAL_BUDGET"]) for _, job in sent]
+
+
+SEEDS = np.random.RandomState(1).randint(1, 1000, 9).tolist()  # what a Hyperband with seed 1 draws
+
+
+@pytest.mark.parametrize("results", [9, 5, 3, 2, 1])
+def test_the_best_of_those_with_a_result_go_on(monkeypatch, results):
+    advisor, sent = make_advisor(Hyperband, monkeypatch, 1)
+    values = {seed: 100.0 - k if k >= 9 - results else None for k, seed in enumerate(SEEDS)}  # the first ones fail
+    advisor.process_command(CommandType.RequestTrialJobs, 1)
+    run_to_its_end(advisor, sent, values)
+    goes_on = min(3, results)
+    wanted = [(seed, 1) for seed in SEEDS] + [(seed, 3) for seed in SEEDS[::-1][:goes_on]] + [(SEEDS[-1], 9)]
+    assert rungs(sent)[:len(wanted)] == wanted
+    assert all(job["parameter_id"].startswith("0-1_0_") for _, job in sent[len(wanted):])  # then the next bracket
+
+
+def test_a_rung_that_nobody_finishes_is_the_last_of_its_bracket(monkeypatch):
+    advisor, sent = make_advisor(Hyperband, monkeypatch, 1)
+    advisor.process_command(CommandType.RequestTrialJobs, 1)
+    run_to_its_end(advisor, sent, dict.fromkeys(range(1000)))
+    assert rungs(sent)[:9] == [(seed, 1) for seed in SEEDS] and sent[9][1]["parameter_id"].startswith("0-1_0_")
+    monkeypatch.setattr(NniHyperband, "save_checkpoint", lambda self: None)
+    advisor, sent = make_advisor(NniHyperband, monkeypatch, mode="parallelism")
+    advisor.process_command(CommandType.RequestTrialJobs, 9)
+    advisor.is_created_in_previous_exp = lambda name: False
+    with pytest.raises(IndexError):  # NNI's own
+        for _, job in list(sent):
+            advisor.process_command(CommandType.TrialEnd, end(job["parameter_id"], "FAILED"))
+
+
+@pytest.mark.parametrize("mode", ["serial", "parallelism"])
+@pytest.mark.parametrize("stopped", range(1, 13))
+def test_a_resumed_experiment_goes_on_where_it_was(tmp_path, monkeypatch, stopped, mode):
+    """The same trials as undisturbed, after as many have ended; one more runs when NNI is stopped, and one is drawn that NNI had not begun and so has lost."""
+    monkeypatch.setenv("NNI_CHECKPOINT_DIRECTORY", str(tmp_path))
+    values = {seed: float(seed) for seed in range(1000)}
+    advisor, whole = make_advisor(Hyperband, monkeypatch, 1, mode=mode)
+    advisor.process_command(CommandType.RequestTrialJobs, 2 if mode == "parallelism" else 1)
+    run_to_its_end(advisor, whole, values)
+    (tmp_path / "hyperband.json").unlink()
+    advisor, sent = make_advisor(Hyperband, monkeypatch, 1, mode=mode)
+    advisor.process_command(CommandType.RequestTrialJobs, 2 if mode == "parallelism" else 1)
+    for k in range(stopped):
+        run_to_its_end(advisor, sent[:k + 1], values, first=k)
+    running, before = [sent[stopped][1]], sent[:stopped + 1]
+    advisor, after = make_advisor(Hyperband, monkeypatch, 1, mode=mode, resume=True)
+    advisor.process_command(CommandType.ImportData, [])
+    advisor.process_command(CommandType.AddCustomizedTrialJob, running)
+    advisor.process_command(CommandType.RequestTrialJobs, 1 if mode == "parallelism" else 0)
+    sent = before + after
+    monkeypatch.setattr(advisor, "send", lambda command, text: sent.append((command, json.loads(text))))
+    run_to_its_end(advisor, sent, values, first=stopped)
+    for undisturbed, resumed in zip(whole[:13], sent[:13], strict=True):
+        assert resumed[1]["parameters"] == undisturbed[1]["parameters"]
+        assert resumed[1]["parameter_id"].rpartition("_")[0] == undisturbed[1]["parameter_id"].rpartition("_")[0]  # bracket and rung
+
+
+def test_an_experiment_without_its_state_is_not_gone_on_with(tmp_path, monkeypatch):
+    monkeypatch.setenv("NNI_CHECKPOINT_DIRECTORY", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="there is no hyperband.json in .* to go on from; create the experiment again, with `--rungs`"):
+        make_advisor(Hyperband, monkeypatch, 1, resume=True)
+
+
+def test_a_trial_that_a_user_added_is_none_of_the_brackets(monkeypatch):
+    advisor, sent = make_advisor(Hyperband, monkeypatch, 1)
+    advisor.process_command(CommandType.RequestTrialJobs, 9)
+    for name in (None, "0-2_0_99", "7-1_0_0"):
+        advisor.process_command(CommandType.ReportMetricData, metric(name, 1.0))
+        advisor.process_command(CommandType.TrialEnd, end(name))
+    assert advisor.brackets["0-2"].configs_perf == [{}] and advisor.brackets["0-2"].num_finished_configs == [0]
+
+
+def test_results_and_ends_come_in_their_order(monkeypatch):
+    """NNI's has a queue for results and requests and one for ends, with a thread each."""
+    for kind, queues in ((NniHyperband, 2), (Hyperband, 1)):
+        advisor, _ = make_advisor(kind, monkeypatch)
+        for command, data in ((CommandType.RequestTrialJobs, 1), (CommandType.ReportMetricData, metric("a", 1.0)), (CommandType.TrialEnd, end("a"))):
+            advisor.enqueue_command(command, data)
+        assert [q.qsize() for q in (advisor.default_command_queue, advisor.assessor_command_queue)] == ([3, 0] if queues == 1 else [2, 1])
+
+
+@pytest.mark.parametrize("wrong, line", [
+    (dict(optimize_mode="minimise"), "optimize_mode: 'minimise' is none of maximize, minimize; did you mean 'minimize'?"),
+    (dict(exec_mode="series"), "exec_mode: 'series' is none of parallelism, serial; did you mean 'serial'?"),
+    (dict(R=0), "R: 0 must be a whole number of at least 1"),
+    (dict(eta=1), "eta: 1 must be a whole number of at least 2"),
+    (dict(seed="one"), "seed: 'one' must be a whole number of at least 0"),
+])
+def test_arguments_of_the_advisor(monkeypatch, wrong, line):
+    told = []
+    monkeypatch.setattr(Hyperband, "report_error", lambda self, text: told.append(text))
+    environment = msg_dispatcher_base.dispatcher_env_vars
+    monkeypatch.setattr(msg_dispatcher_base, "dispatcher_env_vars", environment._replace(NNI_TUNER_COMMAND_CHANNEL="ws://_unittest_halving"))
+    with pytest.raises(ValueError) as raised:
+        Hyperband(**wrong)
+    assert str(raised.value) == line and told == [f"Hyperband: {line}"]
 
 
 def test_hyperband_draws_the_same_again(monkeypatch):
@@ -144,15 +278,40 @@ def test_hyperband_waits_for_the_next_rung(monkeypatch):
         assert commands[:9] == [CommandType.NewTrialJob] * 9 and commands[-1] == last and len(commands) == 9 + (kind is NniHyperband)
 
 
-def test_the_example_by_nnictl(tmp_path, corpus, monkeypatch):
-    shutil.copytree(ROOT / "examples", tmp_path / "examples")
-    path = tmp_path / "examples" / "darts_rnn_halving.yml"
+def small_example(folder: Path, corpus: Path, *more: str) -> Path:
+    """The example with three seeds, at a tiny size."""
+    shutil.copytree(ROOT / "examples", folder / "examples")
+    path = folder / "examples" / "darts_rnn_halving.yml"
     text = path.read_text()
-    sizes = f"--corpus {corpus} --recipe tiny " + " ".join(f"--set {size}" for size in SIZES)
+    sizes = f"--corpus {corpus} --recipe tiny " + " ".join(f"--set {size}" for size in (*SIZES, *more))
     text = text.replace("--corpus pydoc --recipe small", sizes).replace("R: 9", "R: 3").replace("maxTrialNumber: 13", "maxTrialNumber: 4")
     assert sizes in text
     path.write_text(text)
-    experiment = Experiment(path, tmp_path, tmp_path)
+    return path
+
+
+def test_the_example_by_nnictl_stopped_and_resumed(tmp_path, corpus):
+    """Two seeds run; the third, which NNI has been given and has not started, is not lost, and the best goes on."""
+    experiment = Experiment(small_example(tmp_path, corpus, "search.epochs=8"), tmp_path, tmp_path)
+    try:
+        end_of_wait = time.monotonic() + 100
+        while not any(t["status"] == "RUNNING" and list(Path(t["logPath"]).glob("parameters.json")) for t in experiment.get("trial-jobs")):
+            assert time.monotonic() < end_of_wait
+            time.sleep(0.5)
+        experiment.stop()
+        experiment.resume()
+        trials = sorted(experiment.wait(200), key=lambda t: t["sequenceId"])
+        results = [json.loads((Path(t["logPath"]) / "result.json").read_text()) for t in trials]
+        assert [t["status"] for t in trials] == ["SUCCEEDED"] * 4
+        assert [r["recipe"]["retrain"]["epochs"] for r in results] == [1, 1, 1, 3]
+        first = {r["seed"]: r["valid_perplexity"] for r in results[:3]}
+        assert first.keys() == set(np.random.RandomState(1).randint(1, 1000000, 3).tolist()) and results[3]["seed"] == min(first, key=first.get)
+    finally:
+        experiment.stop()
+
+
+def test_the_example_by_nnictl(tmp_path, corpus, monkeypatch):
+    experiment = Experiment(small_example(tmp_path, corpus), tmp_path, tmp_path)
     try:
         trials = sorted(experiment.wait(200), key=lambda t: t["sequenceId"])
         assert [t["status"] for t in trials] == ["SUCCEEDED"] * 4

@@ -263,11 +263,80 @@ def test_a_vocabulary_is_not_walked_word_by_word_and_arrays_are_put_back():
     before, words = Before(module), module.words
     walked = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(auxiliary, "_copy", lambda value, usual=auxiliary._copy: walked.append(value) or usual(value))
+        patch.setattr(auxiliary, "_copy", lambda value, copies, usual=auxiliary._copy: walked.append(value) or usual(value, copies))
         with before.again():
             module.words["new"] = 100
             module.seen += 1
     assert module.words is words and "new" not in words and not module.seen.any() and len(walked) < 20
+
+
+def test_what_several_have_stays_one():
+    """A list that a module, another one and a hook have, a tensor in two modules, and a container that holds itself."""
+    one, other, losses, mask = nn.Linear(2, 2), nn.Linear(2, 2), [], torch.ones(2)
+    one.losses, other.losses, one.mask, other.mask, one.loop = losses, losses, mask, (mask, 1), {}
+    one.loop["self"] = one.loop
+    whole = nn.ModuleList([one, other])
+    one.register_forward_hook(lambda *_: losses.append(1.0))
+    before = Before(whole)
+    losses.append(5.0)
+    for _ in range(2):
+        with before.again():
+            assert one.losses is other.losses is losses and not losses and one.mask is other.mask[0] and one.mask is not mask and one.loop["self"] is one.loop
+            one(torch.ones(2))
+            one.mask.mul_(2)
+            assert losses == [1.0]
+    assert losses == [5.0] and one.mask is mask is other.mask[0] and torch.equal(mask, torch.ones(2)) and one.loop["self"] is one.loop
+
+
+def test_generators_and_empty_buffers_are_put_back():
+    module = nn.Linear(2, 2)
+    module.generators = [torch.Generator().manual_seed(1), random.Random(1), np.random.default_rng(1), np.random.RandomState(1)]
+    module.register_buffer("state", None)
+
+    def draw():
+        a, b, c, d = module.generators
+        return torch.rand((), generator=a).item(), b.random(), c.random(), d.rand()
+
+    before = Before(module)
+    first, second = draw(), draw()
+    module.state = torch.ones(2)
+    for _ in range(2):
+        with before.again():
+            assert module.state is None and draw() == first
+            module.state = torch.zeros(2)
+    assert torch.equal(module.state, torch.ones(2)) and draw() not in (first, second)
+    module.generators[0].manual_seed(1)
+    assert torch.rand((), generator=module.generators[0]).item() == first[0]
+
+
+class Penalised(ModelSpace):
+    """A penalty on what a choice gives; `shared`: left by a hook in a list of the whole model's."""
+
+    def __init__(self, shared: bool):
+        super().__init__()
+        self.op = LayerChoice({"tanh": nn.Tanh(), "twice": Function(lambda x: 2 * x)}, label="op")
+        self.out, self.weight, self.shared = Function(lambda y: y), nn.Parameter(torch.ones(())), shared
+        self.losses = losses = []
+        if shared:
+            self.out.register_forward_hook(lambda module, inputs, y: losses.append(y.pow(2).mean()))
+
+    def forward(self, x):
+        y = self.out(self.op(self.weight * x))
+        penalty = sum(self.losses) if self.shared else y.pow(2).mean()
+        self.losses.clear()
+        return y + 5 * penalty
+
+
+@pytest.mark.parametrize("hvp", ["exact", "finite_difference", "first_order"])
+def test_a_loss_that_a_hook_leaves_in_a_list_of_the_model(hvp):
+    x = torch.linspace(-1, 1, 8)
+    found = []
+    for shared in (False, True):
+        torch.manual_seed(0)
+        module, space = search(Penalised(shared), Regression(lr=0.005), [(x, x.sin())] * 4, [(x, x.cos())] * 4, make(hvp=hvp))
+        found.append([p.detach().clone() for p in (*module.arch_parameters(), space.weight)])
+    for a, b in zip(*found):
+        assert torch.equal(a, b)
 
 
 def test_finds_the_known_best():

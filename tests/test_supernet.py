@@ -9,7 +9,7 @@ from nni.nas.oneshot.pytorch.supermodule.differentiable import GumbelSoftmax
 
 from nni_darts_rnn.cell import DiscreteRNN
 from nni_darts_rnn.genotype import PRIMITIVES, Genotype, edges
-from nni_darts_rnn.supernet import ALPHA_SCALE, MixedRNN, mixed_cell
+from nni_darts_rnn.supernet import ALPHA_SCALE, MixedRNN, mixed_cell, one_hot_genotype
 
 F = {"tanh": torch.tanh, "relu": lambda z: z.clamp(min=0), "sigmoid": lambda z: 1 / (1 + torch.exp(-z)), "identity": lambda z: z}
 T, B, H = 2, 5, 3
@@ -229,6 +229,17 @@ def test_several_draws_of_a_batch_are_parts_with_a_cell_each(draws, sizes, monke
 def test_a_batch_of_no_sequences_is_run_by_drawn_cells(draws):
     rnn = MixedRNN(2, H, 2, relaxation="gumbel", dropout_h=0.4, draws=draws)
     assert rnn(torch.zeros(T, 0, 2)).shape == rnn.eval()(torch.zeros(T, 0, 2)).shape == (T, 0, H)
+
+
+def test_in_evaluation_two_choices_that_are_equal_as_probabilities_give_the_derived_cell():
+    """α that differ by less than softmax's rounding: the larger one is not the first."""
+    rnn = MixedRNN(3, 3, 3, relaxation="gumbel").eval()
+    with torch.no_grad():
+        rnn.alpha.zero_()
+        for row in (1, 3):  # of node 2 and of node 3
+            rnn.alpha[row, 1], rnn.alpha[row + 1, 4] = 0.001, torch.nextafter(torch.tensor(0.001), torch.tensor(1.0))
+        assert rnn.alpha[2, 4] > rnn.alpha[1, 1] and rnn.probabilities()[2, 4] == rnn.probabilities()[1, 1]
+        assert one_hot_genotype(rnn.mixture()) == rnn.genotype()
 
 
 def test_gumbels_gradient_is_the_soft_samples():

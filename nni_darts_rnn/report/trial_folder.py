@@ -88,7 +88,7 @@ def corpus_words(options, searches: bool = False) -> list[str]:
     for name in ("corpus_folder", "corpus_mirror"):
         if getattr(options, name):
             words += ["--" + name.replace("_", "-"), str(getattr(options, name))]
-    return words + (["--alpha-fraction", f"{options.alpha_fraction:g}"] if searches and options.alpha_fraction else [])
+    return words + (["--alpha-fraction", str(options.alpha_fraction)] if searches and options.alpha_fraction else [])
 
 
 def set_words(recipe: Recipe, part: str) -> list[str]:
