@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,8 @@ GENERATORS = {torch.Generator: (torch.Generator.get_state, torch.Generator.set_s
               np.random.Generator: (lambda g: g.bit_generator.state, lambda g, state: setattr(g.bit_generator, "state", state))}
 
 
-class Held(NamedTuple):
+@dataclass(frozen=True)
+class Held:
     """A container and what it held: values, with those that can be changed in place as copies. `plain`: none can."""
 
     container: Any
@@ -111,15 +113,15 @@ def _same(held: Held) -> bool:
     """Whether the container still holds that."""
     if held.plain:
         return (held.container if isinstance(held.contents, dict) else list(held.container)) == held.contents
-    now = _contents(held.container)
-    if isinstance(now, dict):
-        return now.keys() == held.contents.keys() and all(value is held.contents[key] for key, value in now.items())
-    return len(now) == len(held.contents) and all(a is b for a, b in zip(now, held.contents))
+    now, then = _contents(held.container), held.contents
+    if isinstance(now, dict) and isinstance(then, dict):
+        return now.keys() == then.keys() and all(value is then[key] for key, value in now.items())
+    return len(now) == len(then) and all(a is b for a, b in zip(now, then))
 
 
 def _fill(held: Held) -> None:
     """Writes that into the container, which is left alone where it holds it already, as somebody may be going through it."""
-    container, contents, _ = held
+    container, contents = held.container, held.contents
     if _same(held):
         return
     if isinstance(contents, dict):

@@ -14,6 +14,7 @@ import urllib.request
 from importlib.metadata import PackageNotFoundError
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import nni
 import numpy as np
