@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import textwrap
 from collections import Counter
 from itertools import combinations
 from pathlib import Path
@@ -157,7 +158,7 @@ def picture(rows: list[dict], path: Path) -> None:
 
     names, ways = list(dict.fromkeys(row["name"] for row in rows)), by_retraining(rows)
     with canvas.style():
-        figure = canvas.new_figure(4 + 3 * len(ways), max(3.2, 0.7 + 0.45 * len(names)))
+        figure = canvas.new_figure(4 + 3 * len(ways), max(3.2, 0.7 + 0.55 * len(names)))
         figure.set_layout_engine("constrained")
         panels = figure.subplots(1, len(ways), sharey=True, squeeze=False)[0]
         for axes, (way, there) in zip(panels, ways.items()):
@@ -168,7 +169,7 @@ def picture(rows: list[dict], path: Path) -> None:
                 if values:
                     axes.plot([np.mean(values)] * 2, [place - 0.3, place + 0.3], color="black")
             axes.set_title(f"retrained for\n{way}", fontsize="small")
-        panels[0].set_yticks(range(len(names)), names)
+        panels[0].set_yticks(range(len(names)), [textwrap.fill(name, 48) for name in names])
         panels[0].invert_yaxis()
         figure.supxlabel("validation perplexity of the retrained cells (lower is better; bar: mean)")
         canvas.save(figure, path)
