@@ -16,6 +16,7 @@ What is worked round of NNI 3.0, and when it can go:
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from nni.utils import MetricType
 from .checks import one_of, whole_number
 from .files import write_json
 
+logger = logging.getLogger(__name__)
 STATE = "hyperband.json"
 """In the experiment's folder of checkpoints."""
 KEPT = ("n", "i", "hyper_configs", "configs_perf", "num_configs_to_run", "num_finished_configs", "no_more_trial")
@@ -65,7 +67,10 @@ class Hyperband(hyperband_advisor.Hyperband):
         except Exception as error:
             self.report_error(f"Hyperband: {type(error).__name__}: {error}")
             raise
-        self.save_checkpoint()
+        try:
+            self.save_checkpoint()
+        except OSError as error:  # a full disk, say: the experiment goes on, and the next command's may be kept
+            logger.warning("Hyperband: its state was not kept, and a resumed experiment would go on from an earlier one: %s", error)
 
     def handle_update_search_space(self, data) -> None:
         super().handle_update_search_space(data)

@@ -229,6 +229,15 @@ def test_an_experiment_without_its_state_is_not_gone_on_with(tmp_path, monkeypat
         make_advisor(Hyperband, monkeypatch, 1, resume=True)
 
 
+def test_a_state_that_cannot_be_kept_ends_nothing(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("NNI_CHECKPOINT_DIRECTORY", str(tmp_path))
+    advisor, sent = make_advisor(Hyperband, monkeypatch, 1)
+    (tmp_path / "hyperband.json").unlink()
+    (tmp_path / "hyperband.json").mkdir()
+    advisor.process_command(CommandType.RequestTrialJobs, 2)
+    assert len(sent) == 2 and "Hyperband: its state was not kept" in caplog.text
+
+
 def test_a_trial_that_a_user_added_is_none_of_the_brackets(monkeypatch):
     advisor, sent = make_advisor(Hyperband, monkeypatch, 1)
     advisor.process_command(CommandType.RequestTrialJobs, 9)
