@@ -18,7 +18,7 @@ class Keep(Callback):  # after each epoch, what a search needs to go on: weights
 
 
 def search(corpus, recipe, folder, first=0):  # among the callbacks: ArchParamUpdate, hidden-state reset, AR/TAR, clipping, lr by length
-    learn = search_learner(language_dls(corpus, recipe.search), recipe, seed=1, path=folder, cbs=[PrintGenotype(), Keep()])
+    learn = search_learner(language_dls(corpus, recipe.search, seed=1), recipe, seed=1, path=folder, cbs=[PrintGenotype(), Keep()])
     if (folder / "search.pt").is_file():
         kept = torch.load(folder / "search.pt", weights_only=True)
         learn.model.load_state_dict(kept["model"])
@@ -31,5 +31,5 @@ def search(corpus, recipe, folder, first=0):  # among the callbacks: ArchParamUp
 
 if __name__ == "__main__":
     corpus, recipe, folder = load_corpus("pydoc"), get_recipe(*sys.argv[1:] or ["small"]), Path("runs/fastai")
-    learn = lm_learner(language_dls(corpus, recipe.retrain), search(corpus, recipe, folder), recipe, seed=1, path=folder)  # with NT-ASGD
+    learn = lm_learner(language_dls(corpus, recipe.retrain, seed=1), search(corpus, recipe, folder), recipe, seed=1, path=folder)  # with NT-ASGD
     learn.fit(recipe.retrain.epochs)

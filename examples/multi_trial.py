@@ -63,6 +63,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--port", type=int, default=8080)
     parser.add_argument("--shared", action="store_true")
     arguments = parser.parse_args(argv)
+    if arguments.shared and arguments.strategy != "RegularizedEvolution":
+        parser.error(f"--shared: {arguments.strategy} does not go with it; RegularizedEvolution does")
     corpus, recipe = load_corpus(arguments.corpus), get_recipe(arguments.recipe)
     pl.seed_everything(0, verbose=False)  # the space's own weights, from which in format "raw" every cell starts
     if arguments.shared:

@@ -87,7 +87,7 @@ def load_corpus(name_or_folder: str | Path, *, folder: str | Path | None = None,
     elif os.path.exists(path):
         raise ValueError(f"corpus {name!r} is a file; give the folder that holds {', '.join(s + '.txt' for s in SPLITS)}")
     else:
-        raise ValueError(f"corpus {name!r} is neither a folder nor one of {', '.join(NAMES)}" + did_you_mean(name, NAMES))
+        raise ValueError(f"corpus {name!r} is neither a folder nor one of {', '.join(NAMES)}" + (did_you_mean(name, NAMES) or (f"; looked for in {os.getcwd()}" if len(name) < 256 else "")))
     if alpha_fraction:
         whole = corpus.train
         kept = len(whole) - round(len(whole) * alpha_fraction)
@@ -121,7 +121,8 @@ def _from_folder(name: str, folder: Path, published: bool = False) -> Corpus:
         paths = {split: download.find_text(folder, split) for split in SPLITS}
         for split, path in paths.items():
             if path is None:
-                raise ValueError(f"{folder}: {split}.txt is missing; train.txt, valid.txt and test.txt are needed")
+                also = f" (or {' or '.join(download.names(split)[1:])})" if published else ""
+                raise ValueError(f"{folder}: {split}.txt{also} is missing; train.txt, valid.txt and test.txt are needed")
             if not path.is_file():
                 raise ValueError(f"{path}: not a file; a text is expected")
         if published:

@@ -107,7 +107,7 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror or error}); a folder written by save_trained is expected") from None
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error}); a folder written by save_trained is expected, such as that of a retraining or a trial") from None
 
 
 def _one_line(error: Exception) -> str:

@@ -212,6 +212,8 @@ def test_bad_texts(tmp_path, texts, says):
     (lambda p: load_corpus("pen"), "'pen' is neither a folder nor one of pydoc, penn, wikitext-2, wikitext-103; did you mean 'penn'"),
     (lambda p: load_corpus("wikitext2"), "did you mean 'wikitext-2'"),
     (lambda p: load_corpus("no/such/folder"), "neither a folder nor one of"),
+    (lambda p: load_corpus("no/such/folder"), f"; looked for in {os.getcwd()}"),
+    (lambda p: load_corpus("penn", folder=p), r"train.txt \(or ptb.train.txt or wiki.train.tokens\) is missing"),
     (lambda p: load_corpus("x" * 300 + "\0"), "neither a folder"),
     (lambda p: load_corpus(""), "must be a folder or one of"),
     (lambda p: load_corpus(None), "must be a folder or one of"),

@@ -209,6 +209,12 @@ def test_nothing_known_and_nothing_finished(home, capsys):
     assert capsys.readouterr().err == "nni-darts-rnn: error: experiment abcd1234: no trial has finished yet (1 running)\n"
 
 
+def test_an_experiment_of_failures_says_where_the_reasons_are(home, capsys):
+    write_experiment(home, {"aaaaa": ("FAILED", {"seed": 1}), "bbbbb": ("FAILED", {"seed": 2})}, status="DONE")
+    assert run("best", "abcd1234") == 2
+    assert capsys.readouterr().err == ("nni-darts-rnn: error: experiment abcd1234: no trial has a result (2 failed); `nni-darts-rnn report abcd1234` says what ended them\n")
+
+
 def test_best(mixed, capsys):
     assert run("best", "abcd1234") == 0
     text = capsys.readouterr()

@@ -21,6 +21,7 @@ from nni_darts_rnn import cell_trial, learner, pipeline, trial
 from nni_darts_rnn.checkpoints.file import read_about, read_state
 from nni_darts_rnn.checkpoints.stopping import Stopped, Terminated, stop_requests
 from nni_darts_rnn.checkpoints.store import Checkpoints, Every, Keeping, alone_in, run_identity
+from nni_darts_rnn.cli import main
 from nni_darts_rnn.files import digest
 from nni_darts_rnn.genotype import DARTS_V2
 from nni_darts_rnn.recipes import get_recipe
@@ -224,13 +225,18 @@ def test_a_whole_run_goes_on_where_it_was_and_clears_up(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_retraining_is_refused_the_folder_of_an_unfinished_search(tmp_path, monkeypatch):
+def test_a_retraining_is_refused_the_folder_of_an_unfinished_search(tmp_path, monkeypatch, capsys):
     """Its cell may still change, and with a model there the search could not be gone on with."""
     with monkeypatch.context() as patch:
         stopped_after(2, signal.SIGTERM, patch)
         with pytest.raises(Terminated):
             pipeline.search_phase(corpus(), RECIPE.search, 3, tmp_path, device="cpu", keeping=Keeping(Every()))
     before = {path.name for path in tmp_path.iterdir()}
+    for named in (tmp_path, tmp_path / "genotype.json"):
+        capsys.readouterr()
+        assert main(["retrain", "--corpus", "pydoc", "--recipe", "tiny", "--genotype", str(named), "--out", str(tmp_path / "other")]) == 2
+        assert f"--genotype {named}: {tmp_path} holds an unfinished search, whose cell may still change; let it end first" in capsys.readouterr().err
+        assert not (tmp_path / "other").exists()
     with pytest.raises(ValueError, match="holds an unfinished search, whose cell may still change"):
         pipeline.retrain_phase(corpus(), tmp_path, RECIPE.retrain, 3, tmp_path, device="cpu")
     assert {path.name for path in tmp_path.iterdir()} == before

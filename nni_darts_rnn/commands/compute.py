@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 from ..recipes import Recipe, RetrainRecipe, get_recipe
@@ -38,7 +39,9 @@ def search(arguments) -> None:
 
 def retrain(arguments) -> None:
     name, keep = _choose_cell(arguments), keeping(arguments)
+    given = arguments.genotype
     recipe, seed, corpus, talk = _start(arguments)
+    from ..checkpoints.store import FOLDER, unfinished_search
     from ..pipeline import check_fits, retrain_phase
     from ..text.baselines import bigram_perplexity, unigram_perplexity
 
@@ -46,6 +49,10 @@ def retrain(arguments) -> None:
     talk(f"corpus {corpus.describe()}")
     if (unread := without_search(arguments)) is not None:
         talk(unread)
+    if isinstance(given, str) and os.path.exists(given):  # neither a name nor JSON
+        found = Path(given if os.path.isdir(given) else os.path.dirname(given))
+        if (arguments.out is None or found.resolve() != Path(arguments.out).resolve()) and unfinished_search(found / FOLDER):
+            raise ValueError(f"--genotype {given}: {found} holds an unfinished search, whose cell may still change; let it end first")
     folder = _out(arguments, name or Path(corpus.name).name, seed)
     r = recipe.retrain
     end = "" if r.patience is None else f" or until {r.patience} bring no better validation perplexity"
@@ -80,7 +87,8 @@ def evaluate(arguments) -> None:
     check_reading(corpus, recipe.retrain)
     model, words = load_trained(arguments.model)
     if tuple(words) != tuple(corpus.vocab.words):
-        raise ValueError(f"{arguments.model} was trained on another vocabulary ({len(words)} words) than that of {corpus.name} ({len(corpus.vocab)})")
+        raise ValueError(f"{arguments.model} was trained on another vocabulary ({len(words)} words) than that of {corpus.name} ({len(corpus.vocab)}); "
+                         "give the text of its training as --corpus")
     talk(f"corpus {corpus.describe()}")
     device = choose_device(arguments.device)
     model.to(device)

@@ -48,7 +48,9 @@ class Experiment:
         """The trial at the head of the ranking; `ValueError` where none has finished."""
         ranking = self.ranking()
         if not ranking:
-            raise ValueError(f"experiment {self.id}: no trial has finished yet ({self.count()})")
+            if any(t.status in ("running", "waiting") for t in self.trials) or not self.trials:
+                raise ValueError(f"experiment {self.id}: no trial has finished yet ({self.count()})")
+            raise ValueError(f"experiment {self.id}: no trial has a result ({self.count()}); `nni-darts-rnn report {self.id}` says what ended them")
         return ranking[0]
 
     def count(self) -> str:

@@ -92,10 +92,11 @@ def made_once(target: Path):
 
 def find_text(folder: Path, split: str) -> Path | None:
     """The text of `split` in a folder, under one of its usual names, or None."""
-    return next((folder / name for name in _names(split) if (folder / name).exists()), None)
+    return next((folder / name for name in names(split) if (folder / name).exists()), None)
 
 
-def _names(split: str) -> tuple[str, ...]:
+def names(split: str) -> tuple[str, ...]:
+    """What the text of `split` may be called."""
     return f"{split}.txt", f"ptb.{split}.txt", f"wiki.{split}.tokens"
 
 
@@ -132,7 +133,7 @@ def fetch(name: str, mirror: str) -> Path:
                     if file.endswith(_ARCHIVES):
                         unpack(part, new)
                     else:
-                        shutil.copyfile(part, new / f"{next(s for s in SPLITS if file in _names(s))}.txt")
+                        shutil.copyfile(part, new / f"{next(s for s in SPLITS if file in names(s))}.txt")
                 check_texts(name, new)
             finally:  # whole and used, or refused: of no further use either way
                 for part in parts.values():
@@ -258,8 +259,8 @@ def _pick(archive: Path, folder: Path, members: dict[str, bool], opener) -> None
         if path.is_absolute() or ".." in path.parts or re.match("[A-Za-z]:", name):
             raise ValueError(f"{archive.name}: it names {name!r}, a path outside the archive; refused")
     for split in SPLITS:
-        found = [name for name, is_file in members.items() if is_file and PurePosixPath(name).name in _names(split)]
+        found = [name for name, is_file in members.items() if is_file and PurePosixPath(name).name in names(split)]
         if len(found) != 1:
-            raise ValueError(f"{archive.name}: {'several files' if found else 'no file'} called {' or '.join(_names(split))}")
+            raise ValueError(f"{archive.name}: {'several files' if found else 'no file'} called {' or '.join(names(split))}")
         with opener(found[0]) as source, open(folder / f"{split}.txt", "wb") as target:
             _copy(source, target, f"{archive.name}: {found[0]}", _LARGEST)
