@@ -24,7 +24,7 @@ GENERATORS = {torch.Generator: (torch.Generator.get_state, torch.Generator.set_s
 
 @dataclass(frozen=True)
 class Held:
-    """A container and what it held: values, with those that can be changed in place as copies. `plain`: none can."""
+    """A container and what it held: values, with those that can be changed in place as copies. `plain`: none can; nor is what a set holds copied, which is told by what it is."""
 
     container: Any
     contents: dict | list
@@ -53,7 +53,7 @@ class Before:
         elif type(value) in CONTAINERS and id(value) not in self.held:
             self.held[id(value)] = None  # it may hold itself
             contents = _contents(value)
-            plain = {type(held) for held in (contents.values() if isinstance(contents, dict) else contents)} <= PLAIN  # a vocabulary, say: not word by word
+            plain = type(value) is set or {type(held) for held in (contents.values() if isinstance(contents, dict) else contents)} <= PLAIN  # a vocabulary, say: not word by word
             if not plain:
                 contents = _each(contents, lambda held: self._note(held, copies))
             self.held[id(value)] = Held(value, contents, plain)
@@ -111,7 +111,7 @@ def _each(contents: dict | list, function) -> dict | list:
 
 def _same(held: Held) -> bool:
     """Whether the container still holds that."""
-    if held.plain:
+    if held.plain and type(held.container) is not set:
         return (held.container if isinstance(held.contents, dict) else list(held.container)) == held.contents
     now, then = _contents(held.container), held.contents
     if isinstance(now, dict) and isinstance(then, dict):

@@ -46,7 +46,8 @@ class Hyperband(hyperband_advisor.Hyperband):
         try:
             one_of("optimize_mode", optimize_mode, ("maximize", "minimize"))
             one_of("exec_mode", exec_mode, ("parallelism", "serial"))
-            whole_number("R", R), whole_number("eta", eta, 2)
+            whole_number("R", R)
+            whole_number("eta", eta, 2)
             if seed is not None:
                 whole_number("seed", seed, 0)
         except ValueError as error:

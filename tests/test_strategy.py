@@ -288,6 +288,17 @@ def test_what_several_have_stays_one():
     assert losses == [5.0] and one.mask is mask is other.mask[0] and torch.equal(mask, torch.ones(2)) and one.loop["self"] is one.loop
 
 
+def test_a_set_holds_the_tensors_that_it_held():
+    module, a, b = nn.Linear(2, 2), torch.ones(2), torch.zeros(2)
+    module.seen = {a, b}
+    before, seen = Before(module), module.seen
+    with before.again():
+        assert module.seen is seen and a in seen and b in seen
+        seen.remove(a)
+        seen.add(torch.ones(3))
+    assert len(seen) == 2 and a in seen and b in seen
+
+
 def test_generators_and_empty_buffers_are_put_back():
     module = nn.Linear(2, 2)
     module.generators = [torch.Generator().manual_seed(1), random.Random(1), np.random.default_rng(1), np.random.RandomState(1)]
