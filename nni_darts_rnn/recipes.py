@@ -189,7 +189,7 @@ RECIPES = {
                     RetrainRecipe(hidden_size=128, eval_batch_size=64, test_batch_size=10, optimizer="adam", lr=0.006, nonmono=None, dropout=0.15,
                                   dropout_h=0.075, dropout_x=0.15, dropout_i=0.075, dropout_e=0.0, init_range=0.1, epochs=10, anneal=0.34)),
     # For two cores and a text of a hundred thousand words: a whole search and retraining in about two minutes. Of the searches compared on the example's
-    # text (docs/results.md) this is the one whose cells were best.
+    # text (docs/results.md) this is the one whose cells were best, but for one with eight draws, which takes longer, by no more than chance.
     "small": Recipe("small",
                     SearchRecipe(hidden_size=64, batch_size=16, bptt=20, lr=20.0, clip=0.1, dropout=0.3, dropout_h=0.1, dropout_x=0.3, dropout_i=0.1,
                                  init_range=0.12, anneal=0.5, epochs=6, warmup_epochs=4, relaxation="gumbel", unrolled_lr=2.0, alpha_dropout=False,
