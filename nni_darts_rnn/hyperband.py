@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from nni.algorithms.hpo import hyperband_advisor
 from nni.runtime.msg_dispatcher_base import MsgDispatcherBase
+from nni.runtime.tuner_command_channel import CommandType
 from nni.utils import MetricType
 
 from .checks import one_of, whole_number
@@ -63,6 +64,8 @@ class Hyperband(hyperband_advisor.Hyperband):
         self.default_command_queue.put((command, data))
 
     def process_command(self, command, data) -> None:
+        if command is CommandType.ReportMetricData and data["type"] != MetricType.FINAL:
+            return  # what comes before a result may be of another quantity, such as the supernet's perplexity; it changes nothing that is kept
         try:
             super().process_command(command, data)
         except Exception as error:
@@ -92,10 +95,6 @@ class Hyperband(hyperband_advisor.Hyperband):
             return True
         name, rung, _ = param_id.split("_")
         return name not in self.brackets or param_id not in self.brackets[name].hyper_configs[int(rung)]
-
-    def handle_report_metric_data(self, data) -> None:
-        if data["type"] == MetricType.FINAL:  # what comes before it may be of another quantity, such as the supernet's perplexity
-            super().handle_report_metric_data(data)
 
     def _handle_trial_end(self, parameter_id: str) -> None:
         name, rung, _ = parameter_id.split("_")
