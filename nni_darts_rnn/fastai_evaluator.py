@@ -17,7 +17,7 @@ from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.learner import Learner
 from nni.nas.evaluator import Evaluator
 
-from .bilevel import RandomState
+from .checkpoints.file import random_state, restore_random_state
 from .checks import whole_number
 from .corpus import Corpus, load_corpus
 from .files import write_text
@@ -46,12 +46,11 @@ class _Report(Callback):
 @contextlib.contextmanager
 def _others_draws_untouched():
     """The process's random generators as they were: the next draw of a strategy that runs in it, a policy say, is not to be the same after every model."""
-    before = RandomState()
+    before = random_state()
     try:
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
-            yield
+        yield
     finally:
-        before.restore()
+        restore_random_state(before)
 
 
 @nni.trace
