@@ -172,4 +172,4 @@ def picture(rows: list[dict], path: Path) -> None:
         panels[0].set_yticks(range(len(names)), [textwrap.fill(name, 48) for name in names])
         panels[0].invert_yaxis()
         figure.supxlabel("validation perplexity of the retrained cells (lower is better; bar: mean)")
-        canvas.save(figure, path)
+        canvas.save(figure, [path])

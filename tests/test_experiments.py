@@ -304,7 +304,7 @@ def test_plot(mixed, capsys):
     folder = trial_folder(mixed, "aaaaa")
     assert run("plot", folder, "--json") == 0
     text = capsys.readouterr()
-    assert {Path(p).name for p in json.loads(text.out)["pictures"]} == set(figures.EVERY) <= set(os.listdir(folder)) and not text.err
+    assert {Path(p).name for p in json.loads(text.out)["pictures"]} == set(figures.PICTURES) <= set(os.listdir(folder)) and not text.err
     out = folder.parents[4] / "pictures"
     assert run("plot", trial_folder(mixed, "ccccc"), "--out", out) == 0
     text = capsys.readouterr()

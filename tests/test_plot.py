@@ -36,6 +36,14 @@ def overlap(a, b, gap=0.0):
     return abs(a.x - b.x) < (a.w + b.w) / 2 + gap and abs(a.y - b.y) < (a.h + b.h) / 2 + gap
 
 
+def points(edge, n: int = 40) -> np.ndarray:
+    """Points along the line, (3n, 2)."""
+    start, *bezier = (np.array(point) for point in edge.bend())
+    t = np.linspace(0, 1, n)[:, None]
+    curve = sum(c * (1 - t) ** (3 - k) * t ** k * q for k, (c, q) in enumerate(zip((1, 3, 3, 1), bezier)))
+    return np.concatenate([start + (bezier[0] - start) * t, curve, bezier[-1] + (np.array([edge.x2, edge.y1]) - bezier[-1]) * t])
+
+
 @pytest.mark.parametrize("cell", CELLS.values(), ids=CELLS)
 def test_layout_is_free_of_collisions(cell):
     place = layout(cell)
@@ -52,7 +60,7 @@ def test_layout_is_free_of_collisions(cell):
         if e.op:  # the label sits on the straight part and leaves the arrow's head free
             label = place.labels[e.target]
             assert e.x1 + 0.03 < label.x - label.w / 2 and label.x + label.w / 2 < e.x2 - 0.13 and label.y == e.y1
-        for x, y in e.points():
+        for x, y in points(e):
             for name, b in place.boxes.items():
                 if name not in (e.source, e.target):
                     assert not (abs(x - b.x) <= b.w / 2 + 0.02 and abs(y - b.y) <= b.h / 2 + 0.02), (e, name)
@@ -64,8 +72,8 @@ def test_layout_is_free_of_collisions(cell):
 @pytest.mark.parametrize("cell", [c for name, c in CELLS.items() if "random" not in name or name.endswith("0")])
 def test_lines_do_not_cross(cell):
     def segments(e):
-        points = np.array(e.points(12))
-        return points[:-1], points[1:]
+        along = points(e, 12)
+        return along[:-1], along[1:]
 
     def side(o, a, b):
         return (a[..., 0] - o[..., 0]) * (b[..., 1] - o[..., 1]) - (a[..., 1] - o[..., 1]) * (b[..., 0] - o[..., 0])
@@ -180,10 +188,25 @@ def test_animation(tmp_path):
     a = alpha(4)
     gif = animate_cell(a, tmp_path / "cell.gif")
     with Image.open(gif) as image:
-        assert image.format == "GIF" and image.n_frames == 4  # the frames that hold the last cell are merged
+        assert image.format == "GIF" and image.n_frames == 4
+        lasting = []
+        for k in range(4):
+            image.seek(k)
+            lasting.append(image.info["duration"])
+        assert lasting == [250, 250, 250, 2250] and image.info["loop"] == 0
     assert animate_cell(a, tmp_path / "again.gif").read_bytes() == gif.read_bytes()
     with Image.open(animate_cell(alpha(9, 1), tmp_path / "few.gif", max_frames=3)) as image:
         assert image.n_frames == 3
+
+
+def test_a_picture_in_two_formats_is_what_each_is_alone(tmp_path):
+    for plot, what in ((plot_cell, DARTS_V2), (plot_alpha, alpha(4)), (plot_curves, ROWS)):
+        assert plot(what, [tmp_path / "both.svg", tmp_path / "both.png"]) == tmp_path / "both.svg"
+        for suffix in (".svg", ".png"):
+            assert plot(what, tmp_path / f"alone{suffix}").read_bytes() == (tmp_path / f"both{suffix}").read_bytes(), (plot, suffix)
+    with pytest.raises(ValueError, match="not .gif"):
+        plot_cell(DARTS_V2, [tmp_path / "new.svg", tmp_path / "new.gif"])
+    assert not (tmp_path / "new.svg").exists()
 
 
 ROWS = ([{"phase": "search", "epoch": e, "perplexity": 900 / e} for e in range(1, 8)]
@@ -236,7 +259,6 @@ def test_bad_input_is_refused_and_nothing_is_written(tmp_path, call, words):
 
 
 def test_a_failure_half_way_leaves_the_old_file(tmp_path, monkeypatch):
-    from matplotlib.animation import PillowWriter
     from matplotlib.figure import Figure
 
     def fail(self, target, *args, **kw):
@@ -250,7 +272,8 @@ def test_a_failure_half_way_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         plot_cell(DARTS_V2, old)
     monkeypatch.undo()
-    monkeypatch.setattr(PillowWriter, "finish", lambda self: fail(self, self.outfile))
+    save = Image.Image.save  # matplotlib's way to PNG too
+    monkeypatch.setattr(Image.Image, "save", lambda self, target, *args, **kw: (fail if hasattr(target, "suffix") else save)(self, target, *args, **kw))
     with pytest.raises(OSError, match="disk full"):
         animate_cell(alpha(1, 1), tmp_path / "cell.gif")
     assert [p.name for p in tmp_path.iterdir()] == ["cell.svg"] and old.read_text() == "old"

@@ -15,7 +15,7 @@ def plot(arguments) -> None:
         raise ValueError(f"{folder}: no such folder; expected one with {', '.join(figures.SOURCES)}")
     if all(not (folder / name).is_file() for name in figures.SOURCES):
         raise ValueError(f"{folder}: nothing to draw; expected {', '.join(figures.SOURCES)}")
-    written, missing = figures.draw(folder, figures.EVERY, arguments.out)
+    written, missing = figures.draw(folder, out=arguments.out)
     if not written:
         raise ValueError(f"{folder}: {'; '.join(dict.fromkeys(missing.values()))}")
     for why in dict.fromkeys(missing.values()):
@@ -38,7 +38,7 @@ def best(arguments) -> None:
     experiment = load_experiment(arguments.experiment)
     trial = experiment.best()
     result = trial.result
-    pictures = {name: str(trial.folder / name) for name in figures.EVERY if (trial.folder / name).is_file()}
+    pictures = {name: str(trial.folder / name) for name in figures.PICTURES if (trial.folder / name).is_file()}
     data = {"experiment": experiment.id, "status": experiment.status, "trials": len(experiment.trials), "finished": len(experiment.ranking()),
             "trial": trial.id, "folder": str(trial.folder), "seed": trial.seed, "parameters": trial.parameters,
             "genotype": json.loads(result.genotype.to_json()), "valid_perplexity": result.valid_perplexity, "test_perplexity": result.test_perplexity,

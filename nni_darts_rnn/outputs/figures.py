@@ -3,44 +3,41 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from ..genotype import Genotype, load_genotype
+from ..plot import animate_cell, plot_alpha, plot_cell, plot_curves
 
 SOURCES = ("genotype.json", "model.json", "alpha.json", "search.csv", "retrain.csv", "history.csv")
-EVERY = ("cell.svg", "cell.png", "cell.gif", "alpha.svg", "alpha.png", "curves.svg", "curves.png")
 
 
-def draw(folder: str | Path, names=EVERY, out: str | Path | None = None) -> tuple[list[Path], dict[str, str]]:
-    """Draws the named pictures from the files in `folder` into `out` (default: there). Returns those written, and name -> why not for the others.
+def draw(folder: str | Path, names=None, out: str | Path | None = None) -> tuple[list[Path], dict[str, str]]:
+    """Draws the named pictures (default: all of them) from the files in `folder` into `out` (default: there). Returns those written, and name -> why not for the others.
 
     A source that is missing or damaged is a reason, not an exception; only that `out` cannot be written is (`OSError`).
     """
     folder, out = Path(folder), Path(out or folder)
     out.mkdir(parents=True, exist_ok=True)
     written, missing, sources = [], {}, {}
-    for name in names:
-        read = READERS[name]
+    for (read, _), same in itertools.groupby(names or PICTURES, PICTURES.__getitem__):  # one picture in two formats is drawn once
+        paths = [out / name for name in same]
         try:
             if read not in sources:
                 sources[read] = read(folder)
-            written.append(draw_one(name, sources[read], out / name))
+            draw_one(paths[0].name, sources[read], paths)
+            written += paths
         except ValueError as error:
-            missing[name] = str(error)
+            missing |= {path.name: str(error) for path in paths}
     return written, missing
 
 
-def draw_one(name: str, data, path: Path) -> Path:
-    """Draws one picture of what its reader returned."""
-    from .. import plot
-
-    if name.startswith("cell.") and not name.endswith(".gif"):
-        return plot.plot_cell(data, path)
-    if name.startswith("curves."):
-        return plot.plot_curves(data, path)
-    alpha, told = data
-    return (plot.animate_cell if name.endswith(".gif") else plot.plot_alpha)(alpha, path, **told)
+def draw_one(name: str, data, path: Path | list[Path]) -> None:
+    """Draws one picture of what its reader returned: to `path`, or to each of several."""
+    plot = PICTURES[name][1]
+    plot(path=path, **data) if isinstance(data, dict) else plot(data, path)
 
 
 def read_cell(folder: Path) -> Genotype:
@@ -52,8 +49,8 @@ def read_cell(folder: Path) -> Genotype:
     raise ValueError("there is no genotype.json or model.json")
 
 
-def read_alpha(folder: Path) -> tuple[list, dict]:
-    """(α of every epoch; primitives, relaxation and epochs as `plot_alpha` wants them) of a search's folder. `ValueError` where there is none."""
+def read_alpha(folder: Path) -> dict:
+    """α of every epoch (history), primitives, relaxation and epochs as `plot_alpha` wants them, of a search's folder. `ValueError` where there is none."""
     if not (folder / "alpha.json").is_file():
         raise ValueError("there is no alpha.json")
     data = _json(folder / "alpha.json")
@@ -63,7 +60,7 @@ def read_alpha(folder: Path) -> tuple[list, dict]:
     epochs = data.get("epochs")
     if epochs is not None and not (isinstance(epochs, list) and all(isinstance(epoch, int) for epoch in epochs)):
         raise ValueError("alpha.json: epochs: expected a list of whole numbers")
-    return data["alpha"], {"primitives": tuple(primitives), "relaxation": data.get("relaxation", "edge"), "epochs": epochs}
+    return {"history": data["alpha"], "primitives": tuple(primitives), "relaxation": data.get("relaxation", "edge"), "epochs": epochs}
 
 
 def read_rows(folder: Path) -> list[dict]:
@@ -87,9 +84,11 @@ def read_rows(folder: Path) -> list[dict]:
     return rows
 
 
-READERS = {"cell.svg": read_cell, "cell.png": read_cell, "alpha.svg": read_alpha, "alpha.png": read_alpha, "cell.gif": read_alpha,
-           "curves.svg": read_rows, "curves.png": read_rows}
-"""What each picture is made from."""
+PICTURES: dict[str, tuple[Callable, Callable]] = {
+    "cell.svg": (read_cell, plot_cell), "cell.png": (read_cell, plot_cell), "cell.gif": (read_alpha, animate_cell),
+    "alpha.svg": (read_alpha, plot_alpha), "alpha.png": (read_alpha, plot_alpha),
+    "curves.svg": (read_rows, plot_curves), "curves.png": (read_rows, plot_curves)}
+"""What reads the numbers of each picture, and what draws it."""
 
 
 def _json(path: Path) -> dict:

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..checks import one_of
 from ..genotype import PRIMITIVES, RELAXATIONS, derive, number_of_nodes
-from .canvas import GREY, mix, new_figure, op_colours, save, style, target
+from .canvas import GREY, mix, new_figure, op_colours, save, style, targets
 
 
 def probabilities(history, primitives, relaxation: str = "edge") -> np.ndarray:
@@ -42,13 +42,13 @@ def epoch_numbers(epochs, count: int) -> list[int]:
 
 
 def plot_alpha(history, path, primitives=PRIMITIVES, relaxation: str = "edge", epochs=None) -> Path:
-    """Heat map of the architecture's probabilities over the epochs, to `path` (.svg or .png).
+    """Heat map of the architecture's probabilities over the epochs, to `path` (.svg or .png; a list of paths: to each of them, in little more time than to one).
 
     `history` is (epochs, E, K), α or probabilities (α is shown through softmax, `relaxation` says over what). One column of maps per primitive, one block of
     rows per node, one row per state it may read. A frame marks the op and the state that each node would take after the last epoch. `epochs` are their
     numbers, by default 1, 2, …; 0 is before the search.
     """
-    path = target(path)
+    paths = targets(path)
     p = probabilities(history, primitives, relaxation)
     count, n_edges, n_ops = p.shape
     start = epoch_numbers(epochs, count)[0] - 0.5
@@ -112,4 +112,4 @@ def plot_alpha(history, path, primitives=PRIMITIVES, relaxation: str = "edge", e
         bar.spines["outline"].set_visible(False)
         figure.text(0.12 / width, 1 - 0.2 / height, "Probability of each op on each edge", fontsize=11, fontweight="bold", va="center")
         figure.text(0.12 / width, 1 - 0.42 / height, "framed: taken after the last epoch", fontsize=8.5, va="center", color="#B34F00")
-        return save(figure, path)
+        return save(figure, paths)

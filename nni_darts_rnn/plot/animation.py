@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -9,17 +10,18 @@ import numpy as np
 from ..files import whole
 from ..genotype import PRIMITIVES, derive
 from .alpha import epoch_numbers, probabilities
-from .canvas import new_figure, style, target
+from .canvas import new_figure, style, targets
 from .cell import draw_cell, inches_axes
-from .geometry import Layout, layout
+from .geometry import layout
 
 
-def animate_cell(history, path, primitives=PRIMITIVES, fps: float = 4, max_frames: int = 60, relaxation: str = "edge", epochs=None) -> Path:
+def animate_cell(history, path, primitives=PRIMITIVES, max_frames: int = 60, relaxation: str = "edge", epochs=None) -> Path:
     """Write the most likely cell of each epoch as frames of `path` (.gif). `history`, `relaxation` and `epochs` as for `plot_alpha`.
 
-    Nodes that changed since the frame before have a ring. Of more than `max_frames` epochs, evenly spaced ones are shown.
+    A frame is there for a quarter of a second, the last for two seconds more. Nodes that changed since the frame before have a ring. Of more than
+    `max_frames` epochs, evenly spaced ones are shown.
     """
-    path = target(path, (".gif",))
+    (path,) = targets(path, (".gif",))
     p = probabilities(history, primitives, relaxation)
     numbers = epoch_numbers(epochs, len(p))
     shown = sorted({round(k) for k in np.linspace(0, len(p) - 1, min(len(p), max(2, max_frames)))})
@@ -28,33 +30,22 @@ def animate_cell(history, path, primitives=PRIMITIVES, fps: float = 4, max_frame
     width, height, room = max(a.width for a in places.values()), max(a.height for a in places.values()), 0.5
     width = max(width, 4.5)
     with style(), whole(path) as temporary:
-        from matplotlib.animation import PillowWriter
         from matplotlib.patches import Rectangle
+        from PIL import Image
 
-        figure = new_figure(width, height + room)
-        writer = PillowWriter(fps=fps)  # type: ignore[arg-type]  # parts of a frame are fine
-        dpi = min(80, 900 / width)
-        hold = max(1, round(2 * fps))  # the last cell stays for two seconds
-        with writer.saving(figure, temporary, dpi):
-            before = None
-            for k, cell in zip(shown, cells):
-                figure.clear()
-                place = places[cell]
-                axes = inches_axes(figure, width, height, room)
-                changed = {i for i in range(1, cell.n_nodes + 1) if before and cell.recurrent[i - 1] != before.recurrent[i - 1]}
-                axes.text(0.14, height + 0.3, f"epoch {numbers[k]} of {numbers[-1]}", fontsize=12, fontweight="bold", va="center")
-                axes.add_patch(Rectangle((0.14, height + 0.06), width - 0.28, 0.05, facecolor="#E9ECF0", linewidth=0))
-                axes.add_patch(Rectangle((0.14, height + 0.06), (width - 0.28) * (k + 1) / len(p), 0.05, facecolor="#0072B2", linewidth=0))
-                draw_cell(axes, cell, _centred(place, width, height), changed)
-                writer.grab_frame()
-                before = cell
-            for _ in range(hold):
-                writer.grab_frame()
+        frames, before = [], None
+        for k, cell in zip(shown, cells):
+            figure, place = new_figure(width, height + room), places[cell]
+            axes = inches_axes(figure, width, height, room)
+            changed = {i for i in range(1, cell.n_nodes + 1) if before and cell.recurrent[i - 1] != before.recurrent[i - 1]}
+            axes.text(0.14, height + 0.3, f"epoch {numbers[k]} of {numbers[-1]}", fontsize=12, fontweight="bold", va="center")
+            axes.add_patch(Rectangle((0.14, height + 0.06), width - 0.28, 0.05, facecolor="#E9ECF0", linewidth=0))
+            axes.add_patch(Rectangle((0.14, height + 0.06), (width - 0.28) * (k + 1) / len(p), 0.05, facecolor="#0072B2", linewidth=0))
+            draw_cell(axes, cell, place.moved((width - place.width) / 2, (height - place.height) / 2, width, height), changed)
+            frame = io.BytesIO()
+            figure.savefig(frame, format="png", dpi=min(80, 900 / width), pil_kwargs={"compress_level": 1})
+            frames.append(Image.open(frame).convert("RGB"))
+            before = cell
+        lasting = [250] * (len(frames) - 1) + [2250]  # milliseconds
+        frames[0].save(temporary, format="gif", save_all=True, append_images=frames[1:], duration=lasting, loop=0)
     return path
-
-
-def _centred(place: Layout, width: float, height: float) -> Layout:
-    dx, dy = (width - place.width) / 2, (height - place.height) / 2
-    return Layout({k: b._replace(x=b.x + dx, y=b.y + dy) for k, b in place.boxes.items()},
-                  {k: b._replace(x=b.x + dx, y=b.y + dy) for k, b in place.labels.items()},
-                  tuple(e._replace(x0=e.x0 + dx, y0=e.y0 + dy, x1=e.x1 + dx, y1=e.y1 + dy, x2=e.x2 + dx) for e in place.edges), width, height)

@@ -30,12 +30,13 @@ def op_colours(ops) -> dict[str, str]:
     return {**OP_COLOURS, **{op: _OTHER_COLOURS[k % len(_OTHER_COLOURS)] for k, op in enumerate(others)}}
 
 
-def target(path, allowed: tuple[str, ...] = (".svg", ".png")) -> Path:
-    """`path`, refused with `ValueError` where its suffix is another."""
-    path = Path(path)
-    if path.suffix.lower() not in allowed:
-        raise ValueError(f"{path}: a picture is written as {' or '.join(allowed)}, not {path.suffix or 'without a suffix'}")
-    return path
+def targets(path, allowed: tuple[str, ...] = (".svg", ".png")) -> list[Path]:
+    """`path`, or each of a list or tuple of them, refused with `ValueError` where its suffix is another."""
+    paths = [Path(one) for one in (path if isinstance(path, (list, tuple)) else [path])]
+    for one in paths:
+        if one.suffix.lower() not in allowed:
+            raise ValueError(f"{one}: a picture is written as {' or '.join(allowed)}, not {one.suffix or 'without a suffix'}")
+    return paths
 
 
 @contextlib.contextmanager
@@ -49,24 +50,23 @@ def style():
 
 def new_figure(width: float, height: float):
     """A figure of that many inches, outside pyplot."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), facecolor="white")
 
 
-def save(figure, path: Path, few_colours: bool = False) -> Path:
-    """Writes the figure, whole or not at all: no date and no program version, which would make two equal pictures differ."""
-    with whole(path) as temporary:
-        if path.suffix.lower() == ".svg":
-            figure.savefig(temporary, format="svg", metadata={"Date": None, "Creator": None})
-            return path
-        figure.savefig(temporary, format="png", dpi=160, metadata={"Software": None})
-        if few_colours:  # a palette instead of 24 bits: a third of the size, and no difference to see in line art
-            from PIL import Image
+def save(figure, paths: list[Path], few_colours: bool = False) -> Path:
+    """Writes the figure as each of `paths`, whole or not at all, and returns the first: no date and no program version, which would make two equal
+    pictures differ."""
+    for path in paths:
+        with whole(path) as temporary:
+            if path.suffix.lower() == ".svg":
+                figure.savefig(temporary, format="svg", metadata={"Date": None, "Creator": None})
+                continue
+            figure.savefig(temporary, format="png", dpi=160, metadata={"Software": None})
+            if few_colours:  # a palette instead of 24 bits: a third of the size, and no difference to see in line art
+                from PIL import Image
 
-            image = Image.open(io.BytesIO(temporary.read_bytes())).convert("RGB")
-            image.quantize(256, dither=Image.Dither.NONE).save(temporary, format="png", optimize=True, dpi=(160, 160))
-    return path
+                image = Image.open(io.BytesIO(temporary.read_bytes())).convert("RGB")
+                image.quantize(256, dither=Image.Dither.NONE).save(temporary, format="png", optimize=True, dpi=(160, 160))
+    return paths[0]

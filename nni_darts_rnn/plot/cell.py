@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..genotype import Genotype
-from .canvas import GREY, INK, LANE, mix, new_figure, op_colours, save, style, target
+from .canvas import GREY, INK, LANE, mix, new_figure, op_colours, save, style, targets
 from .geometry import FONT, Box, Layout, layout
 
 
@@ -78,11 +78,11 @@ def inches_axes(figure, width: float, height: float, title_room: float = 0.0):
 
 
 def plot_cell(genotype: Genotype, path, title: str | None = None) -> Path:
-    """Draw a cell to `path` (.svg or .png): x and h make state 0, each node reads one state through its op, their mean is the output.
+    """Draw a cell to `path` (.svg or .png, or a list of such): x and h make state 0, each node reads one state through its op, their mean is the output.
 
     Nodes that the output does not depend on are dashed.
     """
-    path = target(path)
+    paths = targets(path)
     place, room = layout(genotype), 0.36 if title else 0.0
     with style():
         figure = new_figure(place.width, place.height + room)
@@ -90,4 +90,4 @@ def plot_cell(genotype: Genotype, path, title: str | None = None) -> Path:
         if title:
             axes.text(0.14, place.height + 0.14, title, fontsize=12, fontweight="bold", va="center", parse_math=False)
         draw_cell(axes, genotype, place)
-        return save(figure, path, few_colours=True)
+        return save(figure, paths, few_colours=True)

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
-from .canvas import GREY, new_figure, save, style, target
+from .canvas import GREY, new_figure, save, style, targets
 
 
 def plot_curves(rows, path) -> Path:
-    """Learning curves, one panel per phase, to `path` (.svg or .png), with perplexity on a logarithmic scale.
+    """Learning curves, one panel per phase, to `path` (.svg or .png, or a list of such), with perplexity on a logarithmic scale.
 
     `rows` is a list of dicts or the name of a CSV file, with phase, epoch and one or more columns named `perplexity` or
     `…_perplexity`, each drawn as a line. Empty and non-finite values are left out; of two rows for one epoch the later counts.
     The lowest point of each line is marked.
     """
-    path = target(path)
+    paths = targets(path)
     phases = _curves(rows)
     names = list(dict.fromkeys(name for lines in phases.values() for name in lines))
     palette = ("#0072B2", "#D55E00", "#009E73", "#A8528C", "#B87900", "#2B8CC4")
@@ -61,7 +61,7 @@ def plot_curves(rows, path) -> Path:
             where = dict(loc="upper left", bbox_to_anchor=(-0.02, -0.16), borderaxespad=0) if below else dict(loc="upper right")
             legend = axes.legend(fontsize=9, framealpha=0.85, edgecolor="none", **where)
             legend.set_zorder(6)
-        return save(figure, path)
+        return save(figure, paths)
 
 
 def _log_ticks(low: float, high: float) -> list[float]:

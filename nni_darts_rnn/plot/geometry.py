@@ -6,8 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-
 from ..genotype import Genotype
 
 NODE_W, NODE_H, PILL_H, FONT = 0.38, 0.34, 0.23, 9.5  # inches; points
@@ -47,13 +45,8 @@ class Edge(NamedTuple):
         turn = self.y1 - math.copysign(r, self.y1 - self.y0)
         return [(self.x0, self.y0), (self.x0, turn), (self.x0, (turn + self.y1 * 2) / 3), (self.x0 + r / 3, self.y1), (self.x0 + r, self.y1)]
 
-    def points(self, n: int = 40) -> list[tuple[float, float]]:
-        """Points along the line, for whoever wants to know what it touches."""
-        start, *bezier = (np.array(point) for point in self.bend())
-        t = np.linspace(0, 1, n)[:, None]
-        curve = sum(c * (1 - t) ** (3 - k) * t ** k * q for k, (c, q) in enumerate(zip((1, 3, 3, 1), bezier)))
-        line = [start + (bezier[0] - start) * t, curve, bezier[-1] + (np.array([self.x2, self.y1]) - bezier[-1]) * t]
-        return [(float(x), float(y)) for x, y in np.concatenate(line)]
+    def moved(self, dx: float, dy: float) -> Edge:
+        return self._replace(x0=self.x0 + dx, y0=self.y0 + dy, x1=self.x1 + dx, y1=self.y1 + dy, x2=self.x2 + dx)
 
 
 @dataclass(frozen=True)
@@ -65,6 +58,11 @@ class Layout:
     edges: tuple[Edge, ...]
     width: float
     height: float
+
+    def moved(self, dx: float, dy: float, width: float, height: float) -> Layout:
+        """The same somewhere else, on a sheet of `width` × `height` inches."""
+        boxes, labels = ({name: b._replace(x=b.x + dx, y=b.y + dy) for name, b in every.items()} for every in (self.boxes, self.labels))
+        return Layout(boxes, labels, tuple(e.moved(dx, dy) for e in self.edges), width, height)
 
 
 def layout(genotype: Genotype) -> Layout:
@@ -168,9 +166,7 @@ def layout(genotype: Genotype) -> Layout:
     dx, dy = margin - min(b.x - b.w / 2 for b in every), margin - min(b.y - b.h / 2 for b in every)
     width = max(b.x + b.w / 2 for b in every) + dx + margin
     height = max(b.y + b.h / 2 for b in every) + dy + margin
-    return Layout({k: b._replace(x=b.x + dx, y=b.y + dy) for k, b in boxes.items()},
-                  {k: b._replace(x=b.x + dx, y=b.y + dy) for k, b in labels.items()},
-                  tuple(e._replace(x0=e.x0 + dx, y0=e.y0 + dy, x1=e.x1 + dx, y1=e.y1 + dy, x2=e.x2 + dx) for e in edges), width, height)
+    return Layout(boxes, labels, tuple(edges), 0, 0).moved(dx, dy, width, height)
 
 
 def _level_leaf(node: int, spine: dict, children: dict) -> int:

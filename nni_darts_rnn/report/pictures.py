@@ -19,7 +19,7 @@ def cell_picture(trial: Trial, key: str) -> str:
 
 def folder_picture(trial: Trial, name: str, label: str) -> str:
     try:
-        found = figures.READERS[name](trial.folder)
+        found = figures.PICTURES[name][0](trial.folder)
     except ValueError as error:
         return f'<p class="missing">Not drawn: {esc(error)}.</p>'
     return picture(name, found, f"{anchor(trial)}-{name[:-4]}", f"{label}, trial {trial.id}")
