@@ -1,9 +1,9 @@
 """A run in a child process that is killed again and again, for the tests of going on. Run as a program: it imports once and forks for each attempt.
 
-    python crashes.py PHASE FOLDER SEED KILLS [in-write]
+    python crashes.py FOLDER PHASE:SEED:KILLS:WHEN [PHASE:SEED:KILLS:WHEN …]
 
-runs the phase once without interruption in FOLDER/whole, then in FOLDER/killed with KILLS SIGKILLs at random moments, and prints as JSON how
-many kills there were and how many of them fell between two files of a checkpoint. With `in-write` each kill falls into the writing of a file.
+runs the phase once without interruption in FOLDER/PHASE-WHEN/whole, then in FOLDER/PHASE-WHEN/killed with KILLS SIGKILLs, and prints as a line of JSON how
+many kills there were and how many of them fell between two files of a checkpoint. WHEN they fall: `anywhere`, or `in-write`, in the writing of a file.
 """
 
 import json
@@ -90,17 +90,23 @@ def kill_in_write(countdown: int) -> None:
     os.replace = here(os.replace)
 
 
-def main(name: str, folder: str, seed: str, kills: str, how: str = "") -> None:
+def main(folder: str, *runs: str) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    draw, folder = random.Random(int(seed)), Path(folder)
+    for run in runs:
+        name, seed, kills, how = run.split(":")
+        crash(name, Path(folder) / f"{name}-{how}", int(seed), int(kills), how)
+
+
+def crash(name: str, folder: Path, seed: int, kills: int, how: str) -> None:
+    draw = random.Random(seed)
     began = time.perf_counter()
     os.waitpid(in_child(lambda: phase(name, folder / "whole")), 0)
     whole = time.perf_counter() - began
     killed = torn = attempts = 0
     while True:
         attempts += 1
-        last = killed >= int(kills)
+        last = killed >= kills
 
         def work():
             if how == "in-write" and not last:
@@ -125,7 +131,7 @@ def main(name: str, folder: str, seed: str, kills: str, how: str = "") -> None:
         else:  # done before its kill came: once more from the beginning
             for path in sorted((folder / "killed").rglob("*"), reverse=True):
                 path.rmdir() if path.is_dir() else path.unlink()
-    print(json.dumps({"killed": killed, "torn": torn, "attempts": attempts, "seconds": time.perf_counter() - began}))
+    print(json.dumps({"killed": killed, "torn": torn, "attempts": attempts, "seconds": time.perf_counter() - began}), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import random
+import subprocess
 import sys
 from pathlib import Path
 
@@ -21,7 +24,7 @@ import search_step
 import through_nni
 from step_size import Size
 
-from nni_darts_rnn import DARTS_V2, compiled, fused
+from nni_darts_rnn import DARTS_V2, cli, compiled, fused
 from nni_darts_rnn.genotype import Genotype
 from nni_darts_rnn.model import LanguageModel
 from nni_darts_rnn.supernet import MixedRNN
@@ -83,13 +86,22 @@ def test_few_rows_compares_what_it_says(tmp_path, monkeypatch):
 
 
 def test_all_words_keeps_what_its_commands_answered_and_runs_none_twice(tmp_path, monkeypatch):
-    """Real commands on a short text: a search, and its cell with both optimizers."""
+    """Real commands on a short text, run in this process: a search, and its cell with both optimizers."""
     draw = random.Random(0)
     for split, count in (("train", 700), ("valid", 300), ("test", 60)):
         (tmp_path / f"{split}.txt").write_text("\n".join(" ".join(draw.choices("a cat dog sat ran on".split(), k=6)) for _ in range(count)) + "\n")
     monkeypatch.setenv(fused.SWITCH, "0")
     monkeypatch.setattr(all_words, "TRAINED", [(all_words.FOUND, 1, optimizer) for optimizer in ("adam", "sgd")])
     arguments = [str(tmp_path), "--work", str(tmp_path / "work"), "--save", str(tmp_path / "found.json")]
+
+    def run(command, check, **how):
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            assert command[1:3] == ["-m", "nni_darts_rnn.cli"] and check and cli.main(command[3:]) == 0
+        return subprocess.CompletedProcess(command, 0, said.getvalue())
+
+    monkeypatch.setattr(all_words.subprocess, "run", run)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # for the tests after this one
     all_words.main(arguments)
     kept = json.loads((tmp_path / "found.json").read_text())
     assert [row["optimizer"] for row in kept["retrained"]] == ["adam", "sgd"] and kept["command"] == "python benchmarks/all_words.py FOLDER --work DIR --threads 1"

@@ -27,9 +27,9 @@ while not (Path(sys.argv[1]).exists() and Path(sys.argv[1]).stat().st_size) and 
 """
 
 
-@pytest.mark.parametrize("way, ends", [(PLAIN, "SyntaxError"), (OURS, None)])
+@pytest.mark.parametrize("way, ends", [(PLAIN, "SyntaxError"), (OURS, None)], ids=["as_nni_does_it", "ours"])
 def test_the_second_to_import_waits_for_the_first(tmp_path, way, ends):
-    """The first half is NNI's own fault: once it fails, `nas_layers` can go."""
+    """The first of them is NNI's own fault: once it fails, `nas_layers` can go."""
     shutil.copytree(Path(nni.__file__).parent, tmp_path / "nni", ignore=shutil.ignore_patterns("_layers.py", "__pycache__"))
     source = tmp_path / "nni" / "nas" / "nn" / "pytorch" / "layers.py"
     text = source.read_text()

@@ -63,19 +63,24 @@ def check_same(one: Path, other: Path, name: str) -> dict:
     return states[0]
 
 
-def crashes(name: str, folder: Path, seed: int, kills: int, *how: str) -> dict:
-    done = subprocess.run([sys.executable, Path(__file__).with_name("crashes.py"), name, folder, str(seed), str(kills), *how], capture_output=True,
-                          text=True, timeout=300)
+@pytest.fixture(scope="module")
+def crashed(tmp_path_factory) -> dict[str, tuple[Path, dict]]:
+    """What each series of kills left, and what is told of it. All by one process, whose imports take as long as the rest."""
+    folder = tmp_path_factory.mktemp("crashes")
+    runs = ["search:1:20:anywhere", "retrain:1:20:anywhere", "search:2:12:in-write", "retrain:2:12:in-write"]
+    done = subprocess.run([sys.executable, Path(__file__).with_name("crashes.py"), folder, *runs], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    told = [line for line in done.stdout.splitlines() if line.startswith("{")]  # among what Lightning says
+    names = [f"{name}-{how}" for name, _, _, how in (run.split(":") for run in runs)]
+    return {name: (folder / name, json.loads(line)) for name, line in zip(names, told, strict=True)}
 
 
 @pytest.mark.parametrize("name", ["search", "retrain"])
-def test_killed_at_twenty_random_moments(tmp_path, name):
-    done = crashes(name, tmp_path, 1, 20)
+def test_killed_at_twenty_random_moments(crashed, name):
+    folder, done = crashed[f"{name}-anywhere"]
     assert done["killed"] >= 20, done
-    state = check_same(tmp_path / "whole", tmp_path / "killed", name)
-    assert len(rows(tmp_path / "whole" / f"{name}.csv")) == (RECIPE.search.epochs + 1 if name == "search" else RECIPE.retrain.epochs)
+    state = check_same(folder / "whole", folder / "killed", name)
+    assert len(rows(folder / "whole" / f"{name}.csv")) == (RECIPE.search.epochs + 1 if name == "search" else RECIPE.retrain.epochs)
     if name == "search":  # Adam's moments are there, and α has moved
         assert state["optimizers"][1]["state"][0]["exp_avg"].abs().max() > 0
         assert state["alphas"][-1] != state["alphas"][0]
@@ -85,10 +90,10 @@ def test_killed_at_twenty_random_moments(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["search", "retrain"])
-def test_killed_while_it_writes(tmp_path, name):
-    done = crashes(name, tmp_path, 2, 12, "in-write")
+def test_killed_while_it_writes(crashed, name):
+    folder, done = crashed[f"{name}-in-write"]
     assert done["killed"] >= 12 and done["torn"] >= 3, done  # kills between the two files of a checkpoint, or in the middle of one
-    check_same(tmp_path / "whole", tmp_path / "killed", name)
+    check_same(folder / "whole", folder / "killed", name)
 
 
 def stopped_after(saves: int, signum: int, monkeypatch) -> None:
