@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from nni_darts_rnn import learner
 from nni_darts_rnn.cell import variational_mask
 from nni_darts_rnn.genotype import load_genotype
-from nni_darts_rnn.model import LanguageModel, number_of_parameters
+from nni_darts_rnn.model import LanguageModel, expected_parameters, number_of_parameters
 from nni_darts_rnn.outputs.versions import package_versions
 from nni_darts_rnn.pipeline import take_fast_path
+from nni_darts_rnn.recipes import RetrainRecipe
 from nni_darts_rnn.text.baselines import bigram_perplexity, unigram_perplexity
 from nni_darts_rnn.trial import add_run_options, checked_recipe, open_corpus, prepare_torch
 
@@ -61,14 +62,21 @@ def lstm_size(parameters: int, vocab_size: int) -> int:
     return min(range(8, 4000), key=lambda H: abs(vocab_size * H + vocab_size + 8 * H * H + 8 * H - parameters))
 
 
-def main() -> None:
+def lstm_model(vocab_size: int, hidden_size: int, recipe: RetrainRecipe, seed: int) -> LanguageModel:
+    """The cell's language model with an LSTM in the cell's place."""
+    torch.manual_seed(seed)
+    layer = LSTMLayer(hidden_size, recipe.dropout_x, recipe.dropout_h)
+    return LanguageModel(vocab_size, layer, recipe.dropout, recipe.dropout_i, recipe.dropout_e, recipe.init_range)
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_run_options(parser)
     parser.add_argument("--genotype", default="DARTS_V2")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=("cell", "lstm"), help="train one of the two; the other may run beside it")
     parser.add_argument("--save", type=Path)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     prepare_torch(arguments)
     recipe, corpus = checked_recipe(arguments, {}).retrain, open_corpus(arguments)
     genotype = load_genotype(arguments.genotype)
@@ -79,25 +87,17 @@ def main() -> None:
 
     rows = {}
     H_cell, N, V = recipe.hidden_size, genotype.n_nodes, len(corpus.vocab)
-    H_lstm = lstm_size(V * H_cell + V + (4 + 2 * N) * H_cell**2, V)
+    H_lstm = lstm_size(expected_parameters(V, H_cell, N), V)
     layers = {"cell": (f"{genotype}", H_cell), "lstm": ("nn.LSTM", H_lstm)}
 
-    def lstm_model(cls, vocab_size, hidden_size, genotype, dropout=0.0, dropout_h=0.0, dropout_x=0.0, dropout_i=0.0, dropout_e=0.0):
-        return cls(vocab_size, LSTMLayer(H_lstm, dropout_x, dropout_h), dropout, dropout_i, dropout_e)
-
-    original = LanguageModel.from_genotype
-    take_fast_path(corpus, recipe, "auto", N)
+    take_fast_path(corpus, recipe, arguments.device, N)
     for name, (what, H) in layers.items():
         if arguments.only not in (None, name):
             continue
         print(f"{what} with {H} units", flush=True)
-        if name == "lstm":
-            LanguageModel.from_genotype = classmethod(lstm_model)  # the very training loop of the cell, with another layer in the cell's place
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                done = learner.retrain(corpus, genotype, recipe, arguments.seed, folder, report)
-        finally:
-            LanguageModel.from_genotype = original
+        with tempfile.TemporaryDirectory() as folder:
+            done = learner.retrain(corpus, genotype if name == "cell" else lstm_model(V, H, recipe, arguments.seed), recipe, arguments.seed, folder, report,
+                                   device=arguments.device)
         rows[name] = {k: done[k] for k in ("valid_perplexity", "test_perplexity", "parameters", "seconds")} | {"hidden_size": H}
         assert number_of_parameters(done["model"]) == done["parameters"]
     rows["unigram"] = {"test_perplexity": unigram_perplexity(corpus)}

@@ -1,6 +1,6 @@
 """How near estimators of the architecture gradient come to the exact one: the original's numerics, ours, and what lies between.
 
-    python benchmarks/gradient_quality.py --corpus FOLDER      (a few minutes; writes gradient_quality.csv and .json under benchmarks/results)
+    python benchmarks/gradient_quality.py --corpus FOLDER      (ten minutes; writes gradient_quality.csv and .json under benchmarks/results)
 
 Exact is double backprop through the step that is taken, clip included, with the dropout masks of that step. For each size, moment of training and
 ξ, over draws of batches and masks: cosine to the exact gradient and relative error of the whole gradient (medians), and the signal-to-noise ratio
@@ -76,7 +76,7 @@ def measure(supernet: Supernet, xi: float, draws: int) -> list[dict]:
 
 
 def main() -> None:
-    args = parse(__doc__, sizes=[16, 48], moments=[0, 300], draws=6)
+    args = parse(__doc__, sizes=[16, 32, 48], moments=[0, 300], draws=5)
     fused.enable()
     corpus, began, rows = load_corpus(args.corpus), time.perf_counter(), []
     for size in args.sizes:

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import resource
 import subprocess
 import sys
 import time
 from datetime import date
 from pathlib import Path
+
+from hardware import keep, machine, peak_gb
 
 RESULT = Path(__file__).parent / "results" / "scale.json"
 T, B, V, N = 8, 8, 10_000, 8
@@ -67,8 +67,7 @@ def one(part: str, hidden_size: int, rounds: int = 2) -> dict:
         torch.nn.utils.clip_grad_norm_(weights.values(), 0.25)
         optimizer.step()
         seconds.append(time.perf_counter() - began)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    return {"seconds": min(seconds), "gigabytes": memory, "parameters": sum(p.numel() for p in weights.values())}
+    return {"seconds": min(seconds), "gigabytes": peak_gb(), "parameters": sum(p.numel() for p in weights.values())}
 
 
 def main() -> None:
@@ -83,7 +82,7 @@ def main() -> None:
     import torch
 
     found = {"command": "python benchmarks/scale.py --save", "date": date.today().isoformat(), "sizes": {"T": T, "B": B, "V": V, "N": N},
-             "machine": {"system": platform.platform(), "python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()}}
+             "machine": machine() | {"threads": torch.get_num_threads()}}
     for part, sizes in HIDDEN.items():
         found[part] = {}
         for hidden_size in sizes:
@@ -91,7 +90,7 @@ def main() -> None:
             found[part][str(hidden_size)] = json.loads(done.stdout.splitlines()[-1])
             print(part, hidden_size, found[part][str(hidden_size)], flush=True)
     if arguments.save:
-        RESULT.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        keep(RESULT, json.loads(RESULT.read_text(encoding="utf-8")) | found)  # with the reading of a large text, which was timed apart
 
 
 if __name__ == "__main__":

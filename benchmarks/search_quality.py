@@ -160,6 +160,9 @@ def run(options, recipe) -> None:
     """An NNI experiment an arm, of the seeds that are not there yet."""
     from nni.experiment import Experiment
 
+    from nni_darts_rnn.report.experiments import located
+    from nni_darts_rnn.report.trial_folder import corpus_words
+
     for arm in options.arm:
         name = options.name or arm
         folder, wanted = place(options, recipe, name), set(range(1, options.seeds + 1))
@@ -168,8 +171,7 @@ def run(options, recipe) -> None:
         missing = [seed for seed in sorted(wanted) if not (folder / str(seed) / "rows.json").exists()]
         if missing:
             command = [sys.executable, str(Path(__file__).resolve()), "trial", "--study", options.study, "--arm", arm, "--name", name, "--work", str(options.work.resolve()),
-                       "--corpus", str(Path(options.corpus).resolve()) if Path(options.corpus).exists() else options.corpus,
-                       "--recipe", options.recipe, "--threads", str(options.threads), "--retrain-seeds", str(options.retrain_seeds), *["--again"] * options.again]
+                       *corpus_words(located(options, Path.cwd()), searches=True), "--recipe", options.recipe, "--threads", str(options.threads), "--retrain-seeds", str(options.retrain_seeds), *["--again"] * options.again]
             command += ["--cells-of", *options.cells_of] if options.cells_of else []
             for setting in options.set:
                 command += ["--set", setting]
@@ -236,6 +238,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.what == "table":
         return table()
+    if options.device == "gpu":
+        parser.error("--device: arms are compared on the CPU")
     study, options.again = STUDIES[options.study], options.again or options.cells_of is not None
     options.recipe = options.recipe or study.recipe
     given, options.set = options.set, [f"{key}={value}" for key, value in study.settings.items()] + options.set

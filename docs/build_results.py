@@ -116,8 +116,8 @@ def judged(title: str, name: str, about: Callable[[int], str]) -> str:
     for way, r in found["ways"].items():
         if low := r.get("lower"):
             parts.append(f"*{way}*, {low['seeds']} searches: going down from α's cell node by node for as long as the shared weights find a better one leads to a mean of "
-                         f"{low['perplexity']:.1f} with the shared weights and a depth of {low['depth']:.2f}. Retrained, those cells have {spread(low['retrained'], low['retrained_sd'])}, α's own "
-                         f"{spread(low['retrained_alpha'], low['retrained_alpha_sd'])} (p = {low['p']:.3f}, paired).\n")
+                         f"{low['perplexity']:.1f} with the shared weights and a depth of {low['depth']:.2f}. Retrained, those cells have {spread(low['retrained'], low.get('retrained_sd'))}, α's own "
+                         f"{spread(low['retrained_alpha'], low.get('retrained_alpha_sd'))}" + (f" (p = {low['p']:.3f}, paired).\n" if "p" in low else ".\n"))
     return "\n".join([*parts, made(found)])
 
 
