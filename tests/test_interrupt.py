@@ -11,11 +11,19 @@ import time
 from pathlib import Path
 
 import pytest
+from texts import write_texts
 
+from nni_darts_rnn.corpus import load_corpus
 from nni_darts_rnn.genotype import load_genotype
 
 SMALL = ["--recipe", "tiny", "--threads", "1", "--set", "search.batch_size=64", "--set", "search.bptt=64", "--set", "search.epochs=500",
          "--set", "retrain.bptt=64", "--set", "retrain.epochs=500"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> list[str]:
+    """The option for the first lines of Python's documentation: an epoch of all of them takes as long as the imports."""
+    return ["--corpus", str(write_texts(tmp_path_factory.mktemp("corpus"), load_corpus("pydoc"), train=10000, valid=2000, test=2000))]
 
 
 def interrupt_after(command: list[str], file: Path, lines: int, module="cli", signum=signal.SIGINT) -> subprocess.CompletedProcess:
@@ -35,9 +43,9 @@ def interrupt_after(command: list[str], file: Path, lines: int, module="cli", si
 
 
 @pytest.mark.parametrize("command, table", [(["search"], "search.csv"), (["retrain", "--genotype", "DARTS_V2"], "retrain.csv")])
-def test_ctrl_c(tmp_path, command, table):
+def test_ctrl_c(tmp_path, corpus, command, table):
     out = tmp_path / "out"
-    done = interrupt_after([*command, *SMALL, "--out", str(out)], out / table, 2)
+    done = interrupt_after([*command, *corpus, *SMALL, "--out", str(out)], out / table, 2)
     assert done.returncode == 130, done.stderr
     assert "Traceback" not in done.stderr and "interrupted" in done.stderr
     assert len((out / table).read_text().splitlines()) >= 3
@@ -76,8 +84,8 @@ def test_an_interrupt_that_an_import_swallowed_stops_the_run(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_trial_that_is_stopped_ends_by_the_signal(tmp_path, signum):
+def test_a_trial_that_is_stopped_ends_by_the_signal(tmp_path, corpus, signum):
     """NNI lists it as stopped then; whatever ends with a status of its own has failed for NNI."""
-    done = interrupt_after(SMALL, tmp_path / "search.csv", 2, "trial", signum)
+    done = interrupt_after([*corpus, *SMALL], tmp_path / "search.csv", 2, "trial", signum)
     assert done.returncode == -signum, done.stderr
     assert done.stderr.splitlines()[-1].startswith("stopped; the trial goes on from its checkpoint") and list(tmp_path.glob("checkpoint/search-*.json"))
