@@ -61,6 +61,13 @@ class Before:
             return tuple(self._note(held, copies) for held in value)
         return _copy(value, copies)
 
+    def call(self, module: nn.Module, named: dict[str, Tensor], *args) -> tuple[Any, dict[str, Tensor]]:
+        """What `module` returns with `named` in the places of its tensors, as before the step and with copies of the buffers, which stay as they are;
+        and what it was called with, copies and all, as the pass left it."""
+        state = {name: b.clone() for name, b in self.buffers.items()} | named
+        with self.again():
+            return torch.func.functional_call(module, state, args), state
+
     @contextlib.contextmanager
     def again(self):
         """Attributes that the modules assign in a step (counters, the states of torchmetrics) are at first what they were before it, and in the
@@ -112,10 +119,11 @@ def _each(contents: dict | list, function) -> dict | list:
 def _same(held: Held) -> bool:
     """Whether the container still holds that."""
     if held.plain and type(held.container) is not set:
-        return (held.container if isinstance(held.contents, dict) else list(held.container)) == held.contents
+        of_dict = isinstance(held.contents, dict)
+        return (held.container if of_dict else list(held.container)) == held.contents and (not of_dict or list(held.container) == list(held.contents))
     now, then = _contents(held.container), held.contents
     if isinstance(now, dict) and isinstance(then, dict):
-        return now.keys() == then.keys() and all(value is then[key] for key, value in now.items())
+        return list(now) == list(then) and all(value is then[key] for key, value in now.items())
     return len(now) == len(then) and all(a is b for a, b in zip(now, then))
 
 
@@ -125,7 +133,7 @@ def _fill(held: Held) -> None:
     if _same(held):
         return
     if isinstance(contents, dict):
-        if container.keys() != contents.keys():
+        if list(container) != list(contents):
             container.clear()
         for key, value in contents.items():
             container[key] = value

@@ -75,8 +75,10 @@ class AlphaGradient(NamedTuple):
 
 @contextlib.contextmanager
 def all_digits():
-    """float32 products to float32's precision, whatever the process allows elsewhere: the difference of two gradients has not the digits of TF32."""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # torch's older, common setting cannot be read once one of these was set
+    """float32 products to float32's precision, whatever the process allows elsewhere (cuDNN has TF32 by default): the difference of two gradients has not
+    its digits."""
+    every = torch.backends  # torch's older, common setting cannot be read once one of these was set
+    backends = (every.cuda.matmul, every.cudnn.conv, every.cudnn.rnn, every.mkldnn.matmul, every.mkldnn.conv, every.mkldnn.rnn)
     allowed = [backend.fp32_precision for backend in backends]
     for backend in backends:
         backend.fp32_precision = "ieee"
@@ -135,22 +137,24 @@ def architecture_gradient(loss: Loss, weights: Tensors, alphas: Tensors, train_b
         return loss(at, at_alphas, train_batch)
 
     # w′, with the graph behind it only where it is differentiated again
-    again = mode == "exact"
+    exact = mode == "exact"
     leaves = [w.requires_grad_() for w in weights]
-    g, train_value = (ran.grads, ran.loss) if ran else (None, None)
-    if ran is None or again:
-        train_value = train(leaves, alphas if again else [a.detach() for a in alphas])  # a model may be cheaper where no gradient of α is asked for
-        g = torch.autograd.grad(train_value, leaves, create_graph=again, allow_unused=True)
+    if ran is None or exact:
+        train_value = train(leaves, alphas if exact else [a.detach() for a in alphas])  # a model may be cheaper where no gradient of α is asked for
+        g = torch.autograd.grad(train_value, leaves, create_graph=exact, allow_unused=True)
+    else:
+        train_value = ran.loss
     gd = list(ran.grads) if ran else reduce([None if x is None else x.detach() for x in g])
     # the generators now stand where the training pass left them, so the validation pass has masks of its own
     c = step.coefficient(gd)
     unrolled = [w.detach().requires_grad_() for w in step.apply(leaves, gd, c)]
     valid_value = valid_loss(unrolled, alphas, valid_batch)
-    *direct, v = gradients(valid_value, [*alphas, *unrolled], split=len(alphas))
+    found = gradients(valid_value, [*alphas, *unrolled])
+    direct, v = found[:len(alphas)], found[len(alphas):]
     q = step.pull_back(reduced := reduce(v), weights, gd, c)
     if neumann_terms:
-        q = _neumann(train, leaves, reduced, q, step, gd, c, neumann_terms, epsilon, g if again else None, reduce)
-    if again:
+        q = _neumann(train, leaves, reduced, q, step, gd, c, neumann_terms, epsilon, g if exact else None, reduce)
+    if exact:
         implicit = gradients(sum(((x * y).sum() for x, y in zip(g, q) if x is not None and y is not None), torch.zeros(())), alphas)
     else:
         plus, minus, scale = two_ends(leaves, q, epsilon)
@@ -166,11 +170,11 @@ def architecture_gradient(loss: Loss, weights: Tensors, alphas: Tensors, train_b
     return AlphaGradient(grads, direct, implicit, train_value.detach(), valid_value.detach(), float(norm(gd)), float(c))
 
 
-def gradients(value: Tensor, inputs: Tensors, split: int | None = None) -> list:
-    """Gradients; zeros for an α that takes no part. With `split`, the inputs from there on come back as one list that keeps None."""
-    grads = torch.autograd.grad(value, inputs, allow_unused=True) if value.requires_grad else [None] * len(inputs)
-    head = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs[:split], grads)]
-    return head if split is None else [*head, list(grads[split:])]
+def gradients(value: Tensor, inputs: Tensors) -> list[Tensor]:
+    """Gradients; zeros for what takes no part."""
+    if not value.requires_grad:
+        return [torch.zeros_like(x) for x in inputs]
+    return list(torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True))
 
 
 def two_ends(weights: Tensors, direction: Sequence[Tensor | None], epsilon: float) -> tuple[list[Tensor], list[Tensor], float]:
@@ -202,8 +206,7 @@ def _neumann(train, weights, v, q, step, gd, c, terms, epsilon, g, reduce) -> li
             with all_digits():
                 up, down = [torch.autograd.grad(train(end), end, allow_unused=True) for end in ends]
             product = [None if a is None else (a - b) / scale for a, b in zip(up, down)]
-        kept = [None if x is None else (1 - part.decay) * x for x, part in zip(v, step.parts)]
-        v = [x if h is None else -h if x is None else x - h for x, h in zip(kept, reduce(product))]
+        v = [(1 - part.decay) * x - (0 if h is None else h) for x, h, part in zip(v, reduce(product), step.parts)]
         q = step.pull_back(v, weights, gd, c)
         total = [None if s is None else s + t for s, t in zip(total, q)]
     return total

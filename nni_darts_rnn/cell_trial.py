@@ -12,19 +12,17 @@ import re
 import sys
 from pathlib import Path
 
-from .checkpoints.stopping import Terminated, end_by, interrupts_remembered
 from .genotype import Genotype
 from .own_parameters import own_parameters
 from .rungs import recipe_fields
 from .trial import (
-    REFUSALS,
     Parser,
     add_onnx_option,
     add_run_options,
     checked_recipe,
     checked_seed,
     in_any_locale,
-    one_line,
+    in_trial,
     open_corpus,
     prepare_torch,
     quiet_hosts,
@@ -50,16 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     def final(result: dict) -> None:
         nni.report_final_result(metrics(result["valid_perplexity"], {k: result[k] for k in ("valid_perplexity", "test_perplexity", "parameters", "seconds")}))
 
-    try:
-        with interrupts_remembered():
-            run(arguments, own_parameters(), lambda row: nni.report_intermediate_result(metrics(row["perplexity"], row)), final)
-    except REFUSALS as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
-    except (KeyboardInterrupt, Terminated) as stop:  # how NNI stops a trial early; its checkpoint stays, and after Ctrl-C the best model so far
-        print("stopped", file=sys.stderr, flush=True)
-        end_by(stop)
-    return 0
+    return in_trial(lambda: run(arguments, own_parameters(), lambda row: nni.report_intermediate_result(metrics(row["perplexity"], row)), final))
 
 
 def read_parameters(parameters: dict) -> tuple[Genotype, int, dict]:
@@ -93,7 +82,7 @@ def run(arguments: argparse.Namespace, parameters: dict, report, final=None) -> 
     genotype, seed, settings = read_parameters(parameters)
     recipe = checked_recipe(arguments, settings)
     prepare_torch(arguments)
-    from .files import write_json, write_text
+    from .files import write_json
     from .outputs.versions import package_versions
     from .pipeline import check_fits, retrain_phase
 
@@ -107,7 +96,6 @@ def run(arguments: argparse.Namespace, parameters: dict, report, final=None) -> 
     print(f"corpus {corpus.describe()}; recipe {recipe.name}; seed {seed}; cell {genotype}", flush=True)
     if (unread := without_search(arguments)) is not None:
         print(unread, flush=True)
-    write_text(folder / "genotype.json", genotype.to_json() + "\n")
     result: dict = {"seed": seed, "corpus": corpus.name, "recipe": recipe.to_dict(), "genotype": genotype.to_json()}
 
     def done(trained: dict) -> None:

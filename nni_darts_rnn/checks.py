@@ -13,6 +13,11 @@ def did_you_mean(word: object, allowed) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+def one_line(error: object) -> str:
+    """What an exception says, without its line breaks."""
+    return " ".join(str(error).split())
+
+
 def one_of(name: str, value, allowed):
     """`value`, or `ValueError` with one line that names the setting, what is allowed and the nearest of it."""
     if value not in allowed:

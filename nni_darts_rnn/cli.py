@@ -11,7 +11,7 @@ from . import __version__
 from .checkpoints.stopping import Terminated, interrupts_remembered
 from .commands import afterwards, compute
 from .files import at_home
-from .trial import REFUSALS, Parser, add_keeping_options, add_run_options, in_any_locale, one_line
+from .trial import REFUSALS, Parser, add_keeping_options, add_run_options, in_any_locale, refusal
 
 EXPERIMENT = "id of an NNI experiment on this machine (running, stopped or finished), or its folder"
 
@@ -67,7 +67,8 @@ def build_parser() -> argparse.ArgumentParser:
         if command is not evaluate:
             command.add_argument("--seed", default=0, help="of everything random; default 0")
             add_keeping_options(command)
-            command.add_argument("--out", type=new_folder, help=f"folder for the results; default runs/{command.prog.split()[-1]}-CORPUS-SEED")
+            command.add_argument("--out", type=new_folder, help=f"folder for the results; default runs/{command.prog.split()[-1]}-CORPUS-SEED"
+                                 + (", with --from runs/retrain-EXPERIMENT-TRIAL-SEED" if command is retrain else ""))
     retrain.set_defaults(corpus=None, recipe=None)  # those of the trial with --from, the usual ones otherwise
     evaluate.set_defaults(recipe=None)
 
@@ -109,10 +110,11 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13  # SIGPIPE's number, as of a program that it ends
     except REFUSALS as error:
-        print(f"nni-darts-rnn: error: {one_line(error)}", file=sys.stderr)
+        print(f"nni-darts-rnn: error: {refusal(error)}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, Terminated) as stop:
-        print("nni-darts-rnn: interrupted; what was finished is kept, and the same command goes on from there", file=sys.stderr)
+        kept = "; what was finished is kept, and the same command goes on from there" if "resume" in arguments else ""
+        print(f"nni-darts-rnn: interrupted{kept}", file=sys.stderr)
         return getattr(stop, "code", 130)  # 128 + SIGTERM's number after SIGTERM
     return 0
 

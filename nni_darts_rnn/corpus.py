@@ -16,12 +16,11 @@ from torch import Tensor
 from .checks import did_you_mean, number
 from .files import at_home
 from .text import download
-from .text.batches import Batch, BpttBatches, LengthRule, fixed_length, retrain_lengths, search_lengths, streams
+from .text.batches import Batch, BpttBatches, LengthRule, streams
 from .text.pydoc_text import pydoc_splits
 from .text.vocabulary import EOS, UNK, Vocabulary, split_words
 
-__all__ = ["EOS", "NAMES", "UNK", "Batch", "BpttBatches", "Corpus", "LengthRule", "Vocabulary", "fixed_length", "load_corpus", "retrain_lengths",
-           "search_lengths", "streams"]
+__all__ = ["EOS", "NAMES", "UNK", "Batch", "BpttBatches", "Corpus", "LengthRule", "Vocabulary", "load_corpus", "streams"]
 
 SPLITS = download.SPLITS
 
@@ -49,6 +48,11 @@ class Corpus:
     test: Tensor
     alpha: Tensor | None = None
     undivided: Tensor | None = None
+
+    @property
+    def for_alpha(self) -> Tensor:
+        """What the architecture learns from: `alpha`, or `valid` where there is none."""
+        return self.valid if self.alpha is None else self.alpha
 
     def without_alpha(self) -> Corpus:
         """For what has no α, as a retraining: the training text is whole again."""

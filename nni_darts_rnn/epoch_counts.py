@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 
 from torch import Tensor
@@ -11,6 +12,11 @@ from .talk import duration
 
 logger = logging.getLogger(__name__)
 LOOK = 2.0  # seconds of batches from which the rest of a phase is foretold
+
+
+def perplexity_of(nats: float) -> float:
+    """e^`nats`, the mean over tokens; no more than e^700, as float64 ends at e^709."""
+    return math.exp(min(nats, 700.0))
 
 
 class EpochCounts:

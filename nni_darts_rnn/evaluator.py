@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from pathlib import Path
 
 import nni
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from nni.nas.evaluator.pytorch import Lightning, LightningModule, Trainer
 
 from .checks import one_of
-from .corpus import BpttBatches, Corpus, search_lengths, streams
-from .epoch_counts import EpochCounts
+from .corpus import BpttBatches, Corpus, LengthRule, streams
+from .epoch_counts import EpochCounts, perplexity_of
 from .files import write_csv, write_json, write_text
 from .genotype import Genotype
 from .health import check_epoch, watched_spread
 from .model import activation_regularisation, perplexity, without_dropout
-from .recipes import SearchRecipe
+from .recipes import SearchRecipe, annealed
 from .weight_step import OPTIMIZERS
 
 TRAIN, VALID = 0, 1  # which stream a batch comes from; its own hidden state goes with it
@@ -57,13 +55,13 @@ class TaggedBatches:
             yield batch.tokens, batch.targets, self.stream
 
 
-def training_part(batch):
-    """The (tokens, targets, stream) that the weights learn in a batch of any of NNI's one-shot strategies, or None where they learn nothing."""
+def training_tokens(batch) -> torch.Tensor | None:
+    """The tokens (T, B) that the weights learn in a batch of any of NNI's one-shot strategies, or None where they learn nothing."""
     if isinstance(batch, dict):  # the DARTS family: both streams at once
-        return batch["train"]
+        return batch["train"][0]
     if len(batch) == 2:  # ENAS: one of them, with its name
-        return batch[0] if batch[1] == "train" else None
-    return batch
+        return batch[0][0] if batch[1] == "train" else None
+    return batch[0]
 
 
 @nni.trace
@@ -118,10 +116,9 @@ class LanguageModelModule(LightningModule):
 
     def on_train_batch_start(self, batch, batch_idx: int) -> None:
         # before the architecture step too, which unrolls the step of this very length
-        learned = training_part(batch)
-        if learned is None:
+        tokens = training_tokens(batch)
+        if tokens is None:
             return
-        tokens = learned[0]
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = self.lr * self.annealed * len(tokens) / self.bptt
 
@@ -139,8 +136,7 @@ class AnnealLR(pl.Callback):
         epoch, skipped = self.batches.start
         skipped = skipped if trainer.current_epoch == epoch else 0
         done = (trainer.current_epoch + (skipped + batch_idx) / (skipped + trainer.num_training_batches)) / trainer.max_epochs
-        fallen = max(0.0, (done - (1 - self.share)) / self.share)  # 0 to 1
-        getattr(pl_module, "training_module", pl_module).annealed = (1 + math.cos(math.pi * fallen)) / 2
+        getattr(pl_module, "training_module", pl_module).annealed = annealed(done, self.share)
 
 
 class SupernetReport(pl.Callback):
@@ -159,7 +155,7 @@ class SupernetReport(pl.Callback):
 
     def on_train_start(self, trainer, pl_module):
         if not self.rows:
-            self._finish(trainer, pl_module, epoch=trainer.current_epoch, train_loss=None, seconds=None)
+            self._finish(trainer, pl_module, trainer.current_epoch, {})
 
     def on_train_epoch_start(self, trainer, pl_module):
         self.counts.begin()
@@ -167,21 +163,20 @@ class SupernetReport(pl.Callback):
         self.worth = sum(costs) / costs[0]  # of all that is to come, in epochs such as this: those with α take longer
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        learned = training_part(batch)
-        if learned is None:
+        tokens = training_tokens(batch)
+        if tokens is None:
             return
-        tokens = learned[0]
         left = self.worth * trainer.num_training_batches - batch_idx - 1  # in batches of this epoch
         self.counts.add(tokens.numel(), outputs["data_loss"], trainer.max_epochs, left)
         if trainer.progress_bar_callback is not None and batch_idx % 10 == 0:
             pl_module.log("perplexity", torch.exp(self.counts.nats / self.counts.tokens), prog_bar=True, logger=False)
 
     def on_train_epoch_end(self, trainer, pl_module):
-        seconds, train_loss = self.counts.seconds, self.counts.loss
-        check_epoch(float(np.exp(min(train_loss, 700))), len(self.corpus.vocab), "training")
-        self._finish(trainer, pl_module, trainer.current_epoch + 1, train_loss, seconds)
+        seconds, trained = self.counts.seconds, perplexity_of(self.counts.loss)
+        check_epoch(trained, len(self.corpus.vocab), "training")
+        self._finish(trainer, pl_module, trainer.current_epoch + 1, {"train_perplexity": trained, "tokens_per_second": self.counts.tokens / seconds, "seconds": seconds})
 
-    def _finish(self, trainer, pl_module, epoch, train_loss, seconds):
+    def _finish(self, trainer, pl_module, epoch, trained):
         model = pl_module.training_module.model
         pl_module.resample()  # a strategy that samples cells has none yet before the first batch; the others do nothing
         value = perplexity(model, self.corpus.valid, self.recipe.eval_batch_size, self.recipe.bptt)
@@ -192,16 +187,14 @@ class SupernetReport(pl.Callback):
             self.genotype = mixed[0].genotype()
             self.alphas.append(mixed[0].alpha.detach().cpu().tolist())
             row |= watched_spread(mixed[0], "search", epoch)
-        if seconds is not None:
-            row |= {"train_perplexity": float(np.exp(min(train_loss, 700))), "tokens_per_second": self.counts.tokens / seconds, "seconds": seconds}
-        self.rows.append(row)
+        self.rows.append(row | trained)
         if self.folder is not None and mixed:
             write_json(self.folder / "alpha.json", {"primitives": list(mixed[0].primitives), "relaxation": mixed[0].relaxation, "epochs": [r["epoch"] for r in self.rows],
                                                     "alpha": self.alphas})
             write_text(self.folder / "genotype.json", self.genotype.to_json() + "\n")
             # last: an epoch whose metrics are there has its α and its cell there too, wherever Ctrl-C falls
             write_csv(self.folder / "search.csv", [{k: v for k, v in row.items() if k != "default"} for row in self.rows])
-        self.report(row)
+        self.report(self.rows[-1])
 
 
 def search_evaluator(corpus: Corpus, recipe: SearchRecipe, seed: int = 0, report=None, folder: Path | None = None, callbacks=(),
@@ -217,10 +210,9 @@ def search_evaluator(corpus: Corpus, recipe: SearchRecipe, seed: int = 0, report
     options = dict(max_epochs=recipe.epochs, logger=False, enable_checkpointing=False, enable_model_summary=False, num_sanity_val_steps=0,
                    limit_val_batches=0, reload_dataloaders_every_n_epochs=1) | trainer_options
     trainer = Trainer(callbacks=[SupernetReport(corpus, recipe, report, folder), *callbacks], **options)
-    lengths = search_lengths(recipe.bptt, recipe.short_bptt_probability)
-    held_out = corpus.valid if corpus.alpha is None else corpus.alpha
+    lengths = LengthRule(recipe.bptt, recipe.short_bptt_probability)
     train = TaggedBatches(BpttBatches(streams(corpus.train, recipe.batch_size), lengths, seed), TRAIN, lambda: trainer.current_epoch)
-    valid = TaggedBatches(BpttBatches(streams(held_out, recipe.batch_size), lengths, seed + 1), VALID, lambda: trainer.current_epoch, train)
+    valid = TaggedBatches(BpttBatches(streams(corpus.for_alpha, recipe.batch_size), lengths, seed + 1), VALID, lambda: trainer.current_epoch, train)
     if recipe.anneal:
         trainer.callbacks.append(AnnealLR(recipe.anneal, train))
     return Lightning(module, trainer, train_dataloaders=train, val_dataloaders=valid)

@@ -97,16 +97,14 @@ def _switch() -> str | None:
     return switch
 
 
-def available(build: bool = True) -> bool:
-    """Whether the extension is there; `build=False` only loads what an earlier process compiled."""
+def available() -> bool:
+    """Whether the extension is there, built now if need be."""
     if _switch() == "0":
         return False
     if State.loaded is None and State.problem is None:
         try:
-            State.loaded = _load(build)
+            State.loaded = _load()
         except _Unavailable as problem:
-            if not build:
-                return False  # it may yet be built
             State.problem = str(problem)
             if problem.unexpected:
                 State.told.add(State.problem)
@@ -143,7 +141,7 @@ def why_not(device: torch.device | str = "cpu", precision: str = "float32") -> s
 
 def rounds(device: torch.device | str) -> bool:
     """Whether a training in bfloat16 has its products in it on `device`. Not where compiled ones are at hand and the processor has no tiles: they are faster in float32."""
-    return torch.device(device).type != "cpu" or not enabled() or State.loaded is None or State.loaded.rounds
+    return torch.device(device).type != "cpu" or not enabled() or State.loaded.rounds
 
 
 class _Unavailable(Exception):
@@ -194,7 +192,7 @@ def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nni_darts_rnn"
 
 
-def _load(build: bool) -> Library:
+def _load() -> Library:
     """The extension from the cache, compiled first if it is not there."""
     if os.name != "posix":
         raise _Unavailable("the fast cells need Linux or macOS, where searches are 1.4 to 6 times as fast")
@@ -203,8 +201,6 @@ def _load(build: bool) -> Library:
     try:
         folder = _cache_folder()
         library = _cached(folder, name)
-        if library is None and not build:
-            raise _Unavailable("the fast cells are not compiled yet")
         if library is None:
             folder.mkdir(parents=True, exist_ok=True)
             with hold(folder / f"{name}.lock"):

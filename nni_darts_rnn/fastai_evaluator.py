@@ -133,7 +133,8 @@ class FastaiEvaluator(Evaluator):
         corpus, lm = self.corpus, model.lm
         if lm.vocab_size != len(corpus.vocab):
             raise ValueError(f"the model space has vocab_size {lm.vocab_size}, the corpus {corpus.name} has {len(corpus.vocab)} words")
-        check_fits(corpus, self.recipe)
-        take_fast_path(corpus, replace(self.recipe, epochs=max(1, self.epochs)), self.device, model.genotype().n_nodes)
+        trained = replace(self.recipe, hidden_size=lm.hidden_size, epochs=max(1, self.epochs))  # the size is the space's
+        check_fits(corpus, trained)
+        take_fast_path(corpus, trained, self.device, model.genotype().n_nodes)
         return lm_learner(language_dls(corpus, self.recipe, self.seed, self.device, path=folder), lm, self.recipe, seed=self.seed, path=folder,
                           metrics_file=None)

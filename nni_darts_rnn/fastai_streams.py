@@ -10,7 +10,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from torch import Tensor
 
-from .corpus import BpttBatches, Corpus, fixed_length, retrain_lengths, search_lengths, streams
+from .corpus import BpttBatches, Corpus, LengthRule, streams
 from .model import choose_device
 from .recipes import RetrainRecipe, SearchRecipe
 
@@ -86,13 +86,12 @@ def language_dls(corpus: Corpus, recipe: SearchRecipe | RetrainRecipe, seed: int
         return StreamLoader(BpttBatches(streams(tokens, batch_size), lengths, seed, device), words, advance, device)
 
     if isinstance(recipe, SearchRecipe):
-        lengths = search_lengths(recipe.bptt, recipe.short_bptt_probability)
+        lengths = LengthRule(recipe.bptt, recipe.short_bptt_probability)
     else:
         corpus = corpus.without_alpha()
-        lengths = retrain_lengths(recipe.bptt, recipe.short_bptt_probability, recipe.bptt_std, recipe.min_bptt, recipe.bptt + recipe.max_bptt_above)
+        lengths = LengthRule(recipe.bptt, recipe.short_bptt_probability, recipe.bptt_std, recipe.min_bptt, recipe.bptt + recipe.max_bptt_above)
     dls = DataLoaders(loader(corpus.train, recipe.batch_size, lengths, seed, advance=True),
-                      loader(corpus.valid, recipe.eval_batch_size, fixed_length(recipe.bptt)), path=path, device=device)
+                      loader(corpus.valid, recipe.eval_batch_size, LengthRule(recipe.bptt)), path=path, device=device)
     if isinstance(recipe, SearchRecipe):
-        held_out = corpus.valid if corpus.alpha is None else corpus.alpha
-        dls.arch = loader(held_out, recipe.batch_size, lengths, seed + 1)
+        dls.arch = loader(corpus.for_alpha, recipe.batch_size, lengths, seed + 1)
     return dls

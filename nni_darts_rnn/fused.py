@@ -8,8 +8,6 @@ A second derivative (`create_graph=True`) is taken through the readable form by 
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -32,7 +30,9 @@ def discrete_cell(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, genotype
     if not (compiled_or_gpu and _applies(x_proj, h0, W0_h, Ws, mask) and len(Ws) == genotype.n_nodes and all(_built_in(op) for op, _ in genotype.recurrent)):
         return cell.discrete_cell(x_proj, h0, W0_h, Ws, genotype, mask)
     if _needs_graph(x_proj, h0, W0_h, Ws):
-        readable = functools.partial(_readable_discrete, genotype)
+        def readable(x, h, W0, W, _, m):
+            return cell.discrete_cell(x, h, W0, W, genotype, m)
+
         return _CellFunction.apply(discrete_graph(genotype), None, readable, half == torch.bfloat16, x_proj, h0, W0_h, Ws, None, mask)
     return _forward(discrete_graph(genotype), x_proj, h0, W0_h, Ws, None, mask, half == torch.bfloat16)
 
@@ -44,8 +44,7 @@ def mixed_cell(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, probabiliti
         return supernet.mixed_cell(x_proj, h0, W0_h, Ws, probabilities, mask, primitives, normalise)
     graph, places = mixed_graph(len(Ws), normalise), _places(primitives)
     if _needs_graph(x_proj, h0, W0_h, Ws, probabilities):
-        readable = functools.partial(_readable_mixed, tuple(primitives), normalise)
-        return _CellFunction.apply(graph, places, readable, False, x_proj, h0, W0_h, Ws, probabilities, mask)
+        return _CellFunction.apply(graph, places, _readable_mixed(primitives, normalise), False, x_proj, h0, W0_h, Ws, probabilities, mask)
     return _forward(graph, x_proj, h0, W0_h, Ws, _mixture(probabilities, places), mask)
 
 
@@ -62,16 +61,12 @@ def drawn_cell(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, probabiliti
         return discrete_cell(x_proj, h0, W0_h, Ws, genotype, mask)
     if not (enabled() and _applies_mixed(x_proj, h0, W0_h, Ws, mask, probabilities, primitives)):
         return mixed_cell(x_proj, h0, W0_h, Ws, probabilities, mask, primitives, normalise=False)
-    readable = functools.partial(_readable_mixed, tuple(primitives), False)
-    return _CellFunction.apply(discrete_graph(genotype), _places(primitives), readable, False, x_proj, h0, W0_h, Ws, probabilities, mask)
+    return _CellFunction.apply(discrete_graph(genotype), _places(primitives), _readable_mixed(primitives, False), False, x_proj, h0, W0_h, Ws, probabilities, mask)
 
 
-def _readable_discrete(genotype, x_proj, h0, W0_h, Ws, probabilities, mask):
-    return cell.discrete_cell(x_proj, h0, W0_h, Ws, genotype, mask)
-
-
-def _readable_mixed(primitives, normalise, x_proj, h0, W0_h, Ws, probabilities, mask):
-    return supernet.mixed_cell(x_proj, h0, W0_h, Ws, probabilities, mask, primitives, normalise)
+def _readable_mixed(primitives, normalise: bool):
+    names = tuple(primitives)
+    return lambda *tensors: supernet.mixed_cell(*tensors, names, normalise)
 
 
 def _places(primitives) -> tuple[tuple[int, int], ...]:
@@ -82,11 +77,11 @@ def _places(primitives) -> tuple[tuple[int, int], ...]:
 def _applies_mixed(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, mask: Tensor | None, probabilities: Tensor, primitives,
                    normalise: bool = False) -> bool:
     """`_applies`, and the primitives are the package's own, once each, with a row of probabilities for every edge."""
-    names, n = [name for name in primitives if name != "none"], len(Ws)
-    if normalise and len(h0) < 2:
-        return False  # a batch of one has no variance
-    return (autocast_dtype(x_proj) is None and _applies(x_proj, h0, W0_h, Ws, mask, probabilities) and bool(names) and all(map(_built_in, names)) and len(set(names)) == len(names)
-            and probabilities.shape == (n * (n + 1) // 2, len(primitives)))
+    ops, n = [name for name in primitives if name != "none"], len(Ws)
+    if autocast_dtype(x_proj) is not None or (normalise and len(h0) < 2):  # a batch of one has no variance
+        return False
+    return (0 < len(ops) == len(set(ops)) and all(map(_built_in, ops)) and probabilities.shape == (n * (n + 1) // 2, len(primitives))
+            and _applies(x_proj, h0, W0_h, Ws, mask, probabilities))
 
 
 def _built_in(op: str) -> bool:

@@ -55,6 +55,8 @@ def _learner(dls, model: StatefulLM, recipe, path, cbs, metrics_file: str | None
     own = [ModelResetter(), RNNCallback(), ActivationRegularizer(alpha=recipe.ar, beta=recipe.tar), ScaleLRByLength(steps)]
     if recipe.clip is not None:
         own.append(GradientClip(recipe.clip))
+    if recipe.anneal:
+        own.append(AnnealLR(recipe.anneal))
     own.append(FiniteNumbers())
     if metrics_file is not None:
         own.append(MetricsCSV(metrics_file))
@@ -68,10 +70,6 @@ def _learner(dls, model: StatefulLM, recipe, path, cbs, metrics_file: str | None
 
 def _dropouts(recipe) -> dict[str, float]:
     return {name: getattr(recipe, name) for name in ("dropout", "dropout_i", "dropout_e")}
-
-
-def _annealing(recipe) -> list:
-    return [AnnealLR(recipe.anneal)] if recipe.anneal else []
 
 
 def _vocab_size(dls, vocab_size: int | None) -> int:
@@ -93,13 +91,12 @@ def lm_learner(dls, genotype: Genotype | str | LanguageModel, recipe: RetrainRec
     torch's random state is set to `seed` before the model is made.
     """
     recipe = recipe if isinstance(recipe, RetrainRecipe) else get_recipe(recipe).retrain
-    if not isinstance(genotype, LanguageModel):
-        genotype, V = load_genotype(genotype), _vocab_size(dls, vocab_size)
     torch.manual_seed(seed)
     lm = genotype if isinstance(genotype, LanguageModel) else LanguageModel.from_genotype(
-        V, recipe.hidden_size, genotype, dropout_h=recipe.dropout_h, dropout_x=recipe.dropout_x, init_range=recipe.init_range, **_dropouts(recipe))
+        _vocab_size(dls, vocab_size), recipe.hidden_size, load_genotype(genotype), dropout_h=recipe.dropout_h, dropout_x=recipe.dropout_x,
+        init_range=recipe.init_range, **_dropouts(recipe))
     averaging = NTASGD(recipe.nonmono)
-    learn = _learner(dls, StatefulLM(lm, recipe.precision), recipe, path, [BestModel(), averaging, *_annealing(recipe), *cbs], metrics_file)
+    learn = _learner(dls, StatefulLM(lm, recipe.precision), recipe, path, [BestModel(), averaging, *cbs], metrics_file)
     if recipe.patience is not None:
         learn.converged = lambda: averaging.since_best() >= recipe.patience
     return learn
@@ -120,8 +117,7 @@ def search_learner(dls, recipe: SearchRecipe | Recipe | str = "penn", *, seed: i
     rnn = MixedRNN(recipe.hidden_size, recipe.hidden_size, recipe.n_nodes, dropout_x=recipe.dropout_x, dropout_h=recipe.dropout_h,
                    relaxation=recipe.relaxation, init_range=recipe.init_range, draws=recipe.draws)
     lm = LanguageModel(V, rnn, init_range=recipe.init_range, **_dropouts(recipe))
-    own = [ArchParamUpdate.of(recipe, valid_batches), *_annealing(recipe)]
-    return _learner(dls, StatefulLM(lm), recipe, path, [*own, *cbs], metrics_file, splitter=weight_parameters)
+    return _learner(dls, StatefulLM(lm), recipe, path, [ArchParamUpdate.of(recipe, valid_batches), *cbs], metrics_file, splitter=weight_parameters)
 
 
 def retrain(corpus: Corpus, genotype: Genotype | str, recipe: RetrainRecipe, seed: int = 0, folder: str | Path = ".", report=None,

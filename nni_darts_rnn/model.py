@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .cell import INIT_RANGE, DiscreteRNN, RecurrentWeights, check_rates, variational_mask
 from .checks import whole_number
-from .corpus import BpttBatches, fixed_length, streams
+from .corpus import BpttBatches, LengthRule, streams
 from .cross_entropy import linear_cross_entropy
 from .genotype import Genotype
 from .layer import DartsRNN
@@ -131,7 +131,7 @@ def perplexity(model, tokens: Tensor, batch_size: int, bptt: int) -> float:
     was_training = model.training
     model.eval()
     hidden = model.init_hidden(batch_size)
-    batches = BpttBatches(streams(tokens, batch_size).to(hidden.device), fixed_length(bptt))
+    batches = BpttBatches(streams(tokens, batch_size).to(hidden.device), LengthRule(bptt))
     nats, count = torch.zeros((), dtype=torch.float64, device=hidden.device), 0
     for x, y in batches:
         nll, _, _, hidden = model.loss(x, y, hidden)
@@ -144,6 +144,12 @@ def perplexity(model, tokens: Tensor, batch_size: int, bptt: int) -> float:
 def number_of_parameters(model: nn.Module) -> int:
     """Trainable numbers, each shared (tied) tensor once."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def expected_parameters(vocab_size: int, hidden_size: int, n_nodes: int) -> int:
+    """Those of a language model of one cell: V·H of the embedding, V of the decoder, 2H·2H of W0, N·H·2H of the nodes."""
+    V, H = vocab_size, hidden_size
+    return V * H + V + 4 * H * H + 2 * n_nodes * H * H
 
 
 def choose_device(device: str) -> torch.device:

@@ -24,16 +24,18 @@ logger = logging.getLogger(__name__)
 def check_fits(corpus: Corpus, *parts: SearchRecipe | RetrainRecipe) -> None:
     """`ValueError`, before anything is trained or written, where a text is too short for the streams that a part of the recipe asks for, or
     where the weights and their gradient alone are more than this machine's memory."""
+    from .model import expected_parameters
+
     for part in parts:
         if isinstance(part, SearchRecipe):
-            prefix, texts = "search", {"batch_size": [("training", corpus.train), ("α's", corpus.valid if corpus.alpha is None else corpus.alpha)],
+            prefix, texts = "search", {"batch_size": [("training", corpus.train), ("α's", corpus.for_alpha)],
                                        "eval_batch_size": [("validation", corpus.valid)]}
         else:
             prefix, texts = "retrain", {"batch_size": [("training", corpus.without_alpha().train)], "eval_batch_size": [("validation", corpus.valid)],
                                         "test_batch_size": [("test", corpus.test)]}
         _check_streams(part, prefix, texts)
         V, H, N = len(corpus.vocab), part.hidden_size, getattr(part, "n_nodes", 0)
-        needed, there = 8 * (V * H + V + 4 * H * H + 2 * N * H * H), _memory()  # float32 twice; of a cell to be retrained only W0, whose size every cell shares
+        needed, there = 8 * expected_parameters(V, H, N), _memory()  # float32 twice; of a cell to be retrained only W0, whose size every cell shares
         if needed > there:
             raise ValueError(f"{prefix}.hidden_size: {H} units{f' and {N} nodes' if N else ''} for {V:,} words need {needed / 1e9:,.0f} GB for the weights and their gradient alone, "
                              f"but this machine has {there / 1e9:,.0f} GB of memory; take fewer units, or put <unk> for rare words")
@@ -71,15 +73,17 @@ def take_fast_path(corpus: Corpus, recipe: SearchRecipe | RetrainRecipe, device:
     from .extension import State
     from .model import choose_device
 
-    search, n_nodes = (True, recipe.n_nodes) if isinstance(recipe, SearchRecipe) else (False, n_nodes)
-    steps = recipe.epochs * len(corpus.train if search else corpus.without_alpha().train) / (recipe.batch_size * recipe.bptt)
     words = len(corpus.vocab)
-    passes = sum(recipe.passes(epoch, words) for epoch in range(recipe.epochs)) / recipe.epochs if isinstance(recipe, SearchRecipe) else 3
-    work = fused.eager_seconds(recipe.bptt, recipe.batch_size, recipe.hidden_size, words, n_nodes, passes=steps * passes,
-                               edges=None if search else n_nodes)
+    if isinstance(recipe, SearchRecipe):
+        tokens, n_nodes, edges, precision = corpus.train, recipe.n_nodes, None, "float32"
+        passes = sum(recipe.passes(epoch, words) for epoch in range(recipe.epochs))
+    else:
+        tokens, edges, precision, passes = corpus.without_alpha().train, n_nodes, recipe.precision, 3 * recipe.epochs
+    steps = len(tokens) / (recipe.batch_size * recipe.bptt)  # of an epoch
+    work = fused.eager_seconds(recipe.bptt, recipe.batch_size, recipe.hidden_size, words, n_nodes, passes=steps * passes, edges=edges)
     where = choose_device("cpu" if str(device) == "cpu" else "auto")
     fused.prepare(math.inf if more else work, where)
-    hint = fused.why_not(where, recipe.precision if isinstance(recipe, RetrainRecipe) else "float32")
+    hint = fused.why_not(where, precision)
     if hint is not None and hint not in State.told:
         State.told.add(hint)
         logger.info("%s", hint)
@@ -187,7 +191,7 @@ def _draw(folder: Path, *names: str) -> None:
         warnings.warn(f"{name} was not drawn: {why}", stacklevel=2)
 
 
-def whole_run(corpus: Corpus, recipe: Recipe, seed: int, folder: Path, report=None, progress: bool = False, device: str = "auto",
+def whole_run(corpus: Corpus, recipe: Recipe, seed: int, folder: Path, report=None, device: str = "auto",
               keeping: Keeping = USUAL, final: Callable[[dict], None] | None = None, more: bool = False) -> dict:
     """A trial: search, retraining, test. Leaves everything the two phases leave, and result.json, which it returns as a dictionary.
 
@@ -198,13 +202,13 @@ def whole_run(corpus: Corpus, recipe: Recipe, seed: int, folder: Path, report=No
     check_fits(corpus, recipe.search, recipe.retrain)
     with alone_in(folder, wait=more) as kept:
         store = _store(kept, "search", run_identity(corpus, recipe.search, seed), keeping)
-        searched = _search_phase(corpus, recipe.search, seed, folder, report, progress, device, store)
+        searched = _search_phase(corpus, recipe.search, seed, folder, report, False, device, store)
         genotype, rest = searched["genotype"], replace(keeping, resume="auto" if keeping.resume == "must" else keeping.resume)
         identity = _retrain_identity(corpus, genotype, recipe.retrain, seed)
         if more:
             del identity["recipe"]["epochs"]
         last = _store(kept, "retrain", identity, rest)
-        retrained = _retrain_phase(corpus, genotype, recipe.retrain, seed, folder, report, progress, device, last, more)
+        retrained = _retrain_phase(corpus, genotype, recipe.retrain, seed, folder, report, False, device, last, more)
         result = {
             "seed": seed, "corpus": corpus.name, "recipe": recipe.to_dict(), "genotype": genotype.to_json(),
             "supernet_valid_perplexity": searched["supernet_valid_perplexity"], "valid_perplexity": retrained["valid_perplexity"],

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
+from torch import nn
 
 from .bilevel import AlphaGradient, Loss, RandomState, gradients, two_ends
 from .weight_step import Tensors, norm, takes_step_of
@@ -18,6 +19,13 @@ def plain_sgd(optimizer: torch.optim.Optimizer) -> dict:
         raise ValueError(f"reproduce_original: the published code has plain SGD, one group of weights without momentum; this is {type(optimizer).__name__}"
                          f" with {1 + len(others)}")
     return group
+
+
+def tied(module: nn.Module, weights: Iterable[str]) -> list[int]:
+    """Which of these weights of the module have a second name."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    twice = {names[id(p)] for name, p in module.named_parameters(remove_duplicate=False) if names[id(p)] != name}
+    return [i for i, name in enumerate(weights) if name in twice]
 
 
 def original_gradient(loss: Loss, weights: Tensors, alphas: Tensors, train_batch, valid_batch, lr: float, weight_decay: float, clip: float,
@@ -38,9 +46,10 @@ def original_gradient(loss: Loss, weights: Tensors, alphas: Tensors, train_batch
                 for i, (w, x) in enumerate(zip(leaves, g))]
     unrolled = [w.requires_grad_() for w in unrolled]
     valid_value = (valid_loss or loss)(unrolled, alphas, valid_batch)
-    *direct, v = gradients(valid_value, [*alphas, *unrolled], split=len(alphas))
+    found = gradients(valid_value, [*alphas, *unrolled])
+    direct, v = found[:len(alphas)], found[len(alphas):]
     shrink = min(float(clip / (norm(v) + 1e-6)), 1.0)
-    v = [None if x is None else shrink * x for x in v]
+    v = [shrink * x for x in v]
     plus, minus, scale = two_ends(leaves, v, epsilon)
     up, down = gradients(loss(plus, alphas, train_batch), alphas), gradients(loss(minus, alphas, train_batch), alphas)
     implicit = [lr * factor * (a - b) / scale for a, b in zip(up, down)]

@@ -30,6 +30,11 @@ def _check_rate(part: str, optimizer: str, lr: float, usual: float) -> None:
         raise ValueError(f"{part}.lr: {lr:g} is a rate for SGD; {part}.optimizer = adam takes at most {ADAMS_LR}, and {usual} is usual")
 
 
+def annealed(done: float, share: float) -> float:
+    """What the learning rate is multiplied by once a part `done` of a phase is over: over its last `share` it falls to 0 along a cosine."""
+    return (1 + math.cos(math.pi * max(0.0, (done - (1 - share)) / share))) / 2
+
+
 @dataclass(frozen=True)
 class SearchRecipe:
     """How the supernet is trained and α is moved."""

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import torch
 from nni.mutable.utils import label_scope
 from nni.nas.nn.pytorch import LayerChoice, ModelSpace, MutableModule
@@ -13,7 +10,7 @@ from torch import Tensor, nn
 
 from .cell import ACTIVATIONS, INIT_RANGE, RecurrentWeights, checked_primitives
 from .checks import one_of
-from .genotype import PRIMITIVES, RELAXATIONS, Genotype, edges, load_genotype
+from .genotype import PRIMITIVES, RELAXATIONS, Genotype, edges
 from .model import LanguageModel, LMOutput
 from .supernet import MixedRNN, checked_draws
 
@@ -178,23 +175,3 @@ class DartsRnnSpace(RecurrentSpace):
 
     def init_hidden(self, batch_size: int) -> Tensor:
         return self.lm.init_hidden(batch_size)
-
-
-def load_searched_model(source: Genotype | str | Path, vocab_size: int | None = None, hidden_size: int | None = None, **dropouts: float) -> LanguageModel:
-    """The discrete language model of a genotype, a name (`DARTS_V2`), a genotype file, or a folder with a trained model.
-
-    A folder that holds a trained model gives it with its weights, sizes and dropout rates, and nothing else may be given; otherwise `vocab_size` is
-    needed, `hidden_size` is 850 where it is not given, `dropouts` are those of `LanguageModel.from_genotype`, and the weights are new.
-    `ValueError` with one line where that is not possible.
-    """
-    if not isinstance(source, Genotype) and os.path.isfile(Path(source) / "model.json"):
-        from .trained import load_trained
-
-        given = [name for name, value in (("vocab_size", vocab_size), ("hidden_size", hidden_size)) if value is not None] + list(dropouts)
-        if given:
-            raise ValueError(f"{', '.join(given)}: {source} holds a trained model, which has its own; give the folder alone")
-        return load_trained(source)[0]
-    genotype = load_genotype(source)
-    if vocab_size is None:
-        raise ValueError("vocab_size: needed to build a new model; only a folder with a trained model knows its own")
-    return LanguageModel.from_genotype(vocab_size, 850 if hidden_size is None else hidden_size, genotype, **dropouts)

@@ -1,4 +1,4 @@
-"""What a user may set of the architecture step, checked alike for the NNI strategy and the fastai callback."""
+"""What a user may set of the architecture step, checked alike for the NNI strategy and the fastai callback, and the gradient by these settings."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ import math
 from collections.abc import Sequence
 from numbers import Real
 
-from .bilevel import MODES, is_first_order
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .bilevel import MODES, AlphaGradient, Loss, architecture_gradient, is_first_order
 from .checks import one_of
+from .published import original_gradient, plain_sgd, tied
+from .weight_step import Tensors, WeightStep
 
 ABOVE_0 = {"epsilon", "gradient_clip_val"}  # of other numbers 0 is allowed too
 WHOLE = {"neumann_terms", "warmup_epochs", "log_prob_every_n_step"}
@@ -35,6 +40,24 @@ def check_step(*, hvp: str, unrolled_lr: float | None, neumann_terms: int, repro
         raise ValueError(f"neumann_terms: {neumann_terms} terms of the second-order gradient go with no first-order one; give 0")
     if reproduce_original and (hvp == "exact" or neumann_terms):
         raise ValueError(f"reproduce_original: the published code has a finite difference and no series; hvp={hvp!r} and neumann_terms={neumann_terms} go without it")
+
+
+def gradient_by(settings, module: nn.Module, weights: dict[str, Tensor], alphas: Tensors, train_batch, valid_batch, train_loss: Loss, valid_loss: Loss,
+                optimizer: Optimizer, clip: float | None, **passes) -> AlphaGradient:
+    """∇α by the attributes of `settings` that `check_step` has checked: ours, or the published code's.
+
+    `weights` are those of `module`, by name, that `optimizer` is about to move, with gradients clipped to the norm `clip`; `passes`: `ran` and `reduce` of
+    `architecture_gradient`.
+    """
+    tensors = list(weights.values())
+    if settings.reproduce_original and settings.hvp != "first_order":
+        group = plain_sgd(optimizer)
+        lr = group["lr"] if settings.unrolled_lr is None else settings.unrolled_lr
+        return original_gradient(train_loss, tensors, alphas, train_batch, valid_batch, lr, group["weight_decay"], clip, valid_loss=valid_loss,
+                                 tied=tied(module, weights))
+    step = None if is_first_order(settings.hvp, settings.unrolled_lr) else WeightStep.of(optimizer, tensors, clip, settings.unrolled_lr)
+    return architecture_gradient(train_loss, tensors, alphas, train_batch, valid_batch, step, settings.hvp, settings.epsilon, settings.neumann_terms, valid_loss,
+                                 **passes)
 
 
 def _number(name: str, value) -> bool:

@@ -15,21 +15,21 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .auxiliary import Before
-from .bilevel import EPSILON, TrainingPass, architecture_gradient, is_first_order
+from .bilevel import EPSILON, TrainingPass, is_first_order
 from .health import check_finite
-from .published import original_gradient, plain_sgd
-from .step_settings import check_step
-from .weight_step import WeightStep
+from .published import plain_sgd
+from .step_settings import check_step, gradient_by
 
 
 class _TrainingStep(nn.Module):
-    """Makes a Lightning module's `training_step` the `forward` that `torch.func.functional_call` calls."""
+    """Makes a Lightning module's `training_step` the `forward` that `torch.func.functional_call` calls; nothing is logged there."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
         self.module = module
 
     def forward(self, batch, batch_idx: int):
+        self.module.log = self.module.log_dict = lambda *args, **kwargs: None  # until `Before.again` puts back what they were
         return self.module.training_step(batch, batch_idx)
 
 
@@ -166,7 +166,7 @@ class SecondOrderDartsModule(DartsLightningModule):
         `before`: the modules before that step. `ran`: the loss of its training pass, where that has been run and left the weights their gradients.
         With several processes each has its own part of the batch, as in Lightning's DDP, and the gradient is that of the mean losses.
         """
-        optimizer = next(o for o in self._optimizers() if not getattr(o, "is_arch_optimizer", False))
+        optimizer = next(o for o in self.trainer.optimizers if not getattr(o, "is_arch_optimizer", False))
         moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
         architecture = {id(p) for p in self.arch_parameters()}
         step_module = self._step_module[0]
@@ -175,58 +175,32 @@ class SecondOrderDartsModule(DartsLightningModule):
         # a weight that is frozen takes no step, even where it is in a group of the optimizer
         weights = {name: p for name, p in step_module.named_parameters()
                    if id(p) in moved and id(p) not in architecture and p.requires_grad}
-        alpha_names, weight_names = [names[id(p)] for p in alphas], list(weights)
-        carried: dict[str, Tensor] = {}
-
-        def run(at_weights, at_alphas, data, index, part):
-            # every pass works on copies of the buffers, so BatchNorm statistics and hidden states stay as they are
-            state = {name: b.clone() for name, b in before.buffers.items()}
-            state.update(zip(weight_names, at_weights))
-            state.update(zip(alpha_names, at_alphas))
-            with before.again():
-                self.training_module.log = self.training_module.log_dict = lambda *args, **kwargs: None
-                output = torch.func.functional_call(step_module, state, (data, index))
-            carried.update(state)
-            return _loss_of(output, part)
-
+        alpha_names = [names[id(p)] for p in alphas]
         if self.reproduce_original:
-            group = plain_sgd(optimizer)
+            plain_sgd(optimizer)
 
-        part = "data_loss" if self.reproduce_original else "loss"
+        def run(at_weights, at_alphas, data, index):
+            output, state = before.call(step_module, dict(zip(weights, at_weights)) | dict(zip(alpha_names, at_alphas)), data, index)
+            return _loss_of(output, "data_loss" if self.reproduce_original else "loss"), state
 
         def train_loss(at_weights, at_alphas, data):
-            return run(at_weights, at_alphas, data, 2 * batch_idx + 1, part)
+            return run(at_weights, at_alphas, data, 2 * batch_idx + 1)[0]
 
         def valid_loss(at_weights, at_alphas, data):
-            loss = run(at_weights, at_alphas, data, 2 * batch_idx, part)
+            loss, state = run(at_weights, at_alphas, data, 2 * batch_idx)
             if self.penalty is not None:
                 loss, details = self.penalty(loss, self.export_probs())
                 self.log_dict({f"penalty/{k}": v for k, v in details.items()})
-            moved_on.update((name, carried["module." + name]) for name in getattr(self.training_module, "validation_buffers", ()))
+            moved_on.update((name, state["module." + name]) for name in getattr(self.training_module, "validation_buffers", ()))
             return loss
 
         moved_on: dict[str, Tensor] = {}
-        tensors = list(weights.values())
-        reduce = _mean_over_processes if self.trainer.world_size > 1 else list
-        if self.reproduce_original and self.hvp != "first_order":
-            several_names = [name for name, p in step_module.named_parameters(remove_duplicate=False) if names[id(p)] != name]
-            tied = {names[id(step_module.get_parameter(name))] for name in several_names}
-            lr = group["lr"] if self.unrolled_lr is None else self.unrolled_lr
-            result = original_gradient(train_loss, tensors, alphas, train_batch, valid_batch, lr, group["weight_decay"],
-                                       self.gradient_clip_val, valid_loss=valid_loss,
-                                       tied=[i for i, name in enumerate(weight_names) if name in tied])
-        else:
-            step = None if is_first_order(self.hvp, self.unrolled_lr) else WeightStep.of(optimizer, tensors, self.gradient_clip_val, self.unrolled_lr)
-            result = architecture_gradient(train_loss, tensors, alphas, train_batch, valid_batch, step, self.hvp, self.epsilon,
-                                           self.neumann_terms, valid_loss, reduce=reduce,
-                                           ran=None if ran is None else TrainingPass([p.grad for p in tensors], ran, before.generators))
+        result = gradient_by(self, step_module, weights, alphas, train_batch, valid_batch, train_loss, valid_loss, optimizer, self.gradient_clip_val,
+                             reduce=_mean_over_processes if self.trainer.world_size > 1 else list,
+                             ran=None if ran is None else TrainingPass([p.grad for p in weights.values()], ran, before.generators))
         for name, value in moved_on.items():
             self.training_module.get_buffer(name).copy_(value)
         return result.grads
-
-    def _optimizers(self) -> list:
-        optimizers = self.optimizers()
-        return optimizers if isinstance(optimizers, list) else [optimizers]
 
 
 class SecondOrderDARTS(DARTS):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
 
 from .cell import DiscreteRNN
+from .checks import one_line
 from .files import check_seal, sealed, whole, write_text
-from .genotype import Genotype
+from .genotype import Genotype, load_genotype
 from .model import LanguageModel
 from .outputs.versions import package_versions
 
@@ -75,7 +77,7 @@ def load_trained(folder: str | Path) -> tuple[LanguageModel, list[str]]:
     except KeyError as error:
         raise ValueError(f"{folder / DESCRIPTION}: {error} is missing") from None
     except (TypeError, ValueError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{folder}: {_one_line(error)}") from None
+        raise ValueError(f"{folder}: {one_line(error)}") from None
     model.to(tensors["encoder.weight"].dtype)
     model.load_state_dict(tensors | {TIED: tensors["encoder.weight"]})
     return model.eval(), words
@@ -89,7 +91,7 @@ def read_description(folder: str | Path) -> dict:
         text = data.decode("utf-8")
         described = json.loads(text)
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a model's description ({_one_line(error)})") from None
+        raise ValueError(f"{path}: not a model's description ({one_line(error)})") from None
     if not isinstance(described, dict) or described.get("format") != FORMAT:
         raise ValueError(f'{path}: not a model\'s description (expected "format": "{FORMAT}")')
     if described.get("version") != FORMAT_VERSION:
@@ -103,12 +105,26 @@ def read_description(folder: str | Path) -> dict:
     return described
 
 
+def load_searched_model(source: Genotype | str | Path, vocab_size: int | None = None, hidden_size: int | None = None, **dropouts: float) -> LanguageModel:
+    """The discrete language model of a genotype, a name (`DARTS_V2`), a genotype file, or a folder with a trained model.
+
+    A folder that holds a trained model gives it with its weights, sizes and dropout rates, and nothing else may be given; otherwise `vocab_size` is
+    needed, `hidden_size` is 850 where it is not given, `dropouts` are those of `LanguageModel.from_genotype`, and the weights are new.
+    `ValueError` with one line where that is not possible.
+    """
+    if not isinstance(source, Genotype) and os.path.isfile(Path(source) / DESCRIPTION):
+        given = [name for name, value in (("vocab_size", vocab_size), ("hidden_size", hidden_size)) if value is not None] + list(dropouts)
+        if given:
+            raise ValueError(f"{', '.join(given)}: {source} holds a trained model, which has its own; give the folder alone")
+        return load_trained(source)[0]
+    genotype = load_genotype(source)
+    if vocab_size is None:
+        raise ValueError("vocab_size: needed to build a new model; only a folder with a trained model knows its own")
+    return LanguageModel.from_genotype(vocab_size, 850 if hidden_size is None else hidden_size, genotype, **dropouts)
+
+
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error}); a folder written by save_trained is expected, such as that of a retraining or a trial") from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -11,9 +11,11 @@ import io
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from .checkpoints.stopping import Terminated, end_by, interrupts_remembered
+from .checks import did_you_mean, one_line
 from .own_parameters import own_parameters
 from .rungs import BUDGET, configuration_folder, copy_results, recipe_fields
 
@@ -23,21 +25,26 @@ REFUSALS = (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError)
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, as every other refusal; `--help` has the usage."""
 
-    def error(self, message: str):
-        from .checks import did_you_mean
+    def parse_known_args(self, args=None, namespace=None):
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:  # said here, and not by `parse_args`, since here it is the command's own options that are known
+            near = did_you_mean(unknown[0].partition("=")[0], self._option_string_actions) if unknown[0].startswith("-") else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
+        return namespace, unknown
 
+    def error(self, message: str):
         refused = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)$", message)
         near = did_you_mean(refused[1], re.findall(r"[\w-]+", refused[2])) if refused else ""
         self.exit(2, f"{self.prog}: error: {message}{near}\n")
 
 
-def one_line(error: Exception) -> str:
+def refusal(error: Exception) -> str:
     """What a command says of one of REFUSALS. A `RuntimeError` that tells of anything but memory is a fault of the program's own, and goes on."""
     if not isinstance(error, (MemoryError, RuntimeError)):
         return str(error)
     if isinstance(error, RuntimeError) and type(error).__name__ != "OutOfMemoryError" and not re.search("not enough memory|can't allocate memory", str(error)):
         raise error
-    return f"out of memory ({' '.join(str(error).split())[-120:] or type(error).__name__}); take fewer units, a smaller batch, or a shorter bptt"
+    return f"out of memory ({one_line(error)[-120:] or type(error).__name__}); take fewer units, a smaller batch, or a shorter bptt"
 
 
 def in_any_locale() -> None:
@@ -68,13 +75,18 @@ def main(argv: list[str] | None = None) -> int:
         nni.report_final_result({"default": result["valid_perplexity"]}
                                 | {k: result[k] for k in ("test_perplexity", "parameters", "seconds", "supernet_valid_perplexity")})
 
+    return in_trial(lambda: run(arguments, own_parameters(), nni.report_intermediate_result, final))
+
+
+def in_trial(work: Callable[[], object]) -> int:
+    """The exit status of a trial that does this work: 2 after one line where it was refused; stopped, it ends by the signal."""
     try:
         with interrupts_remembered():
-            run(arguments, own_parameters(), nni.report_intermediate_result, final)
+            work()
     except REFUSALS as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {refusal(error)}", file=sys.stderr)
         return 2
-    except (KeyboardInterrupt, Terminated) as stop:  # how NNI stops a trial
+    except (KeyboardInterrupt, Terminated) as stop:  # how NNI stops a trial; its checkpoint stays, and after Ctrl-C the best model so far
         print("stopped; the trial goes on from its checkpoint when it is run again", file=sys.stderr, flush=True)
         end_by(stop)
     return 0
@@ -90,9 +102,13 @@ def add_run_options(parser: argparse.ArgumentParser, learns: bool = True, search
                             help="part of the training text kept apart for α during the search; 0 (default): α learns from the validation text, as in the paper")
     else:
         parser.set_defaults(alpha_fraction=0.0)
-    default, fields = ("small (default)", "a field, e.g. --set search.epochs=5") if learns else (
-        "by default as after the training; small", "retrain.bptt, retrain.eval_batch_size or retrain.test_batch_size")
-    parser.add_argument("--recipe", default="small", help=f"named hyper-parameters: {default}, drawn, tiny, penn, wikitext-2; see `nni-darts-rnn recipes`")
+    names = "drawn, tiny, penn, wikitext-2; see `nni-darts-rnn recipes`"
+    if learns:
+        recipes, fields = f"named hyper-parameters: small (default), {names}", f"a field, e.g. --set {'search' if searches else 'retrain'}.epochs=5"
+    else:
+        recipes = f"recipe by which the text is read, in place of that of the training: small, {names}"
+        fields = "retrain.bptt, retrain.eval_batch_size or retrain.test_batch_size"
+    parser.add_argument("--recipe", default="small", help=recipes)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=f"replace {fields}; may be repeated")
     parser.add_argument("--threads", type=int, help="CPU threads for torch; default: torch's own choice")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "gpu"), help="where to compute")
@@ -148,7 +164,7 @@ def run(arguments: argparse.Namespace, parameters: dict, report, final=None) -> 
         if final is not None:
             final(result)
 
-    return whole_run(corpus, recipe, seed, where, report, progress=False, device=arguments.device, keeping=keep, final=done, more=rung)
+    return whole_run(corpus, recipe, seed, where, report, device=arguments.device, keeping=keep, final=done, more=rung)
 
 
 def _leave_report(folder: Path, arguments: argparse.Namespace) -> None:

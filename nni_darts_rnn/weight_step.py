@@ -169,10 +169,9 @@ class WeightStep:
         return [w if g is None else part.step(w, c * g) for w, g, part in zip(weights, grads, self.parts)]
 
     @torch.no_grad()
-    def pull_back(self, vector: Sequence[Tensor | None], weights: Tensors, grads: Sequence[Tensor | None], c: Tensor | float) -> list[Tensor | None]:
+    def pull_back(self, vector: Tensors, weights: Tensors, grads: Sequence[Tensor | None], c: Tensor | float) -> list[Tensor | None]:
         """q. Where the clip is active J(g) = clip·g/(‖g‖ + δ), so J'ᵀu = c·(u − g (gᵀu)/(‖g‖(‖g‖ + δ)))."""
-        # a weight that the vector is zero for takes part in the norm all the same
-        u = [None if g is None else torch.zeros_like(g) if v is None else part.slope(w, c * g) * v for v, w, g, part in zip(vector, weights, grads, self.parts)]
+        u = [None if g is None else part.slope(w, c * g) * v for v, w, g, part in zip(vector, weights, grads, self.parts)]
         if self.clip is None or float(c) >= 1:
             return u
         length = norm(grads)

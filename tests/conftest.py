@@ -69,7 +69,8 @@ def digits_of_products():
     """What a command allows torch is not for the tests after it."""
     import torch
 
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    backends = [getattr(library, kind) for library in (torch.backends.cudnn, torch.backends.mkldnn) for kind in ("conv", "rnn")]
+    backends += [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
     before = [backend.fp32_precision for backend in backends]
     yield
     for backend, was in zip(backends, before):

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import against_lstm
 import all_words
 import few_rows
 import hardware
@@ -113,6 +114,18 @@ def test_all_words_keeps_what_its_commands_answered_and_runs_none_twice(tmp_path
     monkeypatch.setattr(all_words.subprocess, "run", None)
     all_words.main(arguments)
     assert json.loads((tmp_path / "found.json").read_text()) == kept
+
+
+def test_a_cell_and_an_lstm_of_as_many_parameters_are_trained_alike(tmp_path):
+    draw = random.Random(0)
+    for split, count in (("train", 300), ("valid", 40), ("test", 40)):
+        (tmp_path / f"{split}.txt").write_text("\n".join(" ".join(draw.choices("a cat dog sat ran on".split(), k=6)) for _ in range(count)) + "\n")
+    sizes = ["bptt=16", "max_bptt_above=8", "batch_size=16", "eval_batch_size=16", "test_batch_size=16", "hidden_size=16", "epochs=1"]
+    against_lstm.main(["--corpus", str(tmp_path), "--recipe", "tiny", "--device", "cpu", "--save", str(tmp_path / "found.json"),
+                       *(word for size in sizes for word in ("--set", f"retrain.{size}"))])
+    found = json.loads((tmp_path / "found.json").read_text())["results"]
+    assert found["lstm"]["parameters"] == pytest.approx(found["cell"]["parameters"], rel=0.05)
+    assert all(1 < found[name]["test_perplexity"] < 8 for name in ("cell", "lstm"))  # guessing every word alike has 8
 
 
 def test_what_torch_has_no_code_for_here_is_left_out_and_said(capsys):

@@ -196,9 +196,8 @@ def loaders(folder: Path):
     from nni_darts_rnn.genotype import load_genotype
     from nni_darts_rnn.outputs import figures
     from nni_darts_rnn.report import experiments
-    from nni_darts_rnn.space import load_searched_model
     from nni_darts_rnn.text import download
-    from nni_darts_rnn.trained import load_trained, read_description
+    from nni_darts_rnn.trained import load_searched_model, load_trained, read_description
 
     def best_model():
         import torch.nn as nn

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from nni_darts_rnn import __version__, cli, plot, trial
+from nni_darts_rnn import __version__, cli, trial
 from nni_darts_rnn.genotype import derive, load_genotype
 from nni_darts_rnn.outputs import figures
 from nni_darts_rnn.plot.alpha import probabilities
@@ -191,6 +191,8 @@ def test_search_and_retrain_refuse(command, options, words, place, capsys):
     (["evaluate", "nowhere", "--set", "retrain.test_batch_sise=2"], "did you mean 'retrain.test_batch_size'?"),
     (["evaluate", "nowhere"], "model.json: cannot be read"),
     (["recipes", "penn"], "unrecognized arguments: penn"),
+    (["search", "--recipee", "tiny"], "search: error: unrecognized arguments: --recipee tiny; did you mean '--recipe'?"),
+    (["plot", "found", "--otu=pictures"], "plot: error: unrecognized arguments: --otu=pictures; did you mean '--out'?"),
 ])
 def test_what_each_command_refuses(argv, words, place, capsys):
     corpus = ["--corpus", place.parent / "corpus"] if argv and argv[0] in ("search", "retrain", "evaluate") else []
@@ -279,13 +281,13 @@ def test_a_trial_without_a_tuner(place, capsys, caplog):
 def test_the_pictures_of_a_search_are_of_the_cell_that_it_found(relaxation, place, monkeypatch):
     assert status(cli.main, "search", "--corpus", place.parent / "corpus", *SMALL, "--set", f"search.relaxation={relaxation}", "--set", "search.arch_lr=1",
                   "--set", "search.n_nodes=5", "--out", "found") == 0
-    history, told = figures.read_alpha(place / "found")
-    assert derive(probabilities(history, told["primitives"], told["relaxation"])[-1], told["primitives"]) == load_genotype(place / "found")
-    assert told["epochs"] == [0, 1] and len(history) == 2
+    told = figures.read_alpha(place / "found")
+    assert derive(probabilities(told["history"], told["primitives"], told["relaxation"])[-1], told["primitives"]) == load_genotype(place / "found")
+    assert told["epochs"] == [0, 1] and len(told["history"]) == 2
     drawn = []
-    monkeypatch.setattr(plot, "plot_alpha", lambda alpha, path, **how: drawn.append((alpha, how)))
+    monkeypatch.setitem(figures.PICTURES, "alpha.svg", (figures.read_alpha, lambda path, **how: drawn.append(how)))
     figures.draw(place / "found", ["alpha.svg"])
-    assert drawn == [(history, told)]
+    assert drawn == [told]
 
 
 def test_search_retrain_evaluate(place, capsys):

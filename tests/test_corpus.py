@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from nni_darts_rnn import corpus as corpus_module
-from nni_darts_rnn.corpus import BpttBatches, Corpus, Vocabulary, fixed_length, load_corpus, retrain_lengths, search_lengths, streams
+from nni_darts_rnn.corpus import BpttBatches, Corpus, LengthRule, Vocabulary, load_corpus, streams
 from nni_darts_rnn.text import download
 
 ROOT = Path(__file__).parents[1]
@@ -179,7 +179,7 @@ PRINT = """
 import hashlib, sys
 from nni_darts_rnn.corpus import *
 c = load_corpus("pydoc", alpha_fraction=0.1)
-b = BpttBatches(streams(c.train, 8), retrain_lengths(20, 0.3, 4.0, 3, 30), seed=3)
+b = BpttBatches(streams(c.train, 8), LengthRule(20, 0.3, 4.0, 3, 30), seed=3)
 b.set_epoch(2)
 print(hashlib.sha256(repr((c.vocab.words, c.train.tolist(), c.valid.tolist(), c.alpha.tolist(), b.lengths)).encode()).hexdigest())
 """
@@ -241,12 +241,12 @@ def test_bad_texts(tmp_path, texts, says):
     (lambda p: streams(torch.arange(9), 5), "5 streams need a text of at least 10 tokens, this one has 9"),
     (lambda p: streams(torch.arange(9), 0), "batch_size: 0 must be a whole number"),
     (lambda p: streams(torch.arange(9), 1.5), "batch_size: 1.5 must be a whole number"),
-    (lambda p: BpttBatches(torch.zeros(1, 4, dtype=torch.long), fixed_length(5)), r"shape \(1, 4\) hold no target"),
-    (lambda p: fixed_length(0), "bptt: 0 must be at least 1"),
-    (lambda p: fixed_length(float("nan")), "bptt: nan must"),
-    (lambda p: search_lengths(35, 1.5), "short_probability: 1.5"),
-    (lambda p: retrain_lengths(35, 0.05, -1.0, 5, 55), "std: -1.0"),
-    (lambda p: retrain_lengths(35, 0.05, 5.0, 60, 55), "minimum: 60 must be from 1 to the maximum, 55"),
+    (lambda p: BpttBatches(torch.zeros(1, 4, dtype=torch.long), LengthRule(5)), r"shape \(1, 4\) hold no target"),
+    (lambda p: LengthRule(0), "bptt: 0 must be at least 1"),
+    (lambda p: LengthRule(float("nan")), "bptt: nan must"),
+    (lambda p: LengthRule(35, 1.5), "short_probability: 1.5"),
+    (lambda p: LengthRule(35, 0.05, -1.0, 5, 55), "std: -1.0"),
+    (lambda p: LengthRule(35, 0.05, 5.0, 60, 55), "minimum: 60 must be from 1 to the maximum, 55"),
 ])
 def test_bad_settings(small, tmp_path, call, says):
     assert re.search(says, one_line(call, tmp_path))
@@ -283,7 +283,7 @@ def test_streams_are_consecutive_parts():
     assert s._base is not None  # a view
 
 
-@pytest.mark.parametrize("rule", [fixed_length(7), fixed_length(1), fixed_length(500), search_lengths(9, 0.5), retrain_lengths(9, 0.3, 3.0, 2, 14)])
+@pytest.mark.parametrize("rule", [LengthRule(7), LengthRule(1), LengthRule(500), LengthRule(9, 0.5), LengthRule(9, 0.3, 3.0, 2, 14)])
 @pytest.mark.parametrize("n", [6, 7, 41, 1000])
 def test_every_target_once_and_no_copies(rule, n):
     stream = streams(torch.arange(n), 3)
@@ -301,28 +301,28 @@ def test_every_target_once_and_no_copies(rule, n):
 
 
 def test_lengths_of_the_search():
-    batches = BpttBatches(torch.zeros(700_000, 1, dtype=torch.long), search_lengths(35, 0.05))
+    batches = BpttBatches(torch.zeros(700_000, 1, dtype=torch.long), LengthRule(35, 0.05))
     lengths = np.array(batches.lengths[:-1])
     assert set(lengths) == {17, 35}
     assert abs((lengths == 17).mean() - 0.05) < 4 * np.sqrt(0.05 * 0.95 / len(lengths))
 
 
 def test_lengths_of_the_retraining():
-    batches = BpttBatches(torch.zeros(1_000_000, 1, dtype=torch.long), retrain_lengths(35, 0.05, 5.0, 5, 55))
+    batches = BpttBatches(torch.zeros(1_000_000, 1, dtype=torch.long), LengthRule(35, 0.05, 5.0, 5, 55))
     lengths = np.array(batches.lengths[:-1])
     assert lengths.min() >= 5 and lengths.max() <= 55
     # The whole part of a normal lies half a step below its mean.
     mean = 0.95 * 34.5 + 0.05 * 17
     assert abs(lengths.mean() - mean) < 4 * lengths.std() / np.sqrt(len(lengths))
     assert 0.03 < (lengths < 22).mean() < 0.06
-    long = BpttBatches(torch.zeros(1_000_000, 1, dtype=torch.long), retrain_lengths(35, 0.0, 5.0, 5, 55)).lengths
+    long = BpttBatches(torch.zeros(1_000_000, 1, dtype=torch.long), LengthRule(35, 0.0, 5.0, 5, 55)).lengths
     assert abs(np.std(long[:-1]) - 5.0) < 0.1 and abs(np.mean(long[:-1]) - 34.5) < 0.15
-    clipped = BpttBatches(torch.zeros(20_000, 1, dtype=torch.long), retrain_lengths(10, 0.0, 5.0, 8, 12)).lengths
+    clipped = BpttBatches(torch.zeros(20_000, 1, dtype=torch.long), LengthRule(10, 0.0, 5.0, 8, 12)).lengths
     assert set(clipped[:-1]) == {8, 9, 10, 11, 12}
 
 
 def test_lengths_depend_on_seed_and_epoch_alone():
-    stream, rule = torch.zeros(2000, 2, dtype=torch.long), retrain_lengths(20, 0.1, 5.0)
+    stream, rule = torch.zeros(2000, 2, dtype=torch.long), LengthRule(20, 0.1, 5.0, 5)
     one, other = BpttBatches(stream, rule, seed=4), BpttBatches(stream, rule, seed=4)
     state = torch.get_rng_state(), np.random.get_state()[1].copy()
     seen = []
@@ -341,8 +341,8 @@ def test_lengths_depend_on_seed_and_epoch_alone():
 
 def test_device():
     stream = streams(torch.arange(20), 2)
-    assert BpttBatches(stream, fixed_length(5), device="meta")[0].tokens.device.type == "meta"
-    assert BpttBatches(stream, fixed_length(5)).to("meta").stream.device.type == "meta"
+    assert BpttBatches(stream, LengthRule(5), device="meta")[0].tokens.device.type == "meta"
+    assert BpttBatches(stream, LengthRule(5)).to("meta").stream.device.type == "meta"
 
 
 # ---- downloads

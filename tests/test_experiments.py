@@ -204,9 +204,12 @@ def test_unknown_experiments_are_refused_in_one_line(mixed, capsys):
 def test_nothing_known_and_nothing_finished(home, capsys):
     assert known_experiments() == {}
     assert run("best", "abcd1234") == 2 and "NNI knows no experiment on this machine" in capsys.readouterr().err
-    write_experiment(home, {"aaaaa": ("RUNNING", {"seed": 1})}, status="RUNNING")
+    folder = write_experiment(home, {"aaaaa": ("RUNNING", {"seed": 1})}, status="RUNNING")
     assert run("best", "abcd1234") == 2
     assert capsys.readouterr().err == "nni-darts-rnn: error: experiment abcd1234: no trial has finished yet (1 running)\n"
+    trial_folder(folder, "bbbbb").mkdir()  # of which NNI has not told its database yet
+    assert run("best", "abcd1234") == 2
+    assert capsys.readouterr().err == "nni-darts-rnn: error: experiment abcd1234: no trial has finished yet (1 running, 1 waiting)\n"
 
 
 def test_an_experiment_of_failures_says_where_the_reasons_are(home, capsys):

@@ -211,21 +211,12 @@ def test_a_batch_of_one_cannot_be_normalised():
 
 
 def test_all_digits_whichever_way_the_precision_was_set():
-    matmul = torch.backends.cuda.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"  # torch.get_float32_matmul_precision raises from here on
-    try:
-        with bilevel.all_digits():
-            assert matmul.fp32_precision == "ieee"
-        assert matmul.fp32_precision == "tf32"
-    finally:
-        matmul.fp32_precision = before
-
-
-def test_what_is_not_compiled_yet_can_be(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(extension.State, "loaded", None)
-    monkeypatch.setattr(extension.State, "problem", None)
-    assert not extension.available(build=False) and extension.why_not() is None and not list(tmp_path.iterdir())
+    backends = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn]  # cuDNN's have TF32 by default
+    for backend in backends:
+        backend.fp32_precision = "tf32"  # torch.get_float32_matmul_precision raises from here on
+    with bilevel.all_digits():
+        assert all(backend.fp32_precision == "ieee" for backend in backends)
+    assert all(backend.fp32_precision == "tf32" for backend in backends)
 
 
 @pytest.mark.parametrize("lacks, says", [("compiler", "install g++"), ("tiles", "gain nothing here"), ("nothing", None)])

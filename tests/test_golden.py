@@ -18,9 +18,10 @@ from nni_darts_rnn import bilevel
 from nni_darts_rnn.evaluator import TRAIN, VALID, LanguageModelModule
 from nni_darts_rnn.genotype import DARTS_V1, DARTS_V2, ENAS, Genotype, derive
 from nni_darts_rnn.model import LanguageModel
-from nni_darts_rnn.space import DartsRnnSpace, MixedCell, load_searched_model
+from nni_darts_rnn.space import DartsRnnSpace, MixedCell
 from nni_darts_rnn.strategy import SecondOrderDARTS
 from nni_darts_rnn.supernet import MixedRNN
+from nni_darts_rnn.trained import load_searched_model
 from nni_darts_rnn.weight_step import Linear, WeightStep
 
 FOLDER = Path(__file__).parent / "golden"

@@ -28,6 +28,7 @@ from nni_darts_rnn.genotype import Genotype  # noqa: E402
 from nni_darts_rnn.model import perplexity  # noqa: E402
 from nni_darts_rnn.recipes import get_recipe  # noqa: E402
 from nni_darts_rnn.search import make_space  # noqa: E402
+from nni_darts_rnn.space import DartsRnnSpace  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # NNI's and fastai's advice
 SETTINGS = {"bptt": 16, "max_bptt_above": 8, "batch_size": 16, "eval_batch_size": 16, "test_batch_size": 16}
@@ -89,6 +90,17 @@ def test_a_strategy_that_draws_in_the_same_process_draws_on(text, monkeypatch):
             evaluator.evaluate(model.executable_model())
         model = RawFormatModelSpace(space, evaluator).freeze(sample)
         evaluator._execute(model)
+
+
+def test_the_size_is_that_of_the_space(text, monkeypatch):
+    """By which it is decided whether compiling pays; a recipe's own is for `make_space`."""
+    asked = []
+    monkeypatch.setattr("nni_darts_rnn.fastai_evaluator.take_fast_path", lambda corpus, recipe, device, n_nodes: asked.append((recipe.hidden_size, recipe.epochs, n_nodes)))
+    space = DartsRnnSpace(len(text.vocab), hidden_size=12, n_nodes=2)
+    model = RawFormatModelSpace(space, FastaiEvaluator(text, RECIPE, epochs=0, device="cpu")).freeze({label: choice.values[-1] for label, choice in space.simplify().items()})
+    with Evaluator.mock_runtime(model):
+        model.evaluator.evaluate(model.executable_model())
+    assert asked == [(12, 1, 2)] and RECIPE.retrain.hidden_size != 12
 
 
 def test_shared_weights(text, tmp_path):

@@ -51,7 +51,7 @@ def do_retrain(tmp_path, **settings):
 
 def poison(monkeypatch, where: str, steps: list[int]) -> list[int]:
     """From then on the `steps`-th calls (counted over the whole run, its repetitions included) give NaN in the place that `where` names."""
-    from nni_darts_rnn import callbacks, strategy
+    from nni_darts_rnn import callbacks, step_settings
     from nni_darts_rnn.evaluator import LanguageModelModule
 
     calls = []
@@ -72,13 +72,13 @@ def poison(monkeypatch, where: str, steps: list[int]) -> list[int]:
 
         monkeypatch.setattr(LanguageModelModule, "training_step", training_step)
     elif where == "alpha gradient":
-        original = strategy.architecture_gradient
+        original = step_settings.architecture_gradient
 
         def architecture_gradient(*args, **kwargs):
             found = original(*args, **kwargs)
             return found._replace(grads=[g * NAN for g in found.grads]) if hit() else found
 
-        monkeypatch.setattr(strategy, "architecture_gradient", architecture_gradient)
+        monkeypatch.setattr(step_settings, "architecture_gradient", architecture_gradient)
     else:
         original = callbacks.FiniteNumbers.before_step
 

@@ -6,7 +6,7 @@ import random
 import socket
 import subprocess
 import sys
-from collections import Counter, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from functools import partial
 
 import nni
@@ -25,7 +25,7 @@ from torch.utils.data import TensorDataset
 from torchmetrics import CatMetric
 
 import nni_darts_rnn.strategy as strategy_module
-from nni_darts_rnn import auxiliary
+from nni_darts_rnn import auxiliary, step_settings
 from nni_darts_rnn.auxiliary import Before
 from nni_darts_rnn.corpus import EOS, UNK, Corpus, Vocabulary
 from nni_darts_rnn.evaluator import TRAIN, VALID, LanguageModelModule, search_evaluator
@@ -59,7 +59,7 @@ def make(*, arc_learning_rate=0.1, log_prob_every_n_step=0, **kwargs) -> SecondO
 @pytest.fixture
 def spy(monkeypatch):
     """What `bilevel.architecture_gradient` was called with and what it gave, step by step."""
-    calls, real = [], strategy_module.architecture_gradient
+    calls, real = [], step_settings.architecture_gradient
 
     def watched(loss, weights, alphas, train, valid, step, *args, **kwargs):
         result = real(loss, weights, alphas, train, valid, step, *args, **kwargs)
@@ -67,7 +67,7 @@ def spy(monkeypatch):
         calls.append((step, copy, [w.detach().clone() for w in weights]))
         return result
 
-    monkeypatch.setattr(strategy_module, "architecture_gradient", watched)
+    monkeypatch.setattr(step_settings, "architecture_gradient", watched)
     return calls
 
 
@@ -297,6 +297,19 @@ def test_a_set_holds_the_tensors_that_it_held():
         seen.remove(a)
         seen.add(torch.ones(3))
     assert len(seen) == 2 and a in seen and b in seen
+
+
+@pytest.mark.parametrize("value", [1, torch.ones(2)], ids=["plain", "tensor"])
+def test_a_dict_is_put_back_in_its_order(value):
+    """As one has it that forgets what was not used for longest."""
+    module = nn.Linear(2, 2)
+    module.recent, order = OrderedDict(a=value, b=value, c=value), []
+    before = Before(module)
+    module.recent.move_to_end("a")
+    with before.again():
+        order += module.recent
+        module.recent.move_to_end("b")
+    assert order == ["a", "b", "c"] and list(module.recent) == ["b", "c", "a"]
 
 
 def test_generators_and_empty_buffers_are_put_back():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 
 import torch
 from fastai.callback.mixup import MixHandler
@@ -13,12 +12,11 @@ from fastai.torch_core import to_device
 from torch import Tensor, nn
 
 from ..auxiliary import Before
-from ..bilevel import EPSILON, AlphaGradient, RandomState, TrainingPass, architecture_gradient, is_first_order
+from ..bilevel import EPSILON, AlphaGradient, RandomState, TrainingPass, is_first_order
 from ..health import check_finite
 from ..model import activation_regularisation, without_dropout
-from ..published import original_gradient, plain_sgd
-from ..step_settings import check_step
-from ..weight_step import WeightStep
+from ..published import plain_sgd
+from ..step_settings import check_step, gradient_by
 from .fit_only import FitOnly
 from .step import ScaleLRByLength
 
@@ -120,7 +118,7 @@ class ArchParamUpdate(FitOnly):
 
     def _read_valid(self):
         """Batches of the validation text without end."""
-        for _ in itertools.count():
+        while True:
             if hasattr(self.valid_batches, "set_epoch"):
                 self.valid_batches.set_epoch(self.epochs_done)
             empty = True
@@ -174,7 +172,7 @@ class ArchParamUpdate(FitOnly):
 
         `ran`: the training pass of this batch, where it has been run.
         """
-        model, optimizer = self.learn.model, self._optimizer()
+        model = self.learn.model
         alphas = architecture_parameters(model)
         weights = {name: p for name, p in model.named_parameters() if p.requires_grad and name not in alphas}
         regularizer, clipper = (next((cb for cb in self.learn.cbs if isinstance(cb, kind)), None) for kind in (RNNRegularizer, GradientClip))
@@ -183,12 +181,7 @@ class ArchParamUpdate(FitOnly):
         before = self.before or Before(model)
 
         def run(at_weights, at_alphas, batch, carried, learning=True):
-            # copies of the buffers: BatchNorm statistics and hidden states stay as they are
-            state = {name: b.clone() for name, b in before.buffers.items()} | carried
-            state.update(zip(weights, at_weights))
-            state.update(zip(alphas, at_alphas))
-            with before.again():
-                predicted = torch.func.functional_call(model, state, batch[0])
+            predicted, state = before.call(model, carried | dict(zip(weights, at_weights)) | dict(zip(alphas, at_alphas)), *batch[0])
             decoded, raw, dropped = predicted if triple else (predicted, None, None)
             now, self.learn.training = self.learn.training, learning  # else `MixUp` would mix the training batch's targets into another batch's loss
             try:
@@ -196,12 +189,9 @@ class ArchParamUpdate(FitOnly):
             finally:
                 self.learn.training = now
 
-        def data_loss(at_weights, at_alphas, batch):
-            return run(at_weights, at_alphas, batch, {})[0]
-
         def train_loss(at_weights, at_alphas, batch):
             loss, raw, dropped, _ = run(at_weights, at_alphas, batch, {})
-            if regularizer is None:
+            if regularizer is None or self.reproduce_original:
                 return loss
             return loss + activation_regularisation(raw.transpose(0, 1), dropped.transpose(0, 1), regularizer.alpha, regularizer.beta)
 
@@ -212,20 +202,9 @@ class ArchParamUpdate(FitOnly):
             return loss
 
         moved_on: dict[str, Tensor] = {}
-        w, a = list(weights.values()), list(alphas.values())
-        if self.reproduce_original and self.hvp != "first_order":
-            if clip is None:
-                raise ValueError("reproduce_original: the published code always clips; the Learner needs GradientClip (the paper's is 0.25)")
-            first = {id(p): name for name, p in model.named_parameters()}
-            tied = {first[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if first[id(p)] != name}
-            group = plain_sgd(optimizer)
-            lr = group["lr"] if self.unrolled_lr is None else self.unrolled_lr
-            result = original_gradient(data_loss, w, a, train_batch, valid_batch, lr, group["weight_decay"], clip, valid_loss=valid_loss,
-                                       tied=[i for i, name in enumerate(weights) if name in tied])
-        else:
-            step = None if is_first_order(self.hvp, self.unrolled_lr) else WeightStep.of(optimizer, w, clip, self.unrolled_lr)
-            result = architecture_gradient(train_loss, w, a, train_batch, valid_batch, step, self.hvp, self.epsilon, self.neumann_terms, valid_loss,
-                                           ran=ran)
+        if self.reproduce_original and self.hvp != "first_order" and clip is None:
+            raise ValueError("reproduce_original: the published code always clips; the Learner needs GradientClip (the paper's is 0.25)")
+        result = gradient_by(self, model, weights, list(alphas.values()), train_batch, valid_batch, train_loss, valid_loss, self._optimizer(), clip, ran=ran)
         self.valid_state = moved_on
         return result
 

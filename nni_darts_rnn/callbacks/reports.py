@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger, ProgressCallback
 
 from ..checks import whole_number
-from ..epoch_counts import EpochCounts
+from ..epoch_counts import EpochCounts, perplexity_of
 from ..fastai_streams import already_trained
 from ..files import write_csv
 from ..health import watched_spread
@@ -50,7 +49,7 @@ class PerplexityInBar(Callback):
 
     def after_batch(self):
         if self.training and hasattr(self.learn, "progress") and hasattr(self.learn.progress, "pbar"):
-            self.learn.progress.pbar.comment = f"perplexity {_exp(float(self.learn.smooth_loss)):.1f}"
+            self.learn.progress.pbar.comment = f"perplexity {perplexity_of(float(self.learn.smooth_loss)):.1f}"
 
 
 class PrintGenotype(ValidatedEpochs):
@@ -95,7 +94,7 @@ class EpochReport(FitOnly):
 
     def after_train(self):
         train_loss = self.counts.loss
-        self.row = {"train_loss": train_loss, "train_perplexity": _exp(train_loss),
+        self.row = {"train_loss": train_loss, "train_perplexity": perplexity_of(train_loss),
                     "tokens_per_second": self.counts.tokens / self.counts.seconds, "lr": float(self.opt.hypers[-1]["lr"])}
 
     def after_validate(self):
@@ -106,7 +105,7 @@ class EpochReport(FitOnly):
         if self.row is None or "asgd" not in self.row:  # a skipped or cancelled epoch
             return
         recorder = self.learn.recorder
-        perplexity = _exp(float(recorder.values[-1][list(recorder.metric_names[1:]).index("valid_loss")]))
+        perplexity = perplexity_of(float(recorder.values[-1][list(recorder.metric_names[1:]).index("valid_loss")]))
         row = {"default": perplexity, "phase": self.phase, "epoch": self.epoch + 1, "perplexity": perplexity, **self.row,
                "seconds": self.counts.seconds}
         mixed = next((m for m in self.learn.model.modules() if hasattr(m, "probabilities")), None)
@@ -133,7 +132,3 @@ def report_to_nni(row: dict) -> None:
 
     if nni.get_trial_id() != "STANDALONE":
         nni.report_intermediate_result(row)
-
-
-def _exp(nats: float) -> float:
-    return math.exp(min(nats, 700.0))  # a float64 ends at e^709

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from fastai.callback.core import Callback
 from fastai.callback.rnn import RNNRegularizer
-from fastai.callback.schedule import ParamScheduler, SchedCos
+from fastai.callback.schedule import ParamScheduler
 from fastai.callback.training import GradientClip
 
 from ..checks import number, whole_number
 from ..fastai_streams import already_trained
 from ..health import check_finite
 from ..model import activation_regularisation
+from ..recipes import annealed
 from .fit_only import FitOnly
 
 
@@ -35,7 +36,7 @@ class AnnealLR(FitOnly):
     def __init__(self, share: float):
         if not number("share", share, high=1, below=False):
             raise ValueError(f"share: {share!r} of a fit is none; leave AnnealLR out")
-        self.share, self.full, self.falling = share, [], SchedCos(1.0, 0.0)
+        self.share, self.full = share, []
 
     def start_fit(self):
         self.full, self.run = [], not hasattr(self.learn, "lr_finder")  # which sets rates of its own
@@ -44,8 +45,7 @@ class AnnealLR(FitOnly):
         self.full = self.full or [hyper["lr"] for hyper in self.opt.hypers]
         skipped = already_trained(self.dls.train)
         done = (self.epoch + (skipped + self.iter) / (skipped + self.n_iter)) / self.n_epoch
-        factor = self.falling(max(0.0, (done - (1 - self.share)) / self.share))
-        self.opt.set_hyper("lr", [lr * factor for lr in self.full])
+        self.opt.set_hyper("lr", [lr * annealed(done, self.share) for lr in self.full])
 
 
 class ScaleLRByLength(Callback):

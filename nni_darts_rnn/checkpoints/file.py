@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ..checks import one_line
 from ..files import check_seal, digest, sealed, whole, write_text
 
 FORMAT, FORMAT_VERSION = "nni_darts_rnn checkpoint", 1
@@ -32,7 +33,7 @@ def write_checkpoint(path: Path, state: dict, about: dict) -> None:
         try:
             safetensors.torch.save_file(tensors, temporary, metadata={"format": FORMAT})
         except safetensors.SafetensorError as error:  # what the system said is in its text
-            raise OSError(" ".join(str(error).split())) from None
+            raise OSError(one_line(error)) from None
         sha256 = digest(temporary)
     write_text(path.with_suffix(DESCRIPTION),
                sealed({"format": FORMAT, "version": FORMAT_VERSION, **about, "sha256": sha256, "state": skeleton}))
@@ -52,7 +53,7 @@ def read_about(path: Path) -> dict:
     except OSError as error:
         raise ValueError(f"{file}: cannot be read ({error.strerror or error})") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{file}: {one_line(error)}") from None
     return about
 
 
@@ -66,7 +67,7 @@ def read_state(path: Path, about: dict) -> dict:
     except OSError as error:
         raise ValueError(f"{file}: cannot be read ({error.strerror or error})") from None
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{file}: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{file}: {one_line(error)}") from None
 
 
 def flatten(state: Any) -> tuple[Any, dict[str, Tensor]]:

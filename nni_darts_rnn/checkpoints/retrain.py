@@ -9,6 +9,7 @@ from fastai.callback.core import Callback
 from fastai.learner import CancelEpochException, Learner
 
 from ..callbacks import NTASGD, BestModel, EpochReport
+from ..epoch_counts import perplexity_of
 from ..health import check_epoch, check_finite
 from .file import random_state, restore_random_state
 from .stopping import StopRequest
@@ -122,7 +123,7 @@ class RetrainCheckpoints(Callback):
             return  # `Learner.validate`
         valid_loss = float(self.recorder.log[list(self.recorder.metric_names).index("valid_loss")])
         check_epoch(self._cb(EpochReport).row["train_perplexity"], self.vocab_size, "training")
-        check_epoch(float(torch.exp(torch.tensor(valid_loss, dtype=torch.float64))), self.vocab_size, "validation")
+        check_epoch(perplexity_of(valid_loss), self.vocab_size, "validation")
 
     def after_epoch(self):
         if self.learn.lock.locked():

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checks import one_of
+from ..checks import one_line, one_of
 from ..files import hold, remove_partial
 from .file import DESCRIPTION, TENSORS, read_about, read_state, write_checkpoint
 
@@ -91,7 +91,7 @@ class Checkpoints:
             write_checkpoint(self._path((epoch, batch)), state, {"phase": self.phase, "epoch": epoch, "batch": batch, "identity": self.identity})
         except OSError as error:
             kept = self._positions()
-            logger.warning("%s: no checkpoint was written (%s); %s", self.folder, error.strerror or " ".join(str(error).split()),
+            logger.warning("%s: no checkpoint was written (%s); %s", self.folder, error.strerror or one_line(error),
                            f"the one before stays ({where(*kept[-1])})" if kept else "there is none yet")
             return False
         found = self._positions()

@@ -42,6 +42,7 @@ def retrain(arguments) -> None:
     given = arguments.genotype
     recipe, seed, corpus, talk = _start(arguments)
     from ..checkpoints.store import FOLDER, unfinished_search
+    from ..genotype import NAMED
     from ..pipeline import check_fits, retrain_phase
     from ..text.baselines import bigram_perplexity, unigram_perplexity
 
@@ -49,7 +50,7 @@ def retrain(arguments) -> None:
     talk(f"corpus {corpus.describe()}")
     if (unread := without_search(arguments)) is not None:
         talk(unread)
-    if isinstance(given, str) and os.path.exists(given):  # neither a name nor JSON
+    if isinstance(given, str) and given not in NAMED and os.path.exists(given):  # a file or a folder
         found = Path(given if os.path.isdir(given) else os.path.dirname(given))
         if (arguments.out is None or found.resolve() != Path(arguments.out).resolve()) and unfinished_search(found / FOLDER):
             raise ValueError(f"--genotype {given}: {found} holds an unfinished search, whose cell may still change; let it end first")
@@ -133,9 +134,9 @@ def _start(arguments):
 
 
 def _size(corpus, H: int, N: int) -> str:
-    """The weights of a language model of N nodes: V·H of the embedding, V of the decoder, 2H·2H of W0, N·H·2H of the nodes."""
-    V = len(corpus.vocab)
-    return f"{V * H + V + 4 * H * H + 2 * N * H * H:,} parameters"
+    from ..model import expected_parameters
+
+    return f"{expected_parameters(len(corpus.vocab), H, N):,} parameters"
 
 
 def _machine(arguments) -> str:

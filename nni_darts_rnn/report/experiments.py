@@ -15,9 +15,9 @@ import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checks import did_you_mean
-from ..trial import Parser, add_run_options
-from .trial_folder import Trial, one_line, read_trial
+from ..checks import did_you_mean, one_line
+from ..trial import add_run_options
+from .trial_folder import Trial, read_trial
 
 CELLS = "nni_darts_rnn.cell_trial"
 LATEST = 8  # experiments that a message names
@@ -134,7 +134,7 @@ def _database(path: Path) -> tuple[dict, dict]:
     return jobs, profile
 
 
-class _Quiet(Parser):
+class _Quiet(argparse.ArgumentParser):
     def error(self, message: str):
         raise ValueError(message)
 

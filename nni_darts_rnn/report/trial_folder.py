@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..cell_trial import read_parameters
+from ..checks import one_line
 from ..genotype import Genotype
 from ..recipes import RECIPES, Recipe, get_recipe
 from ..rungs import BUDGET, recipe_fields
@@ -23,7 +24,7 @@ from ..talk import named
 from ..trial import checked_recipe, checked_seed
 
 RESULT = "result.json"
-_ENDED = {"SUCCEEDED": "succeeded", "FAILED": "failed", "USER_CANCELED": "stopped", "SYS_CANCELED": "stopped", "EARLY_STOPPED": "stopped"}
+_ENDED = {"SUCCEEDED": "failed", "FAILED": "failed", "USER_CANCELED": "stopped", "SYS_CANCELED": "stopped", "EARLY_STOPPED": "stopped"}
 
 
 @dataclass(frozen=True)
@@ -124,10 +125,10 @@ def read_trial(trial_id: str, folder: Path, job: dict, options, alive: bool) -> 
     elif note:
         status = "failed"
     elif event in _ENDED:
-        status = "failed" if event == "SUCCEEDED" else _ENDED[event]
-        note = note or (_last_words(folder) if status == "failed" else "")
+        status = _ENDED[event]  # SUCCEEDED without a result has failed
+        note = _last_words(folder) if status == "failed" else ""
     else:
-        status = {"": "unknown", "WAITING": "waiting", "UNKNOWN": "waiting"}.get(event, "running") if alive else "stopped"
+        status = ("waiting" if event in ("", "WAITING", "UNKNOWN") else "running") if alive else "stopped"
     if recipe is None and job.get("data"):
         try:
             if drawn:
@@ -190,7 +191,3 @@ def _last_words(folder: Path) -> str:
     except OSError:
         return ""
     return lines[-1][:300] if lines else ""
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

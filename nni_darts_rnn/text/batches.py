@@ -33,7 +33,10 @@ def streams(tokens: Tensor, batch_size: int) -> Tensor:
 @dataclass(frozen=True)
 class LengthRule:
     """How many time steps the next batch has: the whole part of N(`bptt`, `std`), of N(`bptt`/2, `std`) with `short_probability`,
-    kept between `minimum` and `maximum`. `ValueError` for values that make no length."""
+    kept between `minimum` and `maximum`. With a `bptt` alone, always that. `ValueError` for values that make no length.
+
+    quark0/darts searches with a `short_probability` of 0.05 (`rnn/train_search.py`), and retrains with a `std` of 5 and a `minimum` of 5 too (`rnn/train.py`).
+    """
 
     bptt: int
     short_probability: float = 0.0
@@ -54,21 +57,6 @@ class LengthRule:
     def draw(self, generator: np.random.Generator) -> int:
         mean = self.bptt / 2 if generator.random() < self.short_probability else self.bptt
         return int(min(max(int(generator.normal(mean, self.std)), self.minimum), self.maximum))
-
-
-def fixed_length(bptt: int) -> LengthRule:
-    """Always `bptt`."""
-    return LengthRule(bptt)
-
-
-def search_lengths(bptt: int, short_probability: float = 0.05) -> LengthRule:
-    """`bptt`, or half of it with `short_probability` (quark0/darts `rnn/train_search.py`)."""
-    return LengthRule(bptt, short_probability)
-
-
-def retrain_lengths(bptt: int, short_probability: float = 0.05, std: float = 5.0, minimum: int = 5, maximum: float = math.inf) -> LengthRule:
-    """N(`bptt`, `std`), or N(`bptt`/2, `std`) with `short_probability`, from `minimum` to `maximum` (quark0/darts `rnn/train.py`)."""
-    return LengthRule(bptt, short_probability, std, minimum, maximum)
 
 
 class Batch(NamedTuple):
