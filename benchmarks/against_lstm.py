@@ -22,11 +22,11 @@ from nni_darts_rnn import learner
 from nni_darts_rnn.cell import variational_mask
 from nni_darts_rnn.genotype import load_genotype
 from nni_darts_rnn.model import LanguageModel, expected_parameters, number_of_parameters
+from nni_darts_rnn.options import add_run_options, checked_recipe, open_corpus, prepare_torch
 from nni_darts_rnn.outputs.versions import package_versions
 from nni_darts_rnn.pipeline import take_fast_path
 from nni_darts_rnn.recipes import RetrainRecipe
 from nni_darts_rnn.text.baselines import bigram_perplexity, unigram_perplexity
-from nni_darts_rnn.trial import add_run_options, checked_recipe, open_corpus, prepare_torch
 
 
 class LSTMLayer(nn.Module):

@@ -19,9 +19,9 @@ import torch
 from hardware import machine
 
 from nni_darts_rnn.genotype import NAMED, Genotype
+from nni_darts_rnn.options import set_words
 from nni_darts_rnn.plot.curves import plot_curves
 from nni_darts_rnn.recipes import get_recipe
-from nni_darts_rnn.report.trial_folder import set_words
 from nni_darts_rnn.trained import read_description
 
 RESULTS = Path(__file__).parent / "results" / "long_training.json"

@@ -107,8 +107,8 @@ def trial(options, recipe) -> None:
 
     from nni_darts_rnn.files import write_json
     from nni_darts_rnn.genotype import Genotype
+    from nni_darts_rnn.options import open_corpus, prepare_torch
     from nni_darts_rnn.pipeline import retrain_phase, take_fast_path
-    from nni_darts_rnn.trial import open_corpus, prepare_torch
 
     seed = int(nni.get_next_parameter()["seed"])
     prepare_torch(options)
@@ -160,8 +160,8 @@ def run(options, recipe) -> None:
     """An NNI experiment an arm, of the seeds that are not there yet."""
     from nni.experiment import Experiment
 
+    from nni_darts_rnn.options import corpus_words
     from nni_darts_rnn.report.experiments import located
-    from nni_darts_rnn.report.trial_folder import corpus_words
 
     for arm in options.arm:
         name = options.name or arm
@@ -219,7 +219,7 @@ def table() -> None:
 
 
 def main() -> None:
-    from nni_darts_rnn.trial import add_run_options, checked_recipe
+    from nni_darts_rnn.options import add_run_options, checked_recipe
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("run", "table", "trial"), help="trial: what NNI runs")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pdoc
 
 import nni_darts_rnn
-from nni_darts_rnn.trial import quiet_hosts
+from nni_darts_rnn.options import quiet_hosts
 
 # names of NNI's own that need an optional package, and what `NamedTuple` generates, which does not know its module's names
 THEIRS = re.compile(r"annotation .*\bfor (nni\.|nni_darts_rnn\.\S+\.__init__\. Import of (Tensor|Graph|Plan|Level|Edge))")

@@ -53,7 +53,8 @@ class Before:
         elif type(value) in CONTAINERS and id(value) not in self.held:
             self.held[id(value)] = None  # it may hold itself
             contents = _contents(value)
-            plain = type(value) is set or {type(held) for held in (contents.values() if isinstance(contents, dict) else contents)} <= PLAIN  # a vocabulary, say: not word by word
+            types = {type(held) for held in (contents.values() if isinstance(contents, dict) else contents)}
+            plain = type(value) is set or types <= PLAIN  # a vocabulary, say: not word by word
             if not plain:
                 contents = _each(contents, lambda held: self._note(held, copies))
             self.held[id(value)] = Held(value, contents, plain)

@@ -13,21 +13,21 @@ import sys
 from pathlib import Path
 
 from .genotype import Genotype
-from .own_parameters import own_parameters
-from .rungs import recipe_fields
-from .trial import (
+from .options import (
     Parser,
     add_onnx_option,
     add_run_options,
     checked_recipe,
     checked_seed,
     in_any_locale,
-    in_trial,
     open_corpus,
     prepare_torch,
     quiet_hosts,
     without_search,
 )
+from .own_parameters import own_parameters
+from .rungs import recipe_fields
+from .trial import in_trial
 
 
 def main(argv: list[str] | None = None) -> int:

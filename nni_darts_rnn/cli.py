@@ -11,7 +11,7 @@ from . import __version__
 from .checkpoints.stopping import Terminated, interrupts_remembered
 from .commands import afterwards, compute
 from .files import at_home
-from .trial import REFUSALS, Parser, add_keeping_options, add_run_options, in_any_locale, refusal
+from .options import REFUSALS, Parser, add_keeping_options, add_run_options, in_any_locale, refusal
 
 EXPERIMENT = "id of an NNI experiment on this machine (running, stopped or finished), or its folder"
 

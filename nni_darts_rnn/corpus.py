@@ -91,7 +91,8 @@ def load_corpus(name_or_folder: str | Path, *, folder: str | Path | None = None,
     elif os.path.exists(path):
         raise ValueError(f"corpus {name!r} is a file; give the folder that holds {', '.join(s + '.txt' for s in SPLITS)}")
     else:
-        raise ValueError(f"corpus {name!r} is neither a folder nor one of {', '.join(NAMES)}" + (did_you_mean(name, NAMES) or (f"; looked for in {os.getcwd()}" if len(name) < 256 else "")))
+        hint = did_you_mean(name, NAMES) or (f"; looked for in {os.getcwd()}" if len(name) < 256 else "")
+        raise ValueError(f"corpus {name!r} is neither a folder nor one of {', '.join(NAMES)}{hint}")
     if alpha_fraction:
         whole = corpus.train
         kept = len(whole) - round(len(whole) * alpha_fraction)

@@ -93,8 +93,12 @@ def _compiled(x: Tensor, w: Tensor, b: Tensor | None, targets: Tensor, needs, ro
     nll = x.new_empty(R, dtype=torch.float64)
     grads = [x.new_empty(shape) if need else None for shape, need in zip(((R, H), (V, H), (V,)), needs)]
     n_parts = parts(x.dtype, rounded, min(H, V), State.loaded.block // torch.get_num_threads())
-    workspace, scratch = take("loss", {"logits": State.loaded.block * V, "packed": room(n_parts, H, V)} | ({"packed_back": room(n_parts, V, H)} if needs[0] else {})
-                              | ({"d_w_transposed": padded(V) * H} if needs[1] else {}), x.dtype)
+    sizes = {"logits": State.loaded.block * V, "packed": room(n_parts, H, V)}
+    if needs[0]:
+        sizes["packed_back"] = room(n_parts, V, H)
+    if needs[1]:
+        sizes["d_w_transposed"] = padded(V) * H
+    workspace, scratch = take("loss", sizes, x.dtype)
     arguments = CrossEntropyStruct(R, H, V, torch.get_num_threads(), n_parts, 1 / R if any(needs[:3]) else 0.0)
     arguments.hold({"x": x, "w": w, "b": b, "targets": y, "nll": nll, **dict(zip(("d_x", "d_w", "d_b"), grads)), **scratch})
     bad = State.loaded.cross_entropy[x.dtype](ctypes.byref(arguments))

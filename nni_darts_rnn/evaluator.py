@@ -174,7 +174,8 @@ class SupernetReport(pl.Callback):
     def on_train_epoch_end(self, trainer, pl_module):
         seconds, trained = self.counts.seconds, perplexity_of(self.counts.loss)
         check_epoch(trained, len(self.corpus.vocab), "training")
-        self._finish(trainer, pl_module, trainer.current_epoch + 1, {"train_perplexity": trained, "tokens_per_second": self.counts.tokens / seconds, "seconds": seconds})
+        self._finish(trainer, pl_module, trainer.current_epoch + 1,
+                     {"train_perplexity": trained, "tokens_per_second": self.counts.tokens / seconds, "seconds": seconds})
 
     def _finish(self, trainer, pl_module, epoch, trained):
         model = pl_module.training_module.model
@@ -189,8 +190,8 @@ class SupernetReport(pl.Callback):
             row |= watched_spread(mixed[0], "search", epoch)
         self.rows.append(row | trained)
         if self.folder is not None and mixed:
-            write_json(self.folder / "alpha.json", {"primitives": list(mixed[0].primitives), "relaxation": mixed[0].relaxation, "epochs": [r["epoch"] for r in self.rows],
-                                                    "alpha": self.alphas})
+            write_json(self.folder / "alpha.json", {"primitives": list(mixed[0].primitives), "relaxation": mixed[0].relaxation,
+                                                    "epochs": [r["epoch"] for r in self.rows], "alpha": self.alphas})
             write_text(self.folder / "genotype.json", self.genotype.to_json() + "\n")
             # last: an epoch whose metrics are there has its α and its cell there too, wherever Ctrl-C falls
             write_csv(self.folder / "search.csv", [{k: v for k, v in row.items() if k != "default"} for row in self.rows])

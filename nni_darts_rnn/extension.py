@@ -140,8 +140,11 @@ def why_not(device: torch.device | str = "cpu", precision: str = "float32") -> s
 
 
 def rounds(device: torch.device | str) -> bool:
-    """Whether a training in bfloat16 has its products in it on `device`. Not where compiled ones are at hand and the processor has no tiles: they are faster in float32."""
-    return torch.device(device).type != "cpu" or not enabled() or State.loaded.rounds
+    """Whether a training in bfloat16 has its products in it on `device`: on a GPU, and where the processor has tiles for them, without which they take longer than
+    float32's, whether compiled or torch's own."""
+    if torch.device(device).type != "cpu":
+        return True
+    return State.loaded.rounds if enabled() else "amx_bf16" in _processor().split()
 
 
 class _Unavailable(Exception):
@@ -162,6 +165,7 @@ def _openmp() -> list[str]:
     return (of_torch or loaded or ["-fopenmp"])[:1]
 
 
+@functools.lru_cache(maxsize=1)
 def _processor() -> str:
     """What -march=native depends on."""
     with contextlib.suppress(OSError):
@@ -196,8 +200,9 @@ def _load() -> Library:
     """The extension from the cache, compiled first if it is not there."""
     if os.name != "posix":
         raise _Unavailable("the fast cells need Linux or macOS, where searches are 1.4 to 6 times as fast")
-    key = hashlib.sha256("\n".join([*(path.read_text(encoding="utf-8") for path in sorted(SOURCES.glob("*"))), *_flags(), *_openmp(), _processor(), platform.machine(), torch.__version__]).encode())
-    name = f"cells-{key.hexdigest()[:16]}"
+    sources = [path.read_text(encoding="utf-8") for path in sorted(SOURCES.glob("*"))]
+    key = "\n".join([*sources, *_flags(), *_openmp(), _processor(), platform.machine(), torch.__version__])
+    name = f"cells-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     try:
         folder = _cache_folder()
         library = _cached(folder, name)

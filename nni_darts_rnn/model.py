@@ -101,7 +101,8 @@ def without_dropout(model: nn.Module):
 
     That of this package's modules, and of every module whose class is named …Dropout, as torch's and fastai's are.
     """
-    dropping = [m for m in model.modules() if m.training and (isinstance(m, (LanguageModel, RecurrentWeights, DartsRNN)) or type(m).__name__.rstrip("123d").endswith("Dropout"))]
+    dropping = [m for m in model.modules() if m.training and (
+        isinstance(m, (LanguageModel, RecurrentWeights, DartsRNN)) or type(m).__name__.rstrip("123d").endswith("Dropout"))]
     for module in dropping:
         module.training = False  # its own alone; `eval()` would change its parts too
     try:

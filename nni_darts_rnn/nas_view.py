@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from .trial import Parser, quiet_hosts
+from .options import Parser, quiet_hosts
 
 
 def view(experiment_id: str, port: int = 8080, folder: str | None = None):

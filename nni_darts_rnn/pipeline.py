@@ -159,6 +159,8 @@ def _retrain_phase(corpus, genotype, recipe, seed, folder, report, progress, dev
         save_trained(folder, outcome["model"], corpus.vocab.words, {"corpus": corpus.name, "seed": seed, "recipe": asdict(recipe), "result": summary})
         _draw(folder, "cell.svg", "cell.png", "curves.svg", "curves.png")
     if outcome["ended_by"] is not None:
+        logger.info("retrain: the best model of %d epochs is in %s: test perplexity %.2f (validation %.2f)", summary["epochs"], folder,
+                    summary["test_perplexity"], summary["valid_perplexity"])
         raise outcome["ended_by"]
     return summary | {"rows": outcome["rows"]}
 

@@ -186,8 +186,8 @@ RECIPES = {
     "wikitext-2": Recipe("wikitext-2", SearchRecipe(dropout_h=0.15),
                          RetrainRecipe(hidden_size=700, dropout_h=0.15, weight_decay=5e-7)),
     # For two cores and a text of a million words, such as the Penn Treebank: the search whose cells were better than random ones at 64 units and 2,000
-    # words with SGD, and no better at 128 units and all words with Adam (docs/results.md), as many steps of it. Weights start as wide as ±0.04 is at 850 units: by the root of the size. Adam, and little dropout, since ten
-    # epochs are few (docs/method.md, Retraining).
+    # words with SGD, and no better at 128 units and all words with Adam (docs/results.md), as many steps of it. Weights start as wide as ±0.04 is at
+    # 850 units: by the root of the size. Adam, and little dropout, since ten epochs are few (docs/method.md, Retraining).
     "drawn": Recipe("drawn",
                     SearchRecipe(hidden_size=64, batch_size=64, eval_batch_size=64, clip=0.1, dropout=0.4, dropout_h=0.2, dropout_x=0.4, dropout_i=0.2,
                                  init_range=0.15, epochs=3, warmup_epochs=2, relaxation="gumbel", unrolled_lr=2.0),

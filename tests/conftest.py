@@ -25,7 +25,7 @@ def pytest_addoption(parser):
 
 
 LONG = ("test_remote.py", "test_tuners.py", "test_nni_faults.py", "test_multi_trial.py", "test_memory.py", "test_many.py", "test_browser.py",
-        "test_the_wheel_runs_the_main_job", "test_the_example_by_nnictl", "test_through_the_command_line", "as_nni_does_it")
+        "test_the_wheel_runs_the_main_job", "test_the_example_by_nnictl", "test_through_the_command_line", "test_nas_layers.py")
 """Files and tests that `pytest` leaves out and `pytest --long` runs."""
 
 
@@ -79,14 +79,20 @@ def digits_of_products():
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """The example with the tiny recipe, typed inside examples/, run to its end."""
+    """The example with the tiny recipe and the first lines of its text, typed inside examples/, run to its end."""
+    from texts import write_texts
+
+    from nni_darts_rnn.corpus import load_corpus
+
     folder = tmp_path_factory.mktemp("nni")
     for name in ("examples", "search_spaces"):
         shutil.copytree(ROOT / name, folder / name)
+    (folder / "short").mkdir()
+    write_texts(folder / "short", load_corpus("pydoc"), train=10000, valid=3000, test=3000)
     config = folder / "examples" / "darts_rnn.yml"
     text = config.read_text()
-    assert "--recipe small" in text
-    config.write_text(text.replace("--recipe small", TINY))
+    assert "--corpus pydoc --recipe small" in text
+    config.write_text(text.replace("--corpus pydoc --recipe small", f"--corpus {folder / 'short'} {TINY}"))
     experiment = Experiment(Path("darts_rnn.yml"), folder, config.parent)
     try:
         yield experiment, experiment.wait(300), folder

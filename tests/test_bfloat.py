@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from nni_darts_rnn import bilevel, cell, compiled, extension, fused, supernet
 from nni_darts_rnn.cross_entropy import linear_cross_entropy
 from nni_darts_rnn.genotype import DARTS_V1, DARTS_V2, Genotype
-from nni_darts_rnn.trial import prepare_torch
+from nni_darts_rnn.options import prepare_torch
 
 needs_extension = pytest.mark.skipif(not fused.available(), reason=f"no extension here: {fused.why_not()}")
 needs_tiles = pytest.mark.skipif(not fused.available() or not extension.State.loaded.rounds, reason="this processor or this compiler has no AMX")

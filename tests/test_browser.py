@@ -55,7 +55,7 @@ def test_trial_list_with_parameters_and_logs(browser, finished, page):
     words(browser, "trials/")  # where the log is, and links to it
     with urllib.request.urlopen(f"{page}/api/v1/nni/trial-file/{trials[0]['trialJobId']}/trial.log", timeout=20) as log:
         said = log.read().decode()
-    assert re.search(r"corpus pydoc: [\d,]+ training", said) and "seed" in said
+    assert re.search(r"corpus short: [\d,]+ training", said) and "seed" in said
 
 
 @pytest.mark.parametrize("tab, axes", [("Default metric", ["default"]), ("Hyper-parameter", ["seed", "default", "test_perplexity", "parameters"]),

@@ -14,6 +14,7 @@ import torch
 
 from nni_darts_rnn import __version__, cli, trial
 from nni_darts_rnn.genotype import derive, load_genotype
+from nni_darts_rnn.options import Parser, add_run_options, checked_recipe, checked_seed
 from nni_darts_rnn.outputs import figures
 from nni_darts_rnn.plot.alpha import probabilities
 from nni_darts_rnn.recipes import RECIPES
@@ -248,20 +249,20 @@ def test_the_trial_refuses_parameters(parameters, words, place, capsys, monkeypa
 
 def test_the_tuners_parameters_win_over_set():
     arguments = trial_arguments("--recipe", "tiny", "--set", "search.lr=2", "--set", " search.epochs = 3 ", "--set", "search.lr=4")
-    recipe = trial.checked_recipe(arguments, {"search": {"epochs": np.int64(9)}})
+    recipe = checked_recipe(arguments, {"search": {"epochs": np.int64(9)}})
     assert recipe.search.lr == 4 and recipe.search.epochs == 9  # the last of two `--set` counts
-    assert trial.checked_recipe(arguments, {}).search.epochs == 3
+    assert checked_recipe(arguments, {}).search.epochs == 3
 
 
 def trial_arguments(*argv):
-    parser = trial.Parser()
-    trial.add_run_options(parser)
+    parser = Parser()
+    add_run_options(parser)
     return parser.parse_args(argv)
 
 
 @pytest.mark.parametrize("value, seed", [(0, 0), ("7", 7), (7.0, 7), (np.int64(7), 7), (2**32 - 1, 2**32 - 1)])
 def test_seeds(value, seed):
-    assert trial.checked_seed(value) == seed and type(trial.checked_seed(value)) is int
+    assert checked_seed(value) == seed and type(checked_seed(value)) is int
 
 
 def test_a_trial_without_a_tuner(place, capsys, caplog):

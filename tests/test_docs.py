@@ -17,10 +17,11 @@ import pytest
 import yaml
 from test_experiments import trial_folder, write_experiment, write_trial
 
+from nni_darts_rnn import pipeline
 from nni_darts_rnn.cli import main
 from nni_darts_rnn.genotype import Genotype
+from nni_darts_rnn.options import Parser, add_run_options, checked_recipe
 from nni_darts_rnn.recipes import get_recipe
-from nni_darts_rnn.trial import Parser, add_run_options, checked_recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -55,6 +56,7 @@ def place(tmp_path, monkeypatch, results):
     """A folder to work in, with what is in `results` and an experiment `EXPERIMENT`."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(pipeline, "_draw", lambda *args: None)  # pictures take longer than all the rest
     shutil.copytree(results, tmp_path, dirs_exist_ok=True)
     write_trial(trial_folder(write_experiment(tmp_path, {"aaaaa": ("SUCCEEDED", {"seed": 1})}), "aaaaa"), 80.0)
     return tmp_path

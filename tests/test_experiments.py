@@ -18,10 +18,10 @@ from nni_darts_rnn import cli, corpus
 from nni_darts_rnn.commands import starter
 from nni_darts_rnn.files import write_csv, write_json, write_text
 from nni_darts_rnn.genotype import DARTS_V1, DARTS_V2, Genotype
+from nni_darts_rnn.options import differences
 from nni_darts_rnn.outputs import figures
 from nni_darts_rnn.recipes import get_recipe, override
 from nni_darts_rnn.report.experiments import CORPUS_NAMES, known_experiments, load_experiment
-from nni_darts_rnn.report.trial_folder import differences
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--recipe", "tiny", "--device", "cpu", "--set", "search.batch_size=4", "--set", "search.eval_batch_size=4", "--set", "search.n_nodes=2",

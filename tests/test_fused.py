@@ -577,7 +577,7 @@ PAGES = textwrap.dedent("""
     import argparse, sys
     import torch
     from nni_darts_rnn import workspace
-    from nni_darts_rnn.trial import prepare_torch
+    from nni_darts_rnn.options import prepare_torch
 
     def advised(tensor):  # "hg" among the flags of the mapping that holds the tensor's middle
         middle, inside = tensor.data_ptr() + tensor.numel() * tensor.element_size() // 2, False

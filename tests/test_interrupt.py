@@ -56,6 +56,8 @@ def test_ctrl_c(tmp_path, corpus, command, table):
         from nni_darts_rnn.trained import load_trained
 
         assert load_trained(out)[0].rnn.genotype == load_genotype("DARTS_V2")
+        left = json.loads((out / "model.json").read_text())["extra"]["result"]
+        assert f"the best model of {left['epochs']} epochs is in {out}: test perplexity {left['test_perplexity']:.2f}" in done.stderr
 
 
 def test_an_interrupt_that_an_import_swallowed_stops_the_run(tmp_path, monkeypatch, capsys):

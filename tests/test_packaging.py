@@ -133,6 +133,9 @@ def test_linted_and_typed(tool, arguments, tmp_path):
 
 def test_the_reference_builds_without_warnings(tmp_path):
     pytest.importorskip("pdoc", reason="pdoc is not installed (extra: docs)")
-    run(sys.executable, ROOT / "docs" / "build_api.py", tmp_path / "api")
+    spec = importlib.util.spec_from_file_location("build_api", ROOT / "docs" / "build_api.py")
+    build_api = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build_api)
+    build_api.main(tmp_path / "api")  # ends with an error where there are any
     page = (tmp_path / "api" / "nni_darts_rnn" / "layer.html").read_text(encoding="utf-8")
     assert "DartsRNN" in page and "batch_first" in page and (tmp_path / "api" / "nni_darts_rnn" / "plot" / "cell.html").is_file()

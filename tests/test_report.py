@@ -14,11 +14,11 @@ pytest.importorskip("matplotlib")
 from test_experiments import home, run, trial_folder, write_experiment, write_mixed, write_trial  # noqa: F401 (home is a fixture)
 
 from nni_darts_rnn.files import write_csv, write_text
+from nni_darts_rnn.options import Parser, add_run_options
 from nni_darts_rnn.report.experiments import load_experiment
 from nni_darts_rnn.report.page import render, write_trial_report
 from nni_darts_rnn.report.pictures import inline_svg
 from nni_darts_rnn.report.trial_section import folded
-from nni_darts_rnn.trial import Parser, add_run_options
 
 NASTY = "<script>alert('x')</script>\"'&<img src=https://example.org/x.png>"
 VOID = {"meta", "link", "br", "img", "hr", "input"}

@@ -16,12 +16,12 @@ from nni.nas.strategy import DARTS, ENAS, GumbelDARTS, Proxyless, RandomOneShot
 from nni_darts_rnn.cell_trial import read_parameters
 from nni_darts_rnn.genotype import DARTS_V1, DARTS_V2, PRIMITIVES, Genotype, derive
 from nni_darts_rnn.model import LanguageModel
+from nni_darts_rnn.options import checked_seed
 from nni_darts_rnn.recipes import get_recipe
 from nni_darts_rnn.space import CellSpace, DartsRnnSpace, MixedCell, RecurrentSpace
 from nni_darts_rnn.strategy import SecondOrderDARTS
 from nni_darts_rnn.supernet import mixed_cell
 from nni_darts_rnn.trained import load_searched_model, save_trained
-from nni_darts_rnn.trial import checked_seed
 
 OPS = ("tanh", "relu", "sigmoid", "identity")
 SPACES = sorted(Path(__file__).parents[1].glob("search_spaces/*.json"))

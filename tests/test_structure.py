@@ -72,7 +72,7 @@ def test_hosts_are_imported_where_the_map_says():
 
 
 def test_command_line_starts_without_torch():
-    for name in ("cli", "trial", "recipes", "genotype", "files", "__init__"):
+    for name in ("cli", "options", "trial", "recipes", "genotype", "files", "__init__"):
         assert not roots(name, at_import_time=True) & {"torch", "nni", "fastai", "pytorch_lightning"}
 
 

@@ -43,7 +43,8 @@ class ArchParamUpdate(FitOnly):
     validation stream here, apart from the training stream's. The weights' optimizer must be `OptimWrapper(opt=torch.optim.SGD)`, or with
     `Adam` or `AdamW`, without α (`splitter=weight_parameters`).
     The training loss is the weight step's: the Learner's `loss_func` plus the AR/TAR of its `RNNRegularizer`; its `GradientClip` is unrolled too.
-    Other arguments: see `recipes.SearchRecipe`; `ValueError` with one line for what is not allowed. Weights, buffers, hidden states and random state are left as if only the weight step had run.
+    Other arguments: see `recipes.SearchRecipe`; `ValueError` with one line for what is not allowed. Weights, buffers, hidden states and random state
+    are left as if only the weight step had run.
     """
 
     order, run_valid, _stateattrs = ScaleLRByLength.order + 1, False, ("stream", "valid_batches")

@@ -7,11 +7,10 @@ import json
 import os
 from pathlib import Path
 
+from ..options import checked_recipe, checked_seed, corpus_words, keeping, open_corpus, prepare_torch, set_keys, set_words, without_search
 from ..recipes import Recipe, RetrainRecipe, get_recipe
 from ..report.experiments import load_experiment
-from ..report.trial_folder import corpus_words, set_words
 from ..talk import Talk, answer
-from ..trial import checked_recipe, checked_seed, keeping, open_corpus, prepare_torch, set_keys, without_search
 
 READING = ("retrain.bptt", "retrain.eval_batch_size", "retrain.test_batch_size")  # all that a recipe says of how a text is read to measure perplexity
 MOST_EPOCHS = 1000  # of a retraining that ends when it no longer gets better

@@ -23,7 +23,7 @@ template <class T> struct Tile {
 #endif
   static constexpr int lanes = bytes / int(sizeof(T)), columns = 2 * lanes;
   typedef T Vector __attribute__((vector_size(bytes)));
-  static_assert(columns <= 32, "fused.py allots panels of at most 32 columns");
+  static_assert(columns <= 32, "compiled.py allots panels of at most 32 columns");
 };
 
 template <class T> inline typename Tile<T>::Vector load(const T* from) {

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checks import did_you_mean, one_line
-from ..trial import add_run_options
+from ..options import add_run_options
 from .trial_folder import Trial, read_trial
 
 CELLS = "nni_darts_rnn.cell_trial"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import math
 import os
@@ -18,10 +17,9 @@ from pathlib import Path
 from ..cell_trial import read_parameters
 from ..checks import one_line
 from ..genotype import Genotype
-from ..recipes import RECIPES, Recipe, get_recipe
+from ..options import checked_recipe, checked_seed, corpus_words, set_words
+from ..recipes import Recipe, get_recipe
 from ..rungs import BUDGET, recipe_fields
-from ..talk import named
-from ..trial import checked_recipe, checked_seed
 
 RESULT = "result.json"
 _ENDED = {"SUCCEEDED": "failed", "FAILED": "failed", "USER_CANCELED": "stopped", "SYS_CANCELED": "stopped", "EARLY_STOPPED": "stopped"}
@@ -70,8 +68,10 @@ class Trial:
             shared += ["--threads", str(self.options.threads)]  # sums of another number of threads differ in the last digits
         if self.options.device != "auto":
             shared += ["--device", self.options.device]
-        retrain = ["nni-darts-rnn", "retrain", *corpus_words(self.options), *shared, *set_words(self.recipe, "retrain"), "--genotype", self.cell.to_json() if self.cell else out, "--out", out]
-        search = ["nni-darts-rnn", "search", *corpus_words(self.options, searches=True), *shared, *set_words(self.recipe, "search"), "--out", out]
+        genotype = self.cell.to_json() if self.cell else out
+        retrain = ["retrain", *corpus_words(self.options), *shared, *set_words(self.recipe, "retrain"), "--genotype", genotype, "--out", out]
+        search = ["search", *corpus_words(self.options, searches=True), *shared, *set_words(self.recipe, "search"), "--out", out]
+        search, retrain = (["nni-darts-rnn", *words] for words in (search, retrain))
         if BUDGET in self.parameters and not self.cell:
             from ..extension import SWITCH  # here, since it imports torch
 
@@ -81,32 +81,6 @@ class Trial:
     def repeats(self) -> bool:
         """Whether those commands give the same numbers: a rung went on from another one, whose learning rate may have fallen already."""
         return BUDGET not in self.parameters or self.recipe is None or not self.recipe.retrain.anneal
-
-
-def corpus_words(options, searches: bool = False) -> list[str]:
-    """The options that name the corpus again, as a command's words; the text for α only where the command searches."""
-    words = ["--corpus", named(options.corpus or "pydoc")]
-    for name in ("corpus_folder", "corpus_mirror"):
-        if getattr(options, name):
-            words += ["--" + name.replace("_", "-"), str(getattr(options, name))]
-    return words + (["--alpha-fraction", str(options.alpha_fraction)] if searches and options.alpha_fraction else [])
-
-
-def set_words(recipe: Recipe, part: str) -> list[str]:
-    """`--set` for every field of a part that differs from the recipe of that name."""
-    return [word for key, (_, value) in differences(recipe).items() if key.startswith(part + ".")
-            for word in ("--set", f"{key}={str(value).lower() if value is None or isinstance(value, bool) else value}")]
-
-
-def differences(recipe: Recipe) -> dict[str, tuple]:
-    """Field -> (value in the recipe of that name, value here), where they differ."""
-    named, found = RECIPES[recipe.name], {}
-    for part in ("search", "retrain"):
-        there, here = getattr(named, part), getattr(recipe, part)
-        for f in dataclasses.fields(here):
-            if getattr(there, f.name) != getattr(here, f.name):
-                found[f"{part}.{f.name}"] = getattr(there, f.name), getattr(here, f.name)
-    return found
 
 
 def read_trial(trial_id: str, folder: Path, job: dict, options, alive: bool) -> Trial:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import shlex
 
+from ..options import differences
 from .pictures import cell_picture, folder_picture
-from .trial_folder import Trial, differences
+from .trial_folder import Trial
 from .words import anchor, esc, facts, perplexity, span
 
 
