@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(config, items):
     items[:] = kept
 
 
-FIRST = ("test_experiment.py", "test_resume.py", "test_docs.py", "test_rungs.py", "test_fused.py", "test_strategy.py", "test_learner.py")
+FIRST = ("test_experiment.py", "test_resume.py", "test_docs.py", "test_rungs.py", "test_fused.py", "test_strategy.py", "test_learner.py", "test_words.py")
 """Files of few and long tests, which several processes had better not be left with at the end."""
 
 
