@@ -94,6 +94,7 @@ def test_a_strategy_that_draws_in_the_same_process_draws_on(text, monkeypatch):
 
 def test_the_size_is_that_of_the_space(text, monkeypatch):
     """By which it is decided whether compiling pays; a recipe's own is for `make_space`."""
+    monkeypatch.setattr("nni.trial._params", None)
     asked = []
     monkeypatch.setattr("nni_darts_rnn.fastai_evaluator.take_fast_path", lambda corpus, recipe, device, n_nodes: asked.append((recipe.hidden_size, recipe.epochs, n_nodes)))
     space = DartsRnnSpace(len(text.vocab), hidden_size=12, n_nodes=2)
