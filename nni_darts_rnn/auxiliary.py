@@ -119,12 +119,13 @@ def _each(contents: dict | list, function) -> dict | list:
 
 def _same(held: Held) -> bool:
     """Whether the container still holds that."""
-    if held.plain and type(held.container) is not set:
-        of_dict = isinstance(held.contents, dict)
-        return (held.container if of_dict else list(held.container)) == held.contents and (not of_dict or list(held.container) == list(held.contents))
-    now, then = _contents(held.container), held.contents
-    if isinstance(now, dict) and isinstance(then, dict):
-        return list(now) == list(then) and all(value is then[key] for key, value in now.items())
+    now, then = held.container, held.contents
+    if isinstance(then, dict) and list(now) != list(then):  # in another order too
+        return False
+    if held.plain and type(now) is not set:
+        return (now if isinstance(then, dict) else list(now)) == then
+    if isinstance(then, dict):
+        return all(now[key] is value for key, value in then.items())
     return len(now) == len(then) and all(a is b for a, b in zip(now, then))
 
 

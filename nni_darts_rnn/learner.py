@@ -120,9 +120,9 @@ def search_learner(dls, recipe: SearchRecipe | Recipe | str = "penn", *, seed: i
     return _learner(dls, StatefulLM(lm), recipe, path, [ArchParamUpdate.of(recipe, valid_batches), *cbs], metrics_file, splitter=weight_parameters)
 
 
-def retrain(corpus: Corpus, genotype: Genotype | str, recipe: RetrainRecipe, seed: int = 0, folder: str | Path = ".", report=None,
+def retrain(corpus: Corpus, genotype: Genotype | str | LanguageModel, recipe: RetrainRecipe, seed: int = 0, folder: str | Path = ".", report=None,
             progress: bool = False, device="auto", store: Checkpoints | None = None) -> dict:
-    """Trains the genotype from scratch for `recipe.epochs` and measures the best model.
+    """Trains the genotype from scratch for `recipe.epochs`, or a `LanguageModel` as `lm_learner` does, and measures the best model.
 
     `report` gets a dictionary after every epoch (see `EpochReport`), and `folder`/retrain.csv all of them. With `store` the training keeps itself
     there and goes on from what is there. Returns valid_perplexity, test_perplexity, parameters, seconds, epochs (trained), model (the best

@@ -45,7 +45,8 @@ class AnnealLR(FitOnly):
         self.full = self.full or [hyper["lr"] for hyper in self.opt.hypers]
         skipped = already_trained(self.dls.train)
         done = (self.epoch + (skipped + self.iter) / (skipped + self.n_iter)) / self.n_epoch
-        self.opt.set_hyper("lr", [lr * annealed(done, self.share) for lr in self.full])
+        factor = annealed(done, self.share)
+        self.opt.set_hyper("lr", [lr * factor for lr in self.full])
 
 
 class ScaleLRByLength(Callback):
