@@ -60,7 +60,7 @@ def spread(mean: float, sd: float | None) -> str:
 
 def quality() -> str:
     return arms("Does the search beat chance?", "search_quality", lambda settings: (
-        f"Penn Treebank with its {settings['words']:,} most frequent words, {settings['search.hidden_size']} units, batches of "
+        f"Penn Treebank with its {settings['words']:,} most frequent words, searches on the first half of the training text, retrainings on all of it, {settings['search.hidden_size']} units, batches of "
         f"{settings['search.batch_size']} streams, the paper's learning rate (20), in the search a clip of {settings['search.clip']} where nothing else is said. Weights start in ±{settings['search.init_range']} in the searches whose cells were "
         f"retrained from ±{settings['retrain.init_range']}, but for `original` (±0.04). Arms have one budget of arithmetic (*one*: a random cell as it comes; *random*: the best of several random cells after a short training; *shared*: of random cells under shared weights; *original*: the published "
         "code's numerics; the head of `benchmarks/search_arms.py` says "
@@ -201,7 +201,7 @@ def lstm() -> str:
              f"{r['test_perplexity']:.2f}", f"{r['seconds']:.0f}" if "seconds" in r else "") for name, r in results.items()]
     return "\n".join([
         "## The example's cell beside nn.LSTM\n",
-        f"Penn Treebank, {found['recipe']['hidden_size']} units, {found['recipe']['epochs']} epochs, {found['threads']} thread, one seed.\n",
+        f"Penn Treebank, {found['recipe']['hidden_size']} units, {found['recipe']['epochs']} epochs, {found['threads']} thread, one seed. The cell: `{found['genotype']}`.\n",
         table(("", "parameters", "validation", "test", "s"), rows), made(found)])
 
 
@@ -232,7 +232,7 @@ def draws() -> str:
         "### Of drawn cells\n",
         f"At the size of the first section's study, ξ = {found['settings']['search.unrolled_lr']}, α's rate {found['settings']['search.arch_lr']:g}, the first {found['steps']} steps after {found['settings']['search.warmup_epochs']} epochs "
         "without α. *Signal*: the cosine between the mean gradient of even steps and that of odd ones, each step's scaled to length 1. *Spread*: α's standard deviation after the last of "
-        "these steps. Without decay α comes to where its gradient has no one direction any more.\n",
+        "these steps. With eight draws and without decay α comes to where its gradient has no one direction any more.\n",
         table(("cells drawn for a batch", "α's weight decay", "searches", "signal", "spread", "the first search's cell"),
               [(r["search.draws"], f"{r['search.arch_weight_decay']:g}", r["seeds"], f"{r['signal']:.2f}", f"{r['spread']:.2f}",
                 f"`{', '.join(f'{op}←{j}' for op, j in json.loads(row['genotype'])['recurrent'])}`")

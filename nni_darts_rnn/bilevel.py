@@ -6,7 +6,7 @@ the derivative of L_val(w′, α) is
     ∇α L_val(w′, α) − ∇α [ ∇w L_train(w, α) · q ],   q = −J'ᵀ(F'∘∇w′ L_val(w′, α))                      (DARTS, eq. 7)
 
 and the second term is a central difference along q (eq. 8), or double backprop. Nothing here knows of NNI, fastai or recurrent cells.
-All passes of one step draw the same random numbers, so that a difference of losses is a difference of weights and not of dropout masks.
+All passes of a step over its training batch draw the same random numbers, so that a difference of losses is a difference of weights and not of dropout masks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MODES = ("finite_difference", "exact", "first_order")
 EPSILON = 3e-2
 """Default r of the finite difference: least error in float32 over sizes and moments of training (`benchmarks/epsilon.py`).
 
-In float32 rounding asks for a large r and curvature for a small one; with relu, each kink between w − r and w + r adds noise that falls with r.
+With relu each kink between w − r and w + r adds noise that falls with r, in float64 too; below 1e-4 float32's rounding comes on top. Curvature asks for a small r.
 """
 
 Loss = Callable[[Tensors, Tensors, object], Tensor]

@@ -87,8 +87,8 @@ def build_parser() -> argparse.ArgumentParser:
                  "Example: nni-darts-rnn report k3v8x2ab --out report.html")
     report.add_argument("experiment", metavar="EXPERIMENT", help=EXPERIMENT)
     report.add_argument("--out", type=new_file, default=Path("report.html"), help="the page; default report.html; an older one is replaced")
-    init = add("init", afterwards.init, "write the example experiment into a folder",
-               "Writes the example's YAML and search spaces into a folder, for nnictl to run and for you to change.",
+    init = add("init", afterwards.init, "write the example experiments into a folder",
+               "Writes the examples' YAML files and search spaces into a folder, for nnictl to run and for you to change.",
                "Example: nni-darts-rnn init mine && nnictl create --config mine/examples/darts_rnn.yml")
     init.add_argument("folder", type=new_folder, metavar="DIR", help="made where it does not exist")
     init.add_argument("--force", action="store_true", help="replace files of the same name")

@@ -61,7 +61,7 @@ class SearchRecipe:
     epochs: int = _field(50, 1, help="passes over the training text")
     relaxation: str = _field("edge", choices=RELAXATIONS,
                              help="what one softmax of α is over: an edge's primitives, with BatchNorm, or all of a node's, without; gumbel: one of these drawn at a time")
-    draws: int = _field(1, 1, help="of cells for a batch, with gumbel: each for as many of its streams")
+    draws: int = _field(1, 1, help="cells drawn for a batch, with gumbel: each for an equal part of its streams")
     arch_lr: float = _field(3e-3, 0, help="Adam's learning rate for α")
     arch_weight_decay: float = _field(1e-3, 0, help="Adam's weight decay for α")
     arch_beta1: float = _rate(0.9, "Adam's first coefficient for α")
@@ -69,7 +69,7 @@ class SearchRecipe:
     hvp: str = _field("finite_difference", choices=("finite_difference", "exact", "first_order"), help="how the second-order term is computed")
     epsilon: float = _field(3e-2, 1e-12, help="r: how far the finite difference moves the weights in all")
     unrolled_lr: float = _field(None, 0, optional=True, help="ξ, the unrolled step's learning rate; none: the weights' own; 0: first order")
-    neumann_terms: int = _field(0, 0, help="terms of iDARTS's series")
+    neumann_terms: int = _field(0, 0, help="terms of iDARTS's Neumann series (arXiv 2106.10784); 0: the one unrolled step")
     own_gradient: bool = _field(False, help="whether the weight step has a gradient of its own, at the α that has just moved, as in the paper's Algorithm 1; false: the "
                                             "one that α's step unrolled, of α before its move, which saves 3 of 13 passes")
     warmup_epochs: int = _field(0, 0, help="epochs before α moves; fewer than `epochs`")
@@ -194,7 +194,7 @@ RECIPES = {
                     RetrainRecipe(hidden_size=128, eval_batch_size=64, test_batch_size=10, optimizer="adam", lr=0.006, nonmono=None, dropout=0.15,
                                   dropout_h=0.075, dropout_x=0.15, dropout_i=0.075, dropout_e=0.0, init_range=0.1, epochs=10, anneal=0.34)),
     # For two cores and a text of a hundred thousand words: a whole search and retraining in about two minutes. Of the searches compared on the example's
-    # text (docs/results.md) this is the one whose cells were best, but for one with eight draws, which takes longer, by no more than chance.
+    # text (docs/results.md) this is one of the four whose cells were best, which differ by no more than chance; the one with eight draws takes longer.
     "small": Recipe("small",
                     SearchRecipe(hidden_size=64, batch_size=16, bptt=20, lr=20.0, clip=0.1, dropout=0.3, dropout_h=0.1, dropout_x=0.3, dropout_i=0.1,
                                  init_range=0.12, anneal=0.5, epochs=6, warmup_epochs=4, relaxation="gumbel", unrolled_lr=2.0, alpha_dropout=False,

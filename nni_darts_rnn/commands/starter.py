@@ -1,4 +1,4 @@
-"""The example experiment and its search spaces, written into a folder of the user's: `nni-darts-rnn init DIR`."""
+"""The example experiments and their search spaces, written into a folder of the user's: `nni-darts-rnn init DIR`."""
 
 from __future__ import annotations
 
