@@ -330,7 +330,7 @@ def test_search_retrain_evaluate(place, capsys):
     (place.parent / "corpus" / "train.txt").write_text(TEXT * 20 + "a new word\n", encoding="utf-8")
     assert status(cli.main, "evaluate", place / "b", *common[:2]) == 2
     text = capsys.readouterr()
-    assert "another vocabulary" in text.err and len(text.err.splitlines()) == 1 and not text.out
+    assert "another vocabulary" in text.err and "the text of its training, corpus, as --corpus" in text.err and len(text.err.splitlines()) == 1 and not text.out
 
 
 def test_names_that_begin_with_a_dash_or_a_tilde(place, capsys, monkeypatch):

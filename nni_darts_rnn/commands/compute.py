@@ -79,16 +79,18 @@ def evaluate(arguments) -> None:
     for key in set_keys(arguments):
         if key not in READING:
             raise ValueError(f"--set {key}: evaluating takes no other field of a recipe than {', '.join(READING)}" + did_you_mean(key, READING))
+    extra = read_description(arguments.model).get("extra")
+    extra = extra if isinstance(extra, dict) else {}  # somebody's own notes
     if arguments.recipe is None:  # the perplexities that its training ended with depend on the batches, if little
-        extra = read_description(arguments.model).get("extra")
-        trained = extra.get("recipe") if isinstance(extra, dict) else None
+        trained = extra.get("recipe")
         arguments.recipe = get_recipe("small", {key: trained[name] for key in READING if isinstance(trained, dict) and (name := key.partition(".")[2]) in trained})
     recipe, _, corpus, talk = _start(arguments)
     check_reading(corpus, recipe.retrain)
     model, words = load_trained(arguments.model)
     if tuple(words) != tuple(corpus.vocab.words):
+        called = f", {extra['corpus']}," if "corpus" in extra else ""
         raise ValueError(f"{arguments.model} was trained on another vocabulary ({len(words)} words) than that of {corpus.name} ({len(corpus.vocab)}); "
-                         "give the text of its training as --corpus")
+                         f"give the text of its training{called} as --corpus")
     talk(f"corpus {corpus.describe()}")
     device = choose_device(arguments.device)
     model.to(device)
