@@ -341,6 +341,13 @@ def test_mean_over_processes():
         assert all(error(result.grads, truth) < 1e-9 for result in results)
 
 
+def test_adams_slope_is_0_where_a_gradient_is_0_or_too_small_for_its_square():
+    w, rate, d, eps = torch.zeros(3, dtype=torch.float32), 0.1, 1e-3, 1e-8
+    slope = WeightStep.of(torch.optim.Adam([w], lr=rate), [w]).parts[0].slope(w, torch.tensor([0.0, 1e-25, d], dtype=torch.float32))
+    assert slope[:2].tolist() == [0, 0]
+    assert float(slope[2]) == pytest.approx(rate * eps / (d + eps) ** 2, rel=0.2)  # of the first step, d/(|d| + ε), to the few digits that float32 leaves it
+
+
 # --- what is refused
 
 
