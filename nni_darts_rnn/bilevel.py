@@ -75,15 +75,19 @@ class AlphaGradient(NamedTuple):
 
 @contextlib.contextmanager
 def all_digits():
-    """float32 products to float32's precision, whatever the process allows elsewhere (cuDNN has TF32 by default): the difference of two gradients has not
-    its digits."""
+    """float32 products to float32's precision, whatever the process allows elsewhere (cuDNN has TF32 by default), autocast included: the difference of two
+    gradients has not its digits."""
     every = torch.backends  # torch's older, common setting cannot be read once one of these was set
     backends = (every.cuda.matmul, every.cudnn.conv, every.cudnn.rnn, every.mkldnn.matmul, every.mkldnn.conv, every.mkldnn.rnn)
     allowed = [backend.fp32_precision for backend in backends]
     for backend in backends:
         backend.fp32_precision = "ieee"
     try:
-        yield
+        with contextlib.ExitStack() as whole:
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    whole.enter_context(torch.autocast(device, enabled=False))
+            yield
     finally:
         for backend, was in zip(backends, allowed):
             backend.fp32_precision = was
@@ -130,6 +134,10 @@ def architecture_gradient(loss: Loss, weights: Tensors, alphas: Tensors, train_b
         direct = reduce(gradients(value, alphas))
         end.restore()
         return AlphaGradient(direct, direct, None, None, value.detach())
+
+    coarse = next((w.dtype for w in weights if w.dtype.itemsize < 4), None)
+    if coarse is not None and mode == "finite_difference":
+        raise ValueError(f"weights of {coarse}: the finite difference moves them by less than their digits tell apart; keep them in float32 (Lightning's 'bf16-mixed' does), or use hvp='exact'")
 
     def train(at: Tensors, at_alphas: Tensors = alphas) -> Tensor:
         if same_masks:
@@ -196,8 +204,8 @@ def _neumann(train, weights, v, q, step, gd, c, terms, epsilon, g, reduce) -> li
     total = list(q)
     for _ in range(terms):
         if g is not None:
-            dot = sum((x * y).sum() for x, y in zip(g, q) if x is not None and y is not None)
-            product = torch.autograd.grad(dot, weights, retain_graph=True, allow_unused=True)
+            dot = sum(((x * y).sum() for x, y in zip(g, q) if x is not None and y is not None), torch.zeros(()))
+            product = torch.autograd.grad(dot, weights, retain_graph=True, allow_unused=True) if dot.requires_grad else [None] * len(q)
         else:
             plus, minus, scale = two_ends(weights, q, epsilon)
             if scale == 0:

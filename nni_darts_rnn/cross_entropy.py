@@ -68,7 +68,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grads is None:  # of a graph that was retained
                 grads = _cross_entropy(*ctx.saved_tensors, ctx.needs_input_grad)[1:]
         if d_loss.device.type != "cpu" or d_loss != 1:  # on a GPU the question would wait for it; 1 for a loss that `backward` is called on
-            grads = [None if g is None else g.mul_(d_loss.to(g.dtype)) for g in grads]
+            # a gradient scaler's factor is more than float16 has room for
+            grads = [None if g is None else g.mul_(d_loss.to(g.dtype)) if g.dtype.itemsize >= 4 else (g.float() * d_loss).to(g.dtype) for g in grads]
         return (*grads, None)
 
 

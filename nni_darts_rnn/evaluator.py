@@ -16,7 +16,7 @@ from .epoch_counts import EpochCounts, perplexity_of
 from .files import write_csv, write_json, write_text
 from .genotype import Genotype
 from .health import check_epoch, watched_spread
-from .model import activation_regularisation, perplexity, without_dropout
+from .model import activation_regularisation, evaluating, perplexity, without_dropout
 from .recipes import SearchRecipe, annealed
 from .weight_step import OPTIMIZERS
 
@@ -99,10 +99,8 @@ class LanguageModelModule(LightningModule):
     def validation_step(self, batch, batch_idx: int) -> dict:
         """Logs "default": minus the nats per token without dropout, the reward of a strategy that samples cells (ENAS)."""
         tokens, targets, _ = batch
-        was_training = self.model.training
-        self.model.eval()
-        nll, _, _, after = self.model.loss(tokens, targets, self.hidden_valid.clone())
-        self.model.train(was_training)
+        with evaluating(self.model):
+            nll, _, _, after = self.model.loss(tokens, targets, self.hidden_valid.clone())
         self.hidden_valid.copy_(after)
         self.log("default", -nll)
         return {"loss": nll, "data_loss": nll}

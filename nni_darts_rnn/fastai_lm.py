@@ -82,7 +82,7 @@ class SequenceLoss(CrossEntropyLossFlat):
         plain = self.func.weight is None and self.func.ignore_index == -100 and not self.func.label_smoothing
         if isinstance(decoded, DeferredLogits):
             with _products(decoded.precision, targets):
-                if plain:
+                if plain and not bool((targets == self.func.ignore_index).any()):
                     return linear_cross_entropy(decoded.dropped.flatten(0, 1), decoded.weight, decoded.bias, targets.t().flatten())  # (T·B, H), (T·B)
                 decoded = F.linear(decoded.dropped, decoded.weight, decoded.bias).transpose(0, 1)  # (T, B, V) -> (B, T, V)
         if self.reduction != "mean" or not plain:

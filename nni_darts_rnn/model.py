@@ -96,6 +96,18 @@ class LanguageModel(nn.Module):
 
 
 @contextlib.contextmanager
+def evaluating(model: nn.Module):
+    """The model in evaluation mode meanwhile; each of its modules is then in its own mode again."""
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
 def without_dropout(model: nn.Module):
     """No dropout in the model's passes meanwhile, and all else as it is: in training a supernet still draws its cell, where `eval()` would settle it.
 
@@ -129,16 +141,14 @@ def perplexity(model, tokens: Tensor, batch_size: int, bptt: int) -> float:
     `model` is a `LanguageModel` or anything with its `loss` and `init_hidden`. Sums are kept in float64. `ValueError` where the text is
     shorter than two tokens a stream.
     """
-    was_training = model.training
-    model.eval()
     hidden = model.init_hidden(batch_size)
     batches = BpttBatches(streams(tokens, batch_size).to(hidden.device), LengthRule(bptt))
     nats, count = torch.zeros((), dtype=torch.float64, device=hidden.device), 0
-    for x, y in batches:
-        nll, _, _, hidden = model.loss(x, y, hidden)
-        nats += nll.double() * y.numel()
-        count += y.numel()
-    model.train(was_training)
+    with evaluating(model):
+        for x, y in batches:
+            nll, _, _, hidden = model.loss(x, y, hidden)
+            nats += nll.double() * y.numel()
+            count += y.numel()
     return float(torch.exp(nats / count))
 
 

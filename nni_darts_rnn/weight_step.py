@@ -21,7 +21,7 @@ OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
 
 def norm(tensors: Sequence[Tensor | None]) -> Tensor:
     """The Euclidean norm of all tensors taken together; 0 where there is none."""
-    squares = [t.pow(2).sum() for t in tensors if t is not None]
+    squares = [(t.float() if t.dtype.itemsize < 4 else t).pow(2).sum() for t in tensors if t is not None]  # float16 has no room for squares
     return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
 
 
@@ -175,5 +175,7 @@ class WeightStep:
         if self.clip is None or float(c) >= 1:
             return u
         length = norm(grads)
+        if length == 0:
+            return [None if x is None else c * x for x in u]
         along = sum((g * x).sum() for g, x in zip(grads, u) if x is not None) / (length * (length + 1e-6))
         return [None if x is None else c * (x - along * g) for x, g in zip(u, grads)]

@@ -348,7 +348,37 @@ def test_adams_slope_is_0_where_a_gradient_is_0_or_too_small_for_its_square():
     assert float(slope[2]) == pytest.approx(rate * eps / (d + eps) ** 2, rel=0.2)  # of the first step, d/(|d| + ε), to the few digits that float32 leaves it
 
 
+def test_norms_of_float16_have_room():
+    for value, n in ((300.0, 4), (1e-4, 100_000)):
+        grads = [torch.full((n,), value, dtype=torch.float16)]
+        assert float(norm(grads)) == pytest.approx(float(torch.nn.utils.get_total_norm([g.double() for g in grads])), rel=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["exact", "finite_difference"])
+def test_a_training_gradient_that_is_0_and_one_that_depends_on_nothing(mode):
+    w, a = torch.ones(3), torch.full((3,), 0.5)
+
+    def valid(w, a, b):
+        return ((w[0] - a[0]) ** 2).sum()
+
+    flat = architecture_gradient(lambda w, a, b: (w[0] * 0).sum() + 0 * a[0].sum(), [w], [a], None, None, WeightStep.sgd(1, 1.0, clip=1e-7), mode, valid_loss=valid)
+    assert torch.equal(flat.grads[0], -2 * (w - a))
+    even = architecture_gradient(lambda w, a, b: w[0].sum(), [w], [a], None, None, WeightStep.sgd(1, 0.1), mode, neumann_terms=1, valid_loss=valid)
+    assert error(even.grads, [-2 * (w - 0.1 - a)]) < 1e-12
+
+
 # --- what is refused
+
+
+def test_a_finite_difference_of_weights_without_the_digits_for_it_is_refused():
+    w, a = torch.ones(3, dtype=torch.bfloat16), torch.ones(3, dtype=torch.bfloat16)
+
+    def gradient(mode):
+        return architecture_gradient(lambda w, a, b: (w[0] ** 2 * a[0]).sum(), [w], [a], None, None, WeightStep.sgd(1, 0.1), mode)
+
+    with pytest.raises(ValueError, match="weights of torch.bfloat16: the finite difference moves them by less.*use hvp='exact'"):
+        gradient("finite_difference")
+    assert gradient("exact").grads[0].isfinite().all()
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.RMSprop, torch.optim.ASGD, torch.optim.NAdam, torch.optim.Adamax])

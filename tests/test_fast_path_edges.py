@@ -219,6 +219,14 @@ def test_all_digits_whichever_way_the_precision_was_set():
     assert all(backend.fp32_precision == "tf32" for backend in backends)
 
 
+def test_all_digits_under_autocast():
+    one = torch.ones(2, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        with bilevel.all_digits():
+            assert (one @ one).dtype == torch.float32
+        assert (one @ one).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("lacks, says", [("compiler", "install g++"), ("tiles", "gain nothing here"), ("nothing", None)])
 def test_what_would_make_a_long_run_faster_is_said_once(lacks, says, monkeypatch, tmp_path, caplog):
     if lacks != "compiler" and not extension.available():

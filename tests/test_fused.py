@@ -420,6 +420,23 @@ def test_linear_cross_entropy(R, H, V, compiled, needs, with_bias, monkeypatch):
         assert_close(*results, 1e-10 if dtype == torch.float64 else 1e-5)
 
 
+@pytest.mark.parametrize("R, threads", [(130, 16), (2176, 16), (265, 12)])
+def test_the_loss_of_so_few_rows_that_a_thread_has_none(R, threads, monkeypatch):
+    """The last one's share, of rows that are rounded up for the others; of a weight that is larger than a second cache."""
+    monkeypatch.setattr(extension.State, "on", True)
+    g = torch.Generator().manual_seed(3)
+    x, w, y = torch.randn(R, 300, generator=g), torch.randn(1100, 300, generator=g) / 17, torch.randint(1100, (R,), generator=g)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        leaves = x.requires_grad_(), w.requires_grad_()
+        losses = [cross_entropy.linear_cross_entropy(*leaves, None, y), F.cross_entropy(F.linear(*leaves), y)]
+        found = [[loss.detach(), *torch.autograd.grad(loss, leaves)] for loss in losses]
+    finally:
+        torch.set_num_threads(before)
+    assert_close(*found, 1e-5)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_the_loss_of_logits_that_rise_from_word_to_word(dtype):
     """A few words are taken at a time (csrc/cross_entropy.cpp): by steps of 12 and of 60, from words that are ruled out, and by more than an exponential has room for."""
@@ -444,6 +461,15 @@ def test_linear_cross_entropy_differentiates_twice_and_refuses_bad_targets():
     assert torch.autograd.gradgradcheck(lambda *a: cross_entropy.linear_cross_entropy(*a, y), (x, w, b))
     with pytest.raises((IndexError, RuntimeError)):
         cross_entropy.linear_cross_entropy(x, w, b, y + 5)
+
+
+def test_the_loss_of_float16_under_a_gradient_scalers_factor():
+    g = torch.Generator().manual_seed(3)
+    x, w = torch.randn(200, 16, generator=g).half().requires_grad_(), (torch.randn(50, 16, generator=g) / 10).half().requires_grad_()
+    y = torch.randint(50, (200,), generator=g)
+    found = torch.autograd.grad(65536 * cross_entropy.linear_cross_entropy(x, w, None, y), (x, w))
+    wide = x.detach().double().requires_grad_(), w.detach().double().requires_grad_()
+    assert_close([t.double() for t in found], torch.autograd.grad(65536 * F.cross_entropy(F.linear(*wide), y), wide), 5e-3)
 
 
 @pytest.mark.parametrize("factor", [1.0, 3.0])

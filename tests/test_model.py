@@ -209,6 +209,14 @@ def test_perplexity_of_a_uniform_model_is_the_number_of_words():
     assert not model.training
 
 
+def test_perplexity_leaves_each_module_in_its_own_mode():
+    model = made(dropout=0.5)
+    model.train()
+    model.rnn.eval()
+    perplexity(model, text(40), 2, 5)
+    assert model.training and model.encoder.training and not model.rnn.training
+
+
 def test_perplexity_leaves_no_trace():
     model = made(dropout=0.5)
     before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()

@@ -109,6 +109,7 @@ template <class T, class P> struct Share {
 
   // logits, nll, q and dx of n rows from r + lo, of the block that starts at r
   void rows(int64_t r, int64_t lo, int64_t n, Buffer& left) const {
+    if (!n) return;  // the last block has too few rows for all threads
     T* const own = logits + lo * V;
     const auto from = P::rows_of(n, H, x + (r + lo) * H, H, left);
     const int64_t* const y = d.targets + r + lo;
