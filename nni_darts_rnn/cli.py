@@ -105,7 +105,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with interrupts_remembered():
             arguments.action(arguments)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by who started it
+            sys.stdout.flush()
     except BrokenPipeError:  # whoever read the answer has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13  # SIGPIPE's number, as of a program that it ends

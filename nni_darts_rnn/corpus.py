@@ -87,7 +87,7 @@ def load_corpus(name_or_folder: str | Path, *, folder: str | Path | None = None,
     elif name in PUBLISHED_COUNTS:
         corpus = _published(name, folder, mirror)
     elif os.path.isdir(path):
-        corpus = _from_folder(path.resolve().name, path)
+        corpus = _from_folder(os.fsencode(path.resolve().name).decode("utf-8", "backslashreplace"), path)  # a name that can be written
     elif os.path.exists(path):
         raise ValueError(f"corpus {name!r} is a file; give the folder that holds {', '.join(s + '.txt' for s in SPLITS)}")
     else:

@@ -157,8 +157,9 @@ class SupernetReport(pl.Callback):
 
     def on_train_epoch_start(self, trainer, pl_module):
         self.counts.begin()
-        costs = [self.recipe.passes(epoch, len(self.corpus.vocab)) for epoch in range(trainer.current_epoch, trainer.max_epochs)]
-        self.worth = sum(costs) / costs[0]  # of all that is to come, in epochs such as this: those with α take longer
+        now, words = trainer.current_epoch, len(self.corpus.vocab)
+        end = max(trainer.max_epochs, now + 1)  # -1, Lightning's word for no end, as with `max_steps`: this epoch is all that is known of
+        self.worth = self.recipe.passes_of(now, end, words) / self.recipe.passes(now, words)  # of all that is to come, in epochs such as this: those with α take longer
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         tokens = training_tokens(batch)

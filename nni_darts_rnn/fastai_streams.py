@@ -42,9 +42,10 @@ class StreamLoader(DataLoader):
         self.dataset.set_epoch(epoch)
         self.first = batch
 
-    def get_idxs(self) -> list[int]:
-        """The order of `Learner.get_preds(concat_dim=1)`, whose first axis is B: streams keep theirs."""
-        return list(range(self.dataset.stream.shape[1]))
+    @property
+    def get_idxs(self):
+        """None: `Learner.get_preds` is to leave streams in their order, along whichever axis it puts batches together."""
+        raise AttributeError("get_idxs")
 
     def set_epoch(self, epoch: int) -> None:
         self.dataset.set_epoch(epoch)

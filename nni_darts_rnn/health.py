@@ -53,7 +53,7 @@ def check_epoch(perplexity: float, vocab_size: int, what: str) -> None:
 
 def name_poor(phase: str, perplexity: float, vocab_size: int) -> None:
     """Says in words that a phase ended worse than guessing."""
-    if perplexity > vocab_size:
+    if perplexity > vocab_size * (1 + 1e-6):  # more than rounding
         logger.warning("%s: a validation perplexity of %.4g is worse than guessing every word alike (%d); %s.lr may be too large, or the text too short",
                        phase, perplexity, vocab_size, phase)
 

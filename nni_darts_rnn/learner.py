@@ -51,6 +51,9 @@ BEST = ".nni-darts-rnn-best"
 
 def _learner(dls, model: StatefulLM, recipe, path, cbs, metrics_file: str | None, **kwargs) -> Learner:
     """What both learners share: the optimizer, hidden state, AR/TAR, clipping, learning rate × length, perplexity, CSV."""
+    words, V = getattr(dls, "vocab", None), model.lm.vocab_size
+    if words is not None and len(words) > V:
+        raise ValueError(f"vocab_size: the model has {V} words, but the DataLoaders have {len(words)}")
     steps = getattr(dls.train, "seq_len", recipe.bptt)  # fastai's own loaders have a fixed length, which then is the usual one
     own = [ModelResetter(), RNNCallback(), ActivationRegularizer(alpha=recipe.ar, beta=recipe.tar), ScaleLRByLength(steps)]
     if recipe.clip is not None:
@@ -95,10 +98,8 @@ def lm_learner(dls, genotype: Genotype | str | LanguageModel, recipe: RetrainRec
     lm = genotype if isinstance(genotype, LanguageModel) else LanguageModel.from_genotype(
         _vocab_size(dls, vocab_size), recipe.hidden_size, load_genotype(genotype), dropout_h=recipe.dropout_h, dropout_x=recipe.dropout_x,
         init_range=recipe.init_range, **_dropouts(recipe))
-    averaging = NTASGD(recipe.nonmono)
-    learn = _learner(dls, StatefulLM(lm, recipe.precision), recipe, path, [BestModel(), averaging, *cbs], metrics_file)
-    if recipe.patience is not None:
-        learn.converged = lambda: averaging.since_best() >= recipe.patience
+    learn = _learner(dls, StatefulLM(lm, recipe.precision), recipe, path, [BestModel(), NTASGD(recipe.nonmono), *cbs], metrics_file)
+    learn.patience = recipe.patience
     return learn
 
 

@@ -76,7 +76,7 @@ def take_fast_path(corpus: Corpus, recipe: SearchRecipe | RetrainRecipe, device:
     words = len(corpus.vocab)
     if isinstance(recipe, SearchRecipe):
         tokens, n_nodes, edges, precision = corpus.train, recipe.n_nodes, None, "float32"
-        passes = sum(recipe.passes(epoch, words) for epoch in range(recipe.epochs))
+        passes = recipe.passes_of(0, recipe.epochs, words)
     else:
         tokens, edges, precision, passes = corpus.without_alpha().train, n_nodes, recipe.precision, 3 * recipe.epochs
     steps = len(tokens) / (recipe.batch_size * recipe.bptt)  # of an epoch

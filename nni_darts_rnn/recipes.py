@@ -121,6 +121,11 @@ class SearchRecipe:
             mixed = 1 if self.first_order else 3
         return (passes * run + mixed * (forward(edges) - run)) / forward(edges)
 
+    def passes_of(self, first: int, end: int, words: int) -> float:
+        """`passes` of all epochs from `first` to before `end` together."""
+        warm = max(0, min(end, self.warmup_epochs) - first)
+        return warm * self.passes(0, words) + (end - first - warm) * self.passes(self.warmup_epochs, words)
+
 
 @dataclass(frozen=True)
 class RetrainRecipe:

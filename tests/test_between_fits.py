@@ -2,20 +2,28 @@
 
 import contextlib
 import copy
+import multiprocessing
+import pickle
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, FetchPredsCallback
 from fastai.callback.fp16 import MixedPrecision
-from fastai.callback.schedule import Learner  # noqa: F401 (and `lr_find`, `fit_one_cycle`)
+from fastai.callback.schedule import Learner
+from fastai.callback.training import GradientClip
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
 from fastai.learner import load_learner
+from fastai.optimizer import OptimWrapper
 from test_callbacks import CELL, SMALL, corpus, run, same, weights_of
 from test_fastai_world import language_dls as text_dls
 
-from nni_darts_rnn.callbacks import PrintGenotype
+from nni_darts_rnn.callbacks import ActivationRegularizer, ArchParamUpdate, PrintGenotype, weight_parameters
 from nni_darts_rnn.learner import language_dls, lm_learner, search_learner
 from nni_darts_rnn.recipes import get_recipe
+from nni_darts_rnn.supernet import MixedRNN
 
 
 def learner(folder, kind="retrain", cbs=(), **settings):
@@ -244,3 +252,206 @@ def test_the_smoothed_loss_of_no_batch_is_no_number(tmp_path):
     learn.recorder.smooth_loss.reset()
     assert np.isnan(learn.recorder.smooth_loss.value)
     assert copy.deepcopy(learn.recorder.smooth_loss).count == 0
+
+
+class Twice(torch.nn.Module):
+    """A model of a user's own, of two mixed layers: (B, T, 3) -> (B, T, 3)."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.out = MixedRNN(3, 4, n_nodes=2), MixedRNN(4, 4, n_nodes=2), torch.nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.out(self.second(self.first(x.transpose(0, 1))).transpose(0, 1))  # (B, T, 3) -> (T, B, 3) -> (B, T, 3)
+
+
+def own(cbs, workers=0) -> Learner:
+    torch.manual_seed(0)
+    series = [(torch.randn(5, 3), torch.randn(5, 3)) for _ in range(16)]
+    train, valid = DataLoader(series[:8], bs=4), DataLoader(series[8:], bs=4, num_workers=workers)
+    for cb in cbs:
+        if isinstance(cb, ArchParamUpdate):
+            cb.valid_batches = valid
+    return Learner(DataLoaders(train, valid), Twice(), torch.nn.MSELoss(), opt_func=partial(OptimWrapper, opt=torch.optim.SGD), lr=0.1, splitter=weight_parameters, cbs=cbs)
+
+
+def moved(learn, alpha) -> bool:
+    before = alpha.detach().clone()
+    run(learn)
+    return not torch.equal(alpha, before)
+
+
+def test_alpha_of_each_model_moves_that_a_callback_meets():
+    update = ArchParamUpdate([])
+    for _ in range(2):  # as over folds
+        learn = own([update])
+        assert moved(learn, learn.model.first.alpha)
+        learn.remove_cb(update)
+    learn = own([ArchParamUpdate([])])
+    run(learn)
+    learn.model, learn.opt = Twice(), None
+    assert moved(learn, learn.model.first.alpha)
+    learn.model.load_state_dict(weights_of(learn.model), assign=True)
+    learn.opt = None
+    assert moved(learn, learn.model.first.alpha)
+
+
+def test_alpha_that_is_frozen_stays_so():
+    learn = own([ArchParamUpdate([])])
+    frozen = learn.model.second.alpha.requires_grad_(False)
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(1, cbs=Interrupted())
+    before = frozen.clone()
+    assert moved(learn, learn.model.first.alpha)
+    assert torch.equal(frozen, before) and not frozen.requires_grad and learn.model.first.alpha.requires_grad
+    learn.model.first.alpha.requires_grad_(False)
+    with pytest.raises(ValueError, match="every alpha of the model is frozen"):
+        run(learn)
+
+
+class Once(Callback):
+    """Ctrl-C after the first backward pass, before the weights take their step."""
+
+    order = 100
+
+    def before_step(self):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("make", [lambda folder: learner(folder), lambda folder: learner(folder, "search", warmup_epochs=0), lambda folder: own([ArchParamUpdate([])])])
+def test_a_fit_begins_without_the_gradient_of_one_that_was_interrupted(tmp_path, make):
+    first = []
+
+    class Look(Callback):
+        order = -100
+
+        def before_backward(self):
+            first.append(all(p.grad is None or not p.grad.any() for p in self.learn.model.parameters()))
+
+    learn = make(tmp_path)
+    with pytest.raises(KeyboardInterrupt), learn.no_bar(), learn.no_logging():
+        learn.fit(1, cbs=Once())
+    assert any(p.grad is not None and p.grad.any() for p in learn.model.parameters())
+    run(learn, cbs=Look())
+    assert first[0]
+
+
+def test_a_fit_after_one_whose_numbers_went_wrong(tmp_path):
+    learn = learner(tmp_path)
+    learn.save("start")
+    with pytest.raises(FloatingPointError):
+        run(learn, lr=1e20)
+    learn.load("start")
+    assert len(run(learn, lr=0.1).recorder.values) == 1
+
+
+def test_predictions_within_a_fit_that_averages_cost_no_training(tmp_path):
+    class Look(Callback):
+        def before_epoch(self):
+            self.learn.get_preds(inner=True, concat_dim=1)
+
+    learn = averaging(tmp_path)
+    learn.remove_cb(learn.best_model)
+    before = weights_of(learn.model.lm)
+    run(learn, cbs=Look())
+    assert not same(weights_of(learn.model.lm), before)
+
+
+@pytest.mark.parametrize("clips", [(0.5, 0.05), (0.05, 0.5)])
+def test_of_two_clips_the_smaller_one_is_unrolled(clips):
+    found = []
+    for norms in (clips, (0.05,)):
+        learn = own([ArchParamUpdate([], hvp="exact"), *map(GradientClip, norms)])
+        run(learn)
+        found.append(learn.model.first.alpha.detach())
+    assert torch.allclose(*found, rtol=0, atol=1e-5)
+
+
+def test_two_regularizers_act_as_one(tmp_path):
+    found = []
+    for cbs, tar in (([], 0.5), ([ActivationRegularizer(alpha=0.0, beta=0.3)], 0.2)):
+        learn = learner(tmp_path, "search", cbs, tar=tar, warmup_epochs=0)
+        run(learn)
+        found.append(learn.model.lm.rnn.alpha.detach())
+    assert torch.allclose(*found, rtol=0, atol=1e-4)
+
+
+def even(learn):
+    """The validation text as three batches of one length."""
+    loader = learn.dls.valid
+    T = len(next(iter(loader))[1][0])
+    return loader.new(type(loader.dataset)(loader.dataset.stream[:1 + 3 * T], loader.dataset.rule, loader.dataset.seed))
+
+
+def test_a_summary_and_predictions_after_each_epoch(tmp_path, capsys):
+    for learn in (learner(tmp_path), learner(tmp_path, "search", relaxation="node")):
+        assert "Total params" in learn.summary()
+    learn = learner(tmp_path)
+    assert len(run(learn, cbs=FetchPredsCallback(dl=even(learn))).recorder.values) == 1
+
+
+@pytest.mark.parametrize("look", [lambda learn: learn.lr_find(num_it=20, show_plot=False), lambda learn: learn.validate(ds_idx=0)], ids=["lr_find", "validate"])
+def test_the_next_fit_trains_the_batches_that_it_would_have(tmp_path, look):
+    found = []
+    for looks in (False, True):
+        learn = learner(tmp_path)
+        if looks:
+            with learn.no_bar(), learn.no_logging():
+                look(learn)
+        torch.manual_seed(1)
+        found.append(weights_of(run(learn).model))
+    assert same(*found)
+
+
+def test_what_is_loaded_after_an_interrupted_validation_is_trained_on(tmp_path):
+    learn = averaging(tmp_path)
+    learn.save("good")
+    with pytest.raises(KeyboardInterrupt), learn.no_bar():
+        learn.fit(1, cbs=Interrupted())
+    learn.load("good")
+    good, seen = weights_of(learn.model.lm), []
+
+    class Look(Callback):
+        def before_train(self):
+            seen.append(weights_of(self.learn.model.lm))
+
+    run(learn, cbs=Look())
+    assert same(seen[0], good)
+
+
+def test_a_copied_search_asks_for_the_text_that_alpha_learns_from(tmp_path):
+    learn = learner(tmp_path, "search")
+    again = copy.deepcopy(learn)
+    with pytest.raises(ValueError, match="valid_batches: a copy of a Learner, or one from load_learner, comes without them"):
+        run(again)
+    again.arch_param_update.valid_batches = learn.arch_param_update.valid_batches
+    assert len(run(again).recorder.values) == 1
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_all_predictions_of_streams_come_along_either_axis(tmp_path, axis):
+    learn = learner(tmp_path)
+    loader = even(learn)
+    with learn.no_bar(), learn.no_logging():
+        decoded, targets = learn.get_preds(dl=loader, concat_dim=axis)[:2]
+    assert len(loader) == 3 and len(decoded) == len(targets)
+    assert torch.equal(targets, torch.cat([y for _, y in loader], axis))
+
+
+def test_a_copy_ends_by_its_own_patience(tmp_path):
+    learn = learner(tmp_path, patience=2, nonmono=1, lr=30.0)
+    pickle.dumps(learn)
+    ended = [len(run(one, 60).recorder.values) for one in (copy.deepcopy(learn), learn)]
+    assert ended[0] < 60 and ended[1] < 60
+
+
+def test_workers_end_with_the_fit():
+    learn = own([ArchParamUpdate([])], workers=1)
+    run(learn)
+    assert not multiprocessing.active_children()
+
+
+def test_a_model_of_fewer_words_than_the_text_is_refused(tmp_path):
+    recipe = get_recipe(SMALL)
+    with pytest.raises(ValueError, match="vocab_size: the model has 5 words, but the DataLoaders have 10"):
+        lm_learner(language_dls(corpus(), recipe.retrain, 0, "cpu", tmp_path), CELL, recipe, path=tmp_path, vocab_size=5)

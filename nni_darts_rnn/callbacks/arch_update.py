@@ -48,6 +48,7 @@ class ArchParamUpdate(FitOnly):
     """
 
     order, run_valid, _stateattrs = ScaleLRByLength.order + 1, False, ("stream", "valid_batches")
+    valid_batches = None
 
     def __init__(self, valid_batches, arch_lr: float = 3e-3, arch_weight_decay: float = 1e-3, arch_betas: tuple[float, float] = (0.9, 0.999),
                  hvp: str = "finite_difference", epsilon: float = EPSILON, unrolled_lr: float | None = None, neumann_terms: int = 0,
@@ -60,6 +61,7 @@ class ArchParamUpdate(FitOnly):
         self.own_gradient = own_gradient or reproduce_original or is_first_order(hvp, unrolled_lr)  # in which there is no step to share
         self.adam: dict = dict(lr=arch_lr, betas=tuple(arch_betas), weight_decay=arch_weight_decay)
         self.arch_opt: torch.optim.Adam | None = None
+        self.held: list[nn.Parameter] = []  # α while a fit goes on, and of one that was interrupted
         self.epochs_done = 0
         self.last: AlphaGradient | None = None
         self.before: Before | None = None  # this batch, while α is to move with it
@@ -72,9 +74,15 @@ class ArchParamUpdate(FitOnly):
                    recipe.reproduce_original)
 
     def start_fit(self):
+        if self.learn.opt is None:  # no fit: `with learn`, as in `Learner.summary`
+            self.run = False
+            return
+        if self.valid_batches is None:
+            raise ValueError("valid_batches: a copy of a Learner, or one from load_learner, comes without them; set them in its ArchParamUpdate")
         alphas = self._alphas()
         if not alphas:
-            raise ValueError("the model has no parameter named alpha: nothing to search")
+            named = architecture_parameters(self.learn.model)
+            raise ValueError("every alpha of the model is frozen: nothing to search" if named else "the model has no parameter named alpha: nothing to search")
         moved = {id(p) for group in self._optimizer().param_groups for p in group["params"]}
         if any(id(p) in moved for p in alphas):
             raise ValueError("the weights' optimizer holds α: give the Learner splitter=weight_parameters")
@@ -84,18 +92,23 @@ class ArchParamUpdate(FitOnly):
             raise ValueError("own_gradient: the step would be unrolled before MixUp and its like change the batch that it is taken on; leave it False")
         if self.reproduce_original:
             plain_sgd(self._optimizer())
+        if self.arch_opt is not None and not {id(p) for p in alphas} <= {id(p) for p in self.arch_opt.param_groups[0]["params"]}:
+            self.arch_opt, self.epochs_done = None, 0  # those of another model
+        self._optimizer().zero_grad()  # what a fit that was interrupted within a step has left
         self.only_looking = hasattr(self.learn, "lr_finder")  # for a rate: that leaves α's optimizer and the warm-up as they are
-        self._require_grad(False)  # the weight step needs no gradient of α, and GradientClip must not count one
+        self.held = alphas
+        for alpha in alphas:
+            alpha.requires_grad_(False)  # the weight step needs no gradient of α, and GradientClip must not count one
 
     def after_fit(self):
-        self._require_grad(True)
+        for alpha in self.held:
+            alpha.requires_grad_(True)
+        self.held, self.stream = [], None  # and with the stream the workers that read it
 
     def _alphas(self) -> list[nn.Parameter]:
-        return list(architecture_parameters(self.learn.model).values())
-
-    def _require_grad(self, value: bool) -> None:
-        for alpha in self._alphas():
-            alpha.requires_grad_(value)
+        """Those that move: all but what the user froze."""
+        held = {id(p) for p in self.held}
+        return [p for p in architecture_parameters(self.learn.model).values() if p.requires_grad or id(p) in held]
 
     def _optimizer(self) -> torch.optim.Optimizer:
         optimizer = getattr(self.learn.opt, "opt", None)
@@ -155,9 +168,9 @@ class ArchParamUpdate(FitOnly):
         self.last = self.gradient((tuple(self.learn.xb), tuple(self.learn.yb)), self._plain(batch), ran)
         self.before = None
         check_finite(gradient_of_α=self.last.grads)
-        optimizer = self.adam_optimizer()
-        for alpha, grad in zip(self._alphas(), self.last.grads):
-            alpha.grad = grad
+        optimizer, held = self.adam_optimizer(), {id(p) for p in self.held}
+        for alpha, grad in zip(architecture_parameters(self.learn.model).values(), self.last.grads):
+            alpha.grad = grad if id(alpha) in held else None
         optimizer.step()
         optimizer.zero_grad()
         check_finite(α=self._alphas())
@@ -176,8 +189,8 @@ class ArchParamUpdate(FitOnly):
         model = self.learn.model
         alphas = architecture_parameters(model)
         weights = {name: p for name, p in model.named_parameters() if p.requires_grad and name not in alphas}
-        regularizer, clipper = (next((cb for cb in self.learn.cbs if isinstance(cb, kind)), None) for kind in (RNNRegularizer, GradientClip))
-        clip = None if clipper is None else clipper.max_norm
+        regularizers = [cb for cb in self.learn.cbs if isinstance(cb, RNNRegularizer)]
+        clip = min((cb.max_norm for cb in self.learn.cbs if isinstance(cb, GradientClip)), default=None)  # one after the other, the least is what counts
         triple = any(isinstance(cb, RNNCallback) for cb in self.learn.cbs)  # which takes it apart in the training pass
         before = self.before or Before(model)
 
@@ -192,9 +205,9 @@ class ArchParamUpdate(FitOnly):
 
         def train_loss(at_weights, at_alphas, batch):
             loss, raw, dropped, _ = run(at_weights, at_alphas, batch, {})
-            if regularizer is None or self.reproduce_original:
-                return loss
-            return loss + activation_regularisation(raw.transpose(0, 1), dropped.transpose(0, 1), regularizer.alpha, regularizer.beta)
+            for regularizer in [] if self.reproduce_original else regularizers:
+                loss = loss + activation_regularisation(raw.transpose(0, 1), dropped.transpose(0, 1), regularizer.alpha, regularizer.beta)
+            return loss
 
         def valid_loss(at_weights, at_alphas, batch):
             with contextlib.nullcontext() if self.alpha_dropout else without_dropout(model):

@@ -60,7 +60,7 @@ class NTASGD(ValidatedEpochs):
 
     @torch.no_grad()
     def before_validate(self):
-        if not self.averaging or self.kept is not None:
+        if not self.averaging or self.kept is not None or self.learn.lock.locked():  # `get_preds(inner=True)`, after which no epoch may end
             return
         self.kept = []
         for p, state in self.learn.opt.opt.state.items():

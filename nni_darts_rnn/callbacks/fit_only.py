@@ -32,6 +32,8 @@ class ValidatedEpochs(FitOnly):
         super().before_fit()
 
     def after_validate(self):
+        if self.learn.lock.locked():
+            return  # `get_preds(inner=True)`, as in `FetchPredsCallback` and `Learner.summary`, is no validation
         # a cancelled validation, such as `lr_find`'s, comes to this event too
         self.validated = not self.learn.recorder.cancel_valid
 

@@ -77,5 +77,9 @@ class FiniteNumbers(FitOnly):
 
     order, run_valid = GradientClip.order + 1, False
 
+    def start_fit(self):
+        if self.learn.opt is not None:
+            self.learn.opt.zero_grad()  # what a fit that was ended within a step, by this callback or by Ctrl-C, has left
+
     def before_step(self):
         check_finite(training_loss=self.learn.loss_grad, gradient_of_the_weights=[p.grad for p in self.model.parameters()])

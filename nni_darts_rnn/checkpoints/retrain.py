@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 import torch
@@ -10,6 +11,7 @@ from fastai.learner import CancelEpochException, Learner
 
 from ..callbacks import NTASGD, BestModel, EpochReport
 from ..epoch_counts import perplexity_of
+from ..fastai_streams import StreamLoader
 from ..health import check_epoch, check_finite
 from .file import random_state, restore_random_state
 from .stopping import StopRequest
@@ -23,13 +25,18 @@ class ResumableLearner(Learner):
     """
 
     first_epoch = 0
+    patience: int | None = None
 
     def converged(self) -> bool:
-        return False
+        averaging = next((cb for cb in self.cbs if isinstance(cb, NTASGD)), None)
+        return self.patience is not None and averaging is not None and averaging.since_best() >= self.patience
 
     def load(self, *args, **kwargs):
         """Also of a file that was saved before or after NT-ASGD's switch, where this Learner is on the other side of it."""
         super().load(*args, **kwargs)
+        for cb in self.cbs:
+            if isinstance(cb, NTASGD):
+                cb.kept = None  # of a validation that was interrupted: what was loaded takes their place
         torch_optimizer = getattr(self.opt, "opt", None)
         if isinstance(torch_optimizer, (torch.optim.SGD, torch.optim.ASGD)):
             averages = "lambd" in torch_optimizer.param_groups[0]
@@ -49,7 +56,26 @@ class ResumableLearner(Learner):
         finally:
             self.opt, self.dls = optimizer, dls
 
+    @contextlib.contextmanager
+    def _text_as_it_was(self):
+        """A whole pass over the training text that trains nothing does not make the next one another epoch's."""
+        train = self.dls.train
+        epoch = train.dataset.epoch if isinstance(train, StreamLoader) else None
+        try:
+            yield
+        finally:
+            if epoch is not None:
+                train.set_epoch(epoch)
+
+    def _do_epoch_validate(self, *args, **kwargs):
+        with self._text_as_it_was():
+            super()._do_epoch_validate(*args, **kwargs)
+
     def _do_fit(self):
+        with self._text_as_it_was() if hasattr(self, "lr_finder") else contextlib.nullcontext():
+            self._epochs()
+
+    def _epochs(self):
         first, self.first_epoch = self.first_epoch, 0  # of the next `fit`
         for epoch in range(first, self.n_epoch):
             if self.converged():  # asked here, so that a fit that was cut off after its last epoch ends there too when it goes on

@@ -128,8 +128,6 @@ def _start(arguments):
         from ..genotype import load_genotype
 
         arguments.genotype = load_genotype(arguments.genotype)
-    if getattr(arguments, "resume", None) == "must" and arguments.out is not None and not arguments.out.exists():
-        raise ValueError(f"--resume must: there is no {arguments.out} to go on in")
     prepare_torch(arguments)
     return recipe, seed, open_corpus(arguments), Talk(arguments)
 
@@ -153,6 +151,8 @@ def _machine(arguments) -> str:
 
 def _out(arguments, name: str, seed: int) -> Path:
     folder = arguments.out or Path("runs") / f"{arguments.command}-{name}-{seed}"
+    if arguments.resume == "must" and not folder.exists():
+        raise ValueError(f"--resume must: there is no {folder} to go on in")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -38,8 +38,12 @@ def _in(root: Path) -> dict[Path, Path]:
 
 
 def write_examples(folder: Path, force: bool = False) -> list[Path]:
-    """Writes the files below `folder`, each whole. `ValueError`, before anything is written, where one would replace another's; `force` allows it."""
+    """Writes the files below `folder`, each whole. `ValueError`, before anything is written, where one would replace another's (`force` allows it), or where a
+    folder of theirs is a file."""
     texts = {folder / name: source.read_text(encoding="utf-8") for name, source in example_files().items()}
+    for parent in dict.fromkeys(path.parent for path in texts):
+        if parent.exists() and not parent.is_dir():
+            raise ValueError(f"{parent} is a file, where a folder is to be made; give another place")
     taken = [path for path, text in texts.items() if (path.exists() or path.is_symlink()) and not _holds(path, text)]
     if taken and not force:
         raise ValueError(f"{taken[0]} exists{f', and {len(taken) - 1} more of these files' if taken[1:] else ''}; --force replaces what is there")

@@ -101,7 +101,7 @@ def read_experiment(folder: Path, entry: dict | None = None) -> Experiment:
     for trial_id in dict.fromkeys([*jobs, *folders]):
         job = jobs.get(trial_id, {})
         where = folders.get(trial_id) or Path(job.get("logPath") or folder)
-        trials.append(read_trial(trial_id, where, job, options, alive=status not in ("STOPPED", "DONE", "ERROR", "unknown")))
+        trials.append(read_trial(trial_id, where, job, options, alive=status not in ("STOPPED", "DONE", "ERROR", "VIEWED", "unknown")))
     started, ended = (_seconds(entry.get(key) or profile.get(key)) for key in ("startTime", "endTime"))
     return Experiment(str(entry.get("id") or profile.get("id") or folder.name), folder,
                       str(params.get("experimentName") or entry.get("experimentName") or ""),
@@ -148,6 +148,9 @@ def _trial_options(command: str | None, code_folder: str | None):
         ours = [k for k, word in enumerate(words) if word in ("nni_darts_rnn.trial", CELLS)]
         options = parser.parse_known_args(words[ours[0] + 1:] if ours else [])[0]
         options.drawn = bool(ours) and words[ours[0]] == CELLS
+        for name in ("corpus", "corpus_folder", "corpus_mirror"):  # NNI's shell has put these in place
+            if isinstance(getattr(options, name), str):
+                setattr(options, name, os.path.expandvars(getattr(options, name)))
     except ValueError:
         options = parser.parse_args([])
         options.drawn = False

@@ -18,6 +18,7 @@ from ..cell_trial import read_parameters
 from ..checks import one_line
 from ..genotype import Genotype
 from ..options import checked_recipe, checked_seed, corpus_words, set_words
+from ..own_parameters import NAME as PARAMETERS
 from ..recipes import Recipe, get_recipe
 from ..rungs import BUDGET, recipe_fields
 
@@ -85,8 +86,10 @@ class Trial:
 
 def read_trial(trial_id: str, folder: Path, job: dict, options, alive: bool) -> Trial:
     """What a trial's folder holds; `job` is what NNI's database has of it, `alive` whether its experiment still runs."""
-    parameters, result, note = _parameters(job.get("data")), None, ""
-    seed, recipe, cell, drawn = parameters.get("seed", 0) if job.get("data") else None, None, None, getattr(options, "drawn", False)
+    parameters, result, note = _kept(folder), None, ""  # what NNI lists may be another trial's (`own_parameters`)
+    known = parameters is not None or bool(job.get("data"))
+    parameters = _parameters(job.get("data")) if parameters is None else parameters
+    seed, recipe, cell, drawn = parameters.get("seed", 0) if known else None, None, None, getattr(options, "drawn", False)
     if (folder / RESULT).is_file():
         try:
             result, seed, recipe = read_result(folder / RESULT)
@@ -103,7 +106,7 @@ def read_trial(trial_id: str, folder: Path, job: dict, options, alive: bool) -> 
         note = _last_words(folder) if status == "failed" else ""
     else:
         status = ("waiting" if event in ("", "WAITING", "UNKNOWN") else "running") if alive else "stopped"
-    if recipe is None and job.get("data"):
+    if recipe is None and known:
         try:
             if drawn:
                 cell, seed, fields = read_parameters(parameters)
@@ -147,6 +150,14 @@ def _number(value) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
     return value
+
+
+def _kept(folder: Path) -> dict | None:
+    """What the trial says that the tuner drew for it, or None where it says nothing that can be read."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        found = json.loads((folder / PARAMETERS).read_text(encoding="utf-8"))["parameters"]
+        return found if isinstance(found, dict) else None
+    return None
 
 
 def _parameters(text: str | None) -> dict:
