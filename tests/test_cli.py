@@ -186,6 +186,7 @@ def test_search_and_retrain_refuse(command, options, words, place, capsys):
     (["retrain", "--genotype", "ENAS", "--set", "retrain.test_batch_size=70", "--out", "out"], "retrain.test_batch_size: 70 streams"),
     (["search", "--out", ""], "argument --out: '' is not possible: it is empty; give a folder"),
     (["search", "--resume", "must", "--out", "new"], "--resume must: there is no new to go on in"),
+    (["search", "--resume", "must"], "--resume must: there is no runs/search-corpus-0 to go on in"),
     (["evaluate"], "the following arguments are required: model"),
     (["evaluate", "nowhere", "--seed", "1"], "unrecognized arguments: --seed 1"),
     (["evaluate", "nowhere", "--set", "retrain.hidden_size=500"], "--set retrain.hidden_size: evaluating takes no other field of a recipe than retrain.bptt, "),
@@ -198,6 +199,11 @@ def test_search_and_retrain_refuse(command, options, words, place, capsys):
 def test_what_each_command_refuses(argv, words, place, capsys):
     corpus = ["--corpus", place.parent / "corpus"] if argv and argv[0] in ("search", "retrain", "evaluate") else []
     refused(capsys, place, status(cli.main, *argv, *corpus), words)
+
+
+def test_a_standard_output_that_is_closed(monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    assert status(cli.main, "recipes") == 0
 
 
 def test_an_out_that_is_a_file_is_refused(place, capsys):

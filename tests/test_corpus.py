@@ -603,3 +603,12 @@ def test_penn_out_of_an_archive_is_known_by_its_texts(tmp_path, cache):
     assert "not the published test text" in one_line(load_corpus, "penn", mirror=(tmp_path / "bad.tgz").as_uri())
     assert [p.name for p in cache.iterdir()] == ["penn.lock"]
     assert len(load_corpus("penn", mirror=(tmp_path / "good.tgz").as_uri()).vocab) == 10_000
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file system knows UTF-8 alone")
+def test_a_folder_whose_name_is_no_utf_8_has_one_that_can_be_written(tmp_path):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/c\xff"))
+    folder.mkdir()
+    for split in ("train", "valid", "test"):
+        (folder / f"{split}.txt").write_text("a word and another\n" * 3)
+    assert load_corpus(folder).name.encode("utf-8", "replace") == rb"c\xff"

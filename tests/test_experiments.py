@@ -258,6 +258,43 @@ def test_how_the_best_cell_is_trained_on(home, given, expected, monkeypatch, cap
     assert ("retrained with Adam; here with SGD" in capsys.readouterr().err) == ("retrain.optimizer" in given)
 
 
+def test_a_trials_own_parameters_go_before_those_that_nni_lists(home):
+    """NNI may list for trials that begin together what it gave to each other."""
+    listed = {"aaaaa": ("SUCCEEDED", {"seed": 1, "search.lr": 0.1}), "bbbbb": ("RUNNING", {"seed": 2, "search.lr": 0.2}), "ccccc": ("RUNNING", {"seed": 3})}
+    folder = write_experiment(home, listed, status="RUNNING")
+    write_trial(trial_folder(folder, "aaaaa"), 80.0, seed=2, recipe=get_recipe("small", {"search.lr": 0.2}))
+    for trial, given in (("aaaaa", {"seed": 2, "search.lr": 0.2}), ("bbbbb", {"seed": 1, "search.lr": 0.1})):
+        write_json(trial_folder(folder, trial) / "parameters.json", {"parameter_id": 0, "parameters": given})
+    write_text(trial_folder(folder, "ccccc") / "parameters.json", "damaged")
+    trials = {t.id: t for t in load_experiment("abcd1234").trials}
+    assert [trials[t].parameters for t in ("aaaaa", "bbbbb", "ccccc")] == [{"seed": 2, "search.lr": 0.2}, {"seed": 1, "search.lr": 0.1}, {"seed": 3}]
+    assert trials["bbbbb"].seed == 1 and trials["bbbbb"].recipe.search.lr == 0.1
+
+
+def test_what_a_rungs_own_page_says_of_doing_it_again(home):
+    """Without NNI's database, as in the trial, it knows of its budget by what it keeps."""
+    from nni_darts_rnn.report.trial_folder import read_trial
+
+    options, told = load_experiment(write_experiment(home, {"aaaaa": ("RUNNING", {})})).options, []
+    folder = write_trial(home / "trial", 80.0)
+    for given in ({"seed": 1}, {"seed": 1, "TRIAL_BUDGET": 2}):
+        write_json(folder / "parameters.json", {"parameter_id": 0, "parameters": given})
+        told.append(any("NNI_DARTS_RNN_FUSED=1" in command for command in read_trial("aaaaa", folder, {}, options, alive=False).commands()))
+    assert told == [False, True]
+
+
+def test_what_was_stopped_is_stopped_while_it_is_viewed(home):
+    write_experiment(home, {"aaaaa": ("SUCCEEDED", {}), "bbbbb": ("RUNNING", {})}, status="VIEWED")
+    assert [t.status for t in load_experiment("abcd1234").trials][1] == "stopped"
+
+
+def test_variables_of_the_shell_in_a_trials_command(home, monkeypatch):
+    monkeypatch.setenv("TEXTS", str(home / "texts"))
+    write_experiment(home, {"aaaaa": ("RUNNING", {})}, "--corpus $TEXTS/one --corpus-folder ${TEXTS}")
+    options = load_experiment("abcd1234").options
+    assert (options.corpus, options.corpus_folder) == (str(home / "texts" / "one"), str(home / "texts"))
+
+
 def test_a_corpus_in_a_relative_folder_is_found_from_elsewhere(home):
     (home / "my texts").mkdir()
     (home / "pydoc").mkdir()  # a name goes before a folder
@@ -360,6 +397,10 @@ def test_init_writes_the_example_and_replaces_nothing(tmp_path, capsys):
     assert run("init", tmp_path / "mine") == 2 and "--force" in capsys.readouterr().err
     assert config.read_text() == "mine" and not space.exists()
     assert run("init", tmp_path / "mine", "--force") == 0 and space.exists() and config.read_text() != "mine"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "search_spaces").touch()
+    assert run("init", tmp_path / "other") == 2 and "search_spaces is a file, where a folder is to be made" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["search_spaces"]
 
 
 def test_init_from_a_wheel(tmp_path):

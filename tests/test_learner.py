@@ -299,6 +299,27 @@ def test_a_search_is_nnis_search(tmp_path):
         assert theirs.dtype == torch.float64 and torch.allclose(learn.model.state_dict()[name], theirs, rtol=0, atol=1e-8), name
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_search_of_so_many_steps(tmp_path):
+    """-1 epochs are Lightning's word for no end."""
+    pytest.importorskip("nni")
+    from nni_darts_rnn.evaluator import search_evaluator
+    from nni_darts_rnn.search import make_space, make_strategy
+
+    def evaluator(**settings):
+        recipe = get_recipe(TINY, {f"search.{name}": value for name, value in settings.items()}).search
+        return recipe, search_evaluator(corpus(), recipe, 3, max_epochs=-1, max_steps=3, accelerator="cpu", devices=1, enable_progress_bar=False)
+
+    recipe, made = evaluator()
+    strategy = make_strategy(recipe)
+    supernet = strategy.mutate_model(make_space(10, recipe))
+    made = strategy.mutate_evaluator(made)
+    made.evaluate(supernet)
+    assert made.trainer.global_step in (3, 4)  # the steps of both optimizers count
+    with pytest.raises(ValueError, match="search.anneal: 0.5 of the epochs needs their number; give max_epochs"):
+        evaluator(anneal=0.5)
+
+
 def test_devices():
     assert torch_device("cpu") == torch.device("cpu") and torch_device("auto").type in ("cpu", "cuda")
     if not torch.cuda.is_available():

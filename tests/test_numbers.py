@@ -152,6 +152,7 @@ def test_the_count_goes_on_with_the_run(tmp_path):
 
 def test_worse_than_guessing_is_said(caplog):
     health.name_poor("search", 9.9, 10)
+    health.name_poor("search", 8.0000001, 8)  # a uniform model's, rounded
     assert not caplog.records
     health.name_poor("search", 12.3, 10)
     assert "search: a validation perplexity of 12.3 is worse than guessing every word alike (10); search.lr may be too large" in caplog.text

@@ -217,3 +217,11 @@ def test_the_arithmetic_of_a_step(settings, expected):
     drawn = get_recipe("penn", {"search.relaxation": "gumbel"}).search
     size = Size(35, 256, 300, 10_000)
     assert drawn.passes(0, 10_000) * size.forward(36) == pytest.approx(size.drawn_flops())
+
+
+@pytest.mark.parametrize("recipe", [recipe.search for recipe in RECIPES.values()], ids=list(RECIPES))
+@pytest.mark.parametrize("first", [0, 1, 5])
+def test_the_passes_of_many_epochs_are_their_sum(recipe, first):
+    end = max(recipe.epochs, first + 1)
+    assert recipe.passes_of(first, end, 500) == pytest.approx(sum(recipe.passes(epoch, 500) for epoch in range(first, end)), rel=1e-12)
+    assert recipe.passes_of(first, 10**30, 500) == pytest.approx(1e30 * recipe.passes(recipe.warmup_epochs, 500))

@@ -22,8 +22,8 @@ def search(arguments) -> None:
     keep = keeping(arguments)
     recipe, seed, corpus, talk = _start(arguments)
     check_fits(corpus, recipe.search)
-    talk(f"corpus {corpus.describe()}")
     folder = _out(arguments, Path(corpus.name).name, seed)
+    talk(f"corpus {corpus.describe()}")
     s = recipe.search
     talk(f"searching {s.n_nodes} nodes of {s.hidden_size} units for {s.epochs} epochs, recipe {recipe.name}, seed {seed}; "
          f"{_size(corpus, s.hidden_size, s.n_nodes)} and α on {_machine(arguments)}; results in {folder}")
@@ -46,14 +46,14 @@ def retrain(arguments) -> None:
     from ..text.baselines import bigram_perplexity, unigram_perplexity
 
     check_fits(corpus, recipe.retrain)
-    talk(f"corpus {corpus.describe()}")
-    if (unread := without_search(arguments)) is not None:
-        talk(unread)
     if isinstance(given, str) and given not in NAMED and os.path.exists(given):  # a file or a folder
         found = Path(given if os.path.isdir(given) else os.path.dirname(given))
         if (arguments.out is None or found.resolve() != Path(arguments.out).resolve()) and unfinished_search(found / FOLDER):
             raise ValueError(f"--genotype {given}: {found} holds an unfinished search, whose cell may still change; let it end first")
     folder = _out(arguments, name or Path(corpus.name).name, seed)
+    talk(f"corpus {corpus.describe()}")
+    if (unread := without_search(arguments)) is not None:
+        talk(unread)
     r = recipe.retrain
     end = "" if r.patience is None else f" or until {r.patience} bring no better validation perplexity"
     talk(f"training {arguments.genotype} with {r.hidden_size} units for up to {r.epochs} epochs{end}, recipe {recipe.name}, seed {seed}; "
