@@ -44,7 +44,7 @@ class StreamLoader(DataLoader):
 
     @property
     def get_idxs(self):
-        """None: `Learner.get_preds` is to leave streams in their order, along whichever axis it puts batches together."""
+        """There is none: `Learner.get_preds` is to leave streams in their order, along whichever axis it puts batches together."""
         raise AttributeError("get_idxs")
 
     def set_epoch(self, epoch: int) -> None:

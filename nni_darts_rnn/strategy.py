@@ -232,8 +232,8 @@ class SecondOrderDARTS(DARTS):
     log_prob_every_n_step, penalty, mutation_hooks
         As in NNI's `DARTS`; 0 turns the log off.
 
-    Raises `ValueError` with one line for a value that is not allowed, and in the first step for a weight optimizer other than SGD, Adam and AdamW;
-    `FloatingPointError` in the step in which the loss, a gradient or α is no longer finite.
+    Raises `ValueError` with one line for a value that is not allowed, and in the first step for a weight optimizer other than SGD, Adam and AdamW or, with a finite
+    difference, for weights in bfloat16 or float16; `FloatingPointError` in the step in which the loss, a gradient or α is no longer finite.
     """
 
     def __init__(self, *, arc_learning_rate: float = 3e-3, arc_weight_decay: float = 1e-3, arc_betas: tuple[float, float] = (0.9, 0.999),
