@@ -43,7 +43,7 @@ def averaging(folder, **settings):
 def test_a_falling_rate_on_fastais_own_loaders(tmp_path):
     """They answer for attributes that they lack with those of their text."""
     recipe = get_recipe(SMALL, {"search.anneal": 0.5, "retrain.anneal": 0.5})
-    dls = text_dls()
+    dls = text_dls(n=30)
     for learn in (lm_learner(dls, CELL, recipe, path=tmp_path), search_learner(dls, recipe, path=tmp_path)):
         rates = run(learn, 2).recorder.lrs
         assert rates[0] == 1.0 and 0 < rates[-1] < 0.2
@@ -164,7 +164,7 @@ def test_export_keeps_the_learner_and_comes_back(tmp_path):
     found = run(learner(tmp_path, "search"))
     found.export()
     assert load_learner(tmp_path / "export.pkl").model.genotype() == found.model.genotype()
-    on_fastais = run(lm_learner(text_dls(), CELL, SMALL, path=tmp_path))
+    on_fastais = run(lm_learner(text_dls(n=30), CELL, SMALL, path=tmp_path))
     on_fastais.export()
     assert same(weights_of(load_learner(tmp_path / "export.pkl").model), weights_of(on_fastais.model))
 

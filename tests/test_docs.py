@@ -75,7 +75,7 @@ def smaller(code: str) -> str:
     code = code.replace('"pydoc"', f'"{TEXT}"').replace("path/to/trial", "trained")
     settings = '{"search.bptt": 8, "search.epochs": 1, "search.batch_size": 4, "search.eval_batch_size": 2, "retrain.epochs": 1, "retrain.bptt": 8, ' \
                '"retrain.batch_size": 4, "retrain.eval_batch_size": 2}'
-    code = code.replace("sorted(topics)[:8]", "sorted(topics)[:2]")
+    code = code.replace("sorted(topics)[:8]", "sorted(topics)[:2]").replace("search.fit(6)", "search.fit(1)")
     return code.replace('get_recipe("small")', f'get_recipe("tiny", {settings})').replace('"small"', '"tiny"')
 
 
