@@ -18,6 +18,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -44,6 +45,7 @@ class State:
     loaded: Library | None = None
     problem: str | None = None  # why there is no library although one was asked for
     told: set[str] = set()  # of what would make this process faster
+    loading = threading.RLock()  # held while it is looked for, built and checked, for which it is in `loaded` before all may have it
 
 
 def enable(on: bool = True) -> bool:
@@ -101,15 +103,16 @@ def available() -> bool:
     """Whether the extension is there, built now if need be."""
     if _switch() == "0":
         return False
-    if State.loaded is None and State.problem is None:
-        try:
-            State.loaded = _load()
-        except _Unavailable as problem:
-            State.problem = str(problem)
-            if problem.unexpected:
-                State.told.add(State.problem)
-                warnings.warn(f"{State.problem}; the slower cells that need no compiler are used", stacklevel=3)
-    return State.loaded is not None
+    with State.loading:
+        if State.loaded is None and State.problem is None:
+            try:
+                State.loaded = _load()
+            except _Unavailable as problem:
+                State.problem = str(problem)
+                if problem.unexpected:
+                    State.told.add(State.problem)
+                    warnings.warn(f"{State.problem}; the slower cells that need no compiler are used", stacklevel=3)
+        return State.loaded is not None
 
 
 def on_gpu(tensor: Tensor) -> bool:

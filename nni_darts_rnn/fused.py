@@ -59,7 +59,8 @@ def drawn_cell(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, probabiliti
     genotype = supernet.one_hot_genotype(probabilities.detach(), primitives)
     if not _needs_graph(probabilities):
         return discrete_cell(x_proj, h0, W0_h, Ws, genotype, mask)
-    if not (enabled() and _applies_mixed(x_proj, h0, W0_h, Ws, mask, probabilities, primitives)):
+    one_hot = genotype.n_nodes == len(Ws)  # not so where they are NaN
+    if not (one_hot and enabled() and _applies_mixed(x_proj, h0, W0_h, Ws, mask, probabilities, primitives)):
         return mixed_cell(x_proj, h0, W0_h, Ws, probabilities, mask, primitives, normalise=False)
     return _CellFunction.apply(discrete_graph(genotype), _places(primitives), _readable_mixed(primitives, False), False, x_proj, h0, W0_h, Ws, probabilities, mask)
 
@@ -184,6 +185,8 @@ class _CellFunction(torch.autograd.Function):
             return (None,) * 10
         *tensors, outputs = ctx.saved_tensors
         needs = ctx.needs_input_grad[4:]
+        if any(t is not None and t.dtype != d_outputs.dtype for t in (*tensors, outputs)):
+            raise RuntimeError("a tensor that was saved for the backward pass came back from its hook in another dtype")
         if again(d_outputs):
             return (None,) * 4 + differentiable(ctx.readable, tensors, needs, d_outputs)
         # a second backward pass through the same graph finds the buffers used up

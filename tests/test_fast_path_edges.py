@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from nni_darts_rnn import bilevel, cell, extension, fused, supernet, workspace
 from nni_darts_rnn.corpus import Corpus, Vocabulary
 from nni_darts_rnn.cross_entropy import linear_cross_entropy
-from nni_darts_rnn.genotype import DARTS_V2, Genotype
+from nni_darts_rnn.genotype import DARTS_V2, PRIMITIVES, Genotype
 from nni_darts_rnn.layer import DartsRNN
 from nni_darts_rnn.pipeline import take_fast_path
 from nni_darts_rnn.recipes import get_recipe
@@ -323,3 +324,45 @@ def test_checkpointing_keeps_nothing_of_the_cell(monkeypatch, reentrant):
     assert kept == [False]
     found = torch.autograd.grad(out.sum(), [x, *layer.parameters()]) if not reentrant else (out.sum().backward(), x.grad, *(p.grad for p in layer.parameters()))[1:]
     assert all(torch.equal(a, b) for a, b in zip(found, expected)) and kept.count(True) == 1
+
+
+@each_engine
+def test_a_drawn_cell_of_probabilities_that_are_not_one_hot():
+    """As those of an α that is NaN: of more nodes than there are matrices."""
+    *inputs, p, mask = tensors(3, 4, 8, 2)
+    for given in (torch.full_like(p[:, 1:], 0.25), torch.full_like(p[:, 1:], torch.nan)):
+        found, expected = (cell(*inputs, given.requires_grad_(), mask, PRIMITIVES[1:], *rest) for cell, rest in ((fused.drawn_cell, ()), (supernet.mixed_cell, (False,))))
+        assert torch.allclose(found, expected, rtol=1e-10, equal_nan=True)
+
+
+def test_a_second_thread_waits_until_the_library_is_checked(monkeypatch):
+    if not extension.available():
+        pytest.skip(f"no extension here: {extension.why_not()}")
+    library, order, begun = extension.State.loaded, [], threading.Event()
+
+    def load():
+        extension.State.loaded = library  # as `_checked` has it for its own calls
+        begun.set()
+        time.sleep(0.2)
+        extension.State.loaded = None
+        order.append("checked")
+        return library
+
+    monkeypatch.setattr(extension.State, "loaded", None)
+    monkeypatch.setattr(extension, "_load", load)
+    first = threading.Thread(target=extension.available)
+    first.start()
+    begun.wait()
+    order.append(extension.available())
+    first.join()
+    assert order == ["checked", True]
+
+
+@each_engine
+def test_a_saved_tensor_of_another_dtype_is_refused():
+    H = 64
+    inputs = torch.randn(1, 1, 2 * H), torch.randn(1, H), torch.randn(H, 2 * H, requires_grad=True), torch.randn(2, H, 2 * H, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.half() if t.numel() > 1000 else t, lambda t: t):
+        outputs = fused.discrete_cell(*inputs, Genotype((("tanh", 0), ("relu", 1))))
+    with pytest.raises(RuntimeError, match="came back from its hook in another dtype|same dtype|expected m1 and m2"):
+        outputs.sum().backward()
