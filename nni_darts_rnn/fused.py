@@ -57,9 +57,9 @@ def drawn_cell(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, probabiliti
     if on_gpu(x_proj):  # there each cell would be recorded as steps of its own, more slowly than all edges run
         return mixed_cell(x_proj, h0, W0_h, Ws, probabilities, mask, primitives, normalise=False)
     genotype = supernet.one_hot_genotype(probabilities.detach(), primitives)
-    if not _needs_graph(probabilities):
-        return discrete_cell(x_proj, h0, W0_h, Ws, genotype, mask)
     one_hot = genotype.n_nodes == len(Ws)  # not so where they are NaN
+    if one_hot and not _needs_graph(probabilities):
+        return discrete_cell(x_proj, h0, W0_h, Ws, genotype, mask)
     if not (one_hot and enabled() and _applies_mixed(x_proj, h0, W0_h, Ws, mask, probabilities, primitives)):
         return mixed_cell(x_proj, h0, W0_h, Ws, probabilities, mask, primitives, normalise=False)
     return _CellFunction.apply(discrete_graph(genotype), _places(primitives), _readable_mixed(primitives, False), False, x_proj, h0, W0_h, Ws, probabilities, mask)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -330,8 +331,9 @@ def test_checkpointing_keeps_nothing_of_the_cell(monkeypatch, reentrant):
 def test_a_drawn_cell_of_probabilities_that_are_not_one_hot():
     """As those of an α that is NaN: of more nodes than there are matrices."""
     *inputs, p, mask = tensors(3, 4, 8, 2)
-    for given in (torch.full_like(p[:, 1:], 0.25), torch.full_like(p[:, 1:], torch.nan)):
-        found, expected = (cell(*inputs, given.requires_grad_(), mask, PRIMITIVES[1:], *rest) for cell, rest in ((fused.drawn_cell, ()), (supernet.mixed_cell, (False,))))
+    for share, needs in itertools.product((0.25, torch.nan), (True, False)):
+        given = torch.full_like(p[:, 1:], share).requires_grad_(needs)
+        found, expected = (cell(*inputs, given, mask, PRIMITIVES[1:], *rest) for cell, rest in ((fused.drawn_cell, ()), (supernet.mixed_cell, (False,))))
         assert torch.allclose(found, expected, rtol=1e-10, equal_nan=True)
 
 

@@ -27,16 +27,20 @@ class ResumableLearner(Learner):
     first_epoch = 0
     patience: int | None = None
 
+    @property
+    def _averaging(self) -> NTASGD | None:
+        return next((cb for cb in self.cbs if isinstance(cb, NTASGD)), None)
+
     def converged(self) -> bool:
-        averaging = next((cb for cb in self.cbs if isinstance(cb, NTASGD)), None)
+        averaging = self._averaging
         return self.patience is not None and averaging is not None and averaging.since_best() >= self.patience
 
     def load(self, *args, **kwargs):
         """Also of a file that was saved before or after NT-ASGD's switch, where this Learner is on the other side of it."""
         super().load(*args, **kwargs)
-        for cb in self.cbs:
-            if isinstance(cb, NTASGD):
-                cb.kept = None  # of a validation that was interrupted: what was loaded takes their place
+        averaging = self._averaging
+        if averaging is not None:
+            averaging.kept = None  # of a validation that was interrupted: what was loaded takes their place
         torch_optimizer = getattr(self.opt, "opt", None)
         if isinstance(torch_optimizer, (torch.optim.SGD, torch.optim.ASGD)):
             averages = "lambd" in torch_optimizer.param_groups[0]
@@ -44,7 +48,8 @@ class ResumableLearner(Learner):
                 state = self.opt.state_dict()
                 self.create_opt()
                 if averages:
-                    next(cb for cb in self.cbs if isinstance(cb, NTASGD)).start_averaging()
+                    assert averaging is not None, "a file with averages, for a Learner without NTASGD"
+                    averaging.start_averaging()
                 self.opt.load_state_dict(state)
         return self
 

@@ -86,9 +86,8 @@ class Trial:
 
 def read_trial(trial_id: str, folder: Path, job: dict, options, alive: bool) -> Trial:
     """What a trial's folder holds; `job` is what NNI's database has of it, `alive` whether its experiment still runs."""
-    parameters, result, note = _kept(folder), None, ""  # what NNI lists may be another trial's (`own_parameters`)
-    known = parameters is not None or bool(job.get("data"))
-    parameters = _parameters(job.get("data")) if parameters is None else parameters
+    drew, result, note = _parameters(folder, job), None, ""
+    known, parameters = drew is not None or bool(job.get("data")), drew or {}
     seed, recipe, cell, drawn = parameters.get("seed", 0) if known else None, None, None, getattr(options, "drawn", False)
     if (folder / RESULT).is_file():
         try:
@@ -152,19 +151,14 @@ def _number(value) -> float | None:
     return value
 
 
-def _kept(folder: Path) -> dict | None:
-    """What the trial says that the tuner drew for it, or None where it says nothing that can be read."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-        found = json.loads((folder / PARAMETERS).read_text(encoding="utf-8"))["parameters"]
-        return found if isinstance(found, dict) else None
+def _parameters(folder: Path, job: dict) -> dict | None:
+    """What the tuner drew: as the trial has kept it, since NNI may list another trial's (`own_parameters`), else as NNI lists it; None where neither can be read."""
+    for text in (lambda: (folder / PARAMETERS).read_text(encoding="utf-8"), lambda: job["data"]):
+        with contextlib.suppress(OSError, LookupError, TypeError, ValueError, RecursionError):
+            found = json.loads(text())["parameters"]
+            if isinstance(found, dict):
+                return found
     return None
-
-
-def _parameters(text: str | None) -> dict:
-    with contextlib.suppress(TypeError, ValueError, AttributeError):
-        found = json.loads(text).get("parameters")
-        return found if isinstance(found, dict) else {}
-    return {}
 
 
 def _last_words(folder: Path) -> str:
