@@ -6,6 +6,7 @@ Tokens and targets are batch-first as fastai's are, (B, T). Losses are nats per 
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from fastai.learner import AvgLoss, AvgSmoothLoss
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import Perplexity
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from .cross_entropy import linear_cross_entropy
 from .extension import rounds
@@ -29,16 +31,32 @@ def _products(precision: str, tokens: Tensor):
 class DeferredLogits:
     """In training, what logits are made of: dropped (T, B, H), and the decoder's weight (V, H) and bias (V).
 
-    The loss takes them in row chunks, so the (T·B, V) logits, the largest tensor of a training step, are never kept.
+    `SequenceLoss` takes them in row chunks, so the (T·B, V) logits, the largest tensor of a training step, are never kept. Anybody else, such as
+    another loss, finds the logits (B, T, V) in their place.
     """
 
     def __init__(self, dropped: Tensor, weight: Tensor, bias: Tensor, precision: str = "float32"):
         self.dropped, self.weight, self.bias, self.precision = dropped, weight, bias, precision
 
+    @functools.cached_property
+    def logits(self) -> Tensor:
+        with _products(self.precision, self.dropped):
+            return F.linear(self.dropped.transpose(0, 1), self.weight, self.bias)  # (T, B, H) -> (B, T, H) -> (B, T, V)
+
+    def __getattr__(self, name: str):
+        if name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(self.logits, name)
+
+    def __getitem__(self, index) -> Tensor:
+        return self.logits[index]
+
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
-        # fastai's mixed precision asks this of a prediction before it makes it float32; the loss does so by itself
-        return False if function is torch.is_floating_point else NotImplemented
+        if function is torch.is_floating_point:  # fastai's mixed precision asks it of a prediction before it makes it float32; the loss does so by itself
+            return False
+        args, kwargs = tree_map(lambda value: value.logits if isinstance(value, cls) else value, (args, kwargs or {}))
+        return function(*args, **kwargs)
 
 
 class StatefulLM(nn.Module):
@@ -76,27 +94,35 @@ class StatefulLM(nn.Module):
 
 
 class SequenceLoss(CrossEntropyLossFlat):
-    """fastai's cross-entropy, flattened time first: `StatefulLM`'s logits are then not copied, and sums run as in `LanguageModel.loss`."""
+    """fastai's cross-entropy over the words, the last axis, flattened time first: `StatefulLM`'s logits are then not copied, and sums run as in
+    `LanguageModel.loss`."""
+
+    def __init__(self, *args, axis: int = -1, **kwargs):
+        if axis != -1:
+            raise ValueError(f"axis: the words are along the last axis of a model's answer (B, T, V); -1 is the only one, not {axis!r}")
+        super().__init__(*args, **kwargs)
 
     def __call__(self, decoded: Tensor | DeferredLogits, targets: Tensor, **kwargs) -> Tensor:
         plain = self.func.weight is None and self.func.ignore_index == -100 and not self.func.label_smoothing
         if isinstance(decoded, DeferredLogits):
-            with _products(decoded.precision, targets):
-                if plain and not bool((targets == self.func.ignore_index).any()):
+            if plain and not bool((targets == self.func.ignore_index).any()):
+                with _products(decoded.precision, targets):
                     return linear_cross_entropy(decoded.dropped.flatten(0, 1), decoded.weight, decoded.bias, targets.t().flatten())  # (T·B, H), (T·B)
-                decoded = F.linear(decoded.dropped, decoded.weight, decoded.bias).transpose(0, 1)  # (T, B, V) -> (B, T, V)
+            decoded = decoded.logits
         if self.reduction != "mean" or not plain:
             return super().__call__(decoded, targets, **kwargs)  # somebody wants the losses one by one, batch first, or another loss
         return F.cross_entropy(decoded.transpose(0, 1).flatten(0, 1), targets.t().flatten())
 
 
 class TokenLoss(AvgLoss):
-    """Mean loss over tokens. fastai's `AvgLoss` takes the mean over batches, however short the last one is. Sums are kept in float64."""
+    """Mean loss over the tokens that the loss counts. fastai's `AvgLoss` takes the mean over batches, however short the last one is. Sums are kept in float64."""
 
     def accumulate(self, learn):
-        n = learn.yb[0].numel()
-        self.total += float(learn.loss.detach().mean()) * n
-        self.count += n
+        left_out = getattr(getattr(learn.loss_func, "func", None), "ignore_index", None)
+        n = learn.yb[0].numel() if left_out is None else int((learn.yb[0] != left_out).sum())
+        if n:
+            self.total += float(learn.loss.detach().mean()) * n
+            self.count += n
 
 
 class SmoothLoss(AvgSmoothLoss):

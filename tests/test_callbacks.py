@@ -540,14 +540,15 @@ def test_search_moves_alpha_and_its_optimizer_is_not_the_weights(tmp_path):
     assert learn.print_genotype.genotypes[-1] == learn.model.genotype() and len(learn.print_genotype.genotypes) == 2
 
 
-def test_warmup_epochs(tmp_path):
+def test_warmup_epochs(tmp_path, caplog):
     recipe = get_recipe(SMALL, {"search.epochs": 2, "search.warmup_epochs": 1}).search
     learn = search_learner(language_dls(corpus(), recipe, 3, "cpu", tmp_path), recipe, seed=3)
     start = learn.model.lm.rnn.alpha.detach().clone()
     run(learn, 1)
     assert torch.equal(learn.model.lm.rnn.alpha, start)
+    assert [r.getMessage() for r in caplog.records] == ["search: α has not moved yet; it waits for warmup_epochs=1 epochs; 1 have been trained"]
     run(learn, 1)
-    assert not torch.equal(learn.model.lm.rnn.alpha, start)
+    assert not torch.equal(learn.model.lm.rnn.alpha, start) and len(caplog.records) == 1
 
 
 def test_a_search_stopped_and_resumed_is_the_whole_search(tmp_path):

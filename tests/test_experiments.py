@@ -46,13 +46,13 @@ def write_trial(folder: Path, valid: float, cell: Genotype = DARTS_V2, seed: int
 
 
 def write_experiment(home: Path, trials: dict[str, tuple[str, dict]], command="--corpus pydoc --recipe small --threads 1", status="DONE",
-                     name="cells", key="abcd1234", module="trial") -> Path:
+                     name="cells", key="abcd1234", module="trial", pid=None) -> Path:
     """An experiment in NNI's list and NNI's database; `trials`: id -> (last event, parameters). Its folder."""
     from nni.tools.nnictl.config_utils import Experiments
 
     root = home / "nni-experiments"
     root.mkdir(parents=True, exist_ok=True)
-    Experiments(str(root)).add_experiment(key, 8080, 1_700_000_000_000, "local", name, endTime=1_700_000_300_000, status=status, logDir=str(root))
+    Experiments(str(root)).add_experiment(key, 8080, 1_700_000_000_000, "local", name, endTime=1_700_000_300_000, status=status, pid=pid, logDir=str(root))
     folder = root / key
     (folder / "db").mkdir(parents=True)
     database = sqlite3.connect(folder / "db" / "nni.sqlite")
@@ -286,6 +286,15 @@ def test_what_a_rungs_own_page_says_of_doing_it_again(home):
 def test_what_was_stopped_is_stopped_while_it_is_viewed(home):
     write_experiment(home, {"aaaaa": ("SUCCEEDED", {}), "bbbbb": ("RUNNING", {})}, status="VIEWED")
     assert [t.status for t in load_experiment("abcd1234").trials][1] == "stopped"
+
+
+def test_what_ran_when_nnis_manager_was_killed_is_stopped(home):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for key, pid, expected in (("abcd1234", ended.pid, ("stopped", "stopped")), ("bbcd1234", os.getpid(), ("running", "running"))):
+        write_experiment(home, {"aaaaa": ("RUNNING", {})}, status="RUNNING", key=key, pid=pid)
+        found = load_experiment(key)
+        assert (found.status, found.trials[0].status) == expected
 
 
 def test_variables_of_the_shell_in_a_trials_command(home, monkeypatch):

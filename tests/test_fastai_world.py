@@ -2,16 +2,18 @@
 
 import json
 from pydoc_data.topics import topics
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
+import torch.nn.functional as F
 from fastai.learner import load_learner
-from fastai.losses import CrossEntropyLossFlat
+from fastai.losses import CrossEntropyLossFlat, FocalLossFlat, LabelSmoothingCrossEntropyFlat
 from fastai.text.all import BaseTokenizer, SubwordTokenizer, TextDataLoaders, WordTokenizer, language_model_learner, set_seed, text_classifier_learner
 
 from nni_darts_rnn.callbacks import PrintGenotype
-from nni_darts_rnn.fastai_lm import DeferredLogits, SequenceLoss
+from nni_darts_rnn.fastai_lm import DeferredLogits, SequenceLoss, TokenLoss, TokenPerplexity
 from nni_darts_rnn.fastai_text import (
     AWD_DARTS,
     awd_darts_clas_config,
@@ -208,3 +210,38 @@ def test_the_loss_takes_what_fastais_takes(options):
     targets[0, :2] = -100  # what torch leaves out of a loss that says nothing else
     for given in (decoded, DeferredLogits(dropped, weight, bias)):
         assert torch.allclose(SequenceLoss()(given, targets), CrossEntropyLossFlat()(decoded, targets), rtol=1e-6)
+
+
+def test_the_loss_refuses_another_axis():
+    with pytest.raises(ValueError, match="^axis: .*-1 is the only one, not 1$"):
+        SequenceLoss(axis=1)
+
+
+OTHER_LOSSES = {"label smoothing": LabelSmoothingCrossEntropyFlat(eps=0.2), "focal": FocalLossFlat(),
+                "torch's": lambda decoded, targets: F.cross_entropy(decoded.transpose(1, 2), targets),
+                "torch's, from below": lambda decoded, targets: F.nll_loss(torch.log_softmax(decoded, -1)[:, 1:].flatten(0, 1), targets[:, 1:].flatten())}
+
+
+@pytest.mark.parametrize("name", OTHER_LOSSES)
+def test_another_loss_finds_logits(name, tmp_path):
+    loss = OTHER_LOSSES[name]
+    torch.manual_seed(0)
+    dropped, weight, bias, targets = torch.randn(5, 3, 4), torch.randn(7, 4), torch.randn(7), torch.randint(7, (3, 5))  # (T, B, H), (V, H), (V), (B, T)
+    decoded = (dropped @ weight.t() + bias).transpose(0, 1).contiguous()  # (B, T, V)
+    assert torch.allclose(loss(DeferredLogits(dropped, weight, bias), targets), loss(decoded, targets), rtol=1e-6)
+    learn = lm_learner(language_dls(n=30), SMALL, get_recipe("small", {"retrain.hidden_size": 8}), path=tmp_path)
+    learn.loss_func = loss
+    assert 0 < fitted(learn).recorder.values[0][0] < 10
+
+
+def test_tokens_that_the_loss_leaves_out_are_not_counted():
+    torch.manual_seed(0)
+    decoded, targets = torch.randn(6, 5, 7), torch.randint(1, 7, (6, 5))  # (B, T, V), (B, T)
+    targets[:2, 1:] = targets[2] = 0
+    for ours, whole in ((TokenLoss(), lambda loss: loss), (TokenPerplexity(), torch.exp)):
+        ours.reset()
+        loss = SequenceLoss(ignore_index=0)
+        for rows in (slice(2), slice(2, 3), slice(3, 6)):  # 2, 0 and 15 tokens that count
+            given, wanted = decoded[rows], targets[rows]
+            ours.accumulate(SimpleNamespace(loss_func=loss, yb=(wanted,), loss=loss(given, wanted), bs=len(wanted)))
+        assert float(ours.value) == pytest.approx(float(whole(loss(decoded, targets))), rel=1e-6)

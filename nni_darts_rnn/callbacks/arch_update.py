@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 
 import torch
 from fastai.callback.mixup import MixHandler
@@ -19,6 +20,8 @@ from ..published import plain_sgd
 from ..step_settings import check_step, gradient_by
 from .fit_only import FitOnly
 from .step import ScaleLRByLength
+
+logger = logging.getLogger(__name__)
 
 
 def architecture_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -104,6 +107,8 @@ class ArchParamUpdate(FitOnly):
         for alpha in self.held:
             alpha.requires_grad_(True)
         self.held, self.stream = [], None  # and with the stream the workers that read it
+        if self.last is None and self.warmup_epochs and not self.only_looking:
+            logger.warning("search: α has not moved yet; it waits for warmup_epochs=%d epochs; %d have been trained", self.warmup_epochs, self.epochs_done)
 
     def _alphas(self) -> list[nn.Parameter]:
         """Those that move: all but what the user froze."""

@@ -21,6 +21,7 @@ from .trial_folder import Trial, read_trial
 
 CELLS = "nni_darts_rnn.cell_trial"
 LATEST = 8  # experiments that a message names
+OVER = ("STOPPED", "DONE", "ERROR")
 CORPUS_NAMES = ("pydoc", "penn", "wikitext-2", "wikitext-103")  # as `corpus.NAMES`, which would import torch
 
 
@@ -95,17 +96,25 @@ def read_experiment(folder: Path, entry: dict | None = None) -> Experiment:
     if not jobs and not folders and not profile:
         raise ValueError(f"{folder}: not an NNI experiment's folder (no database and no environments/*/trials in it)")
     params = profile.get("params") or {}
-    status = str(entry.get("status") or "unknown")
+    status = _status(entry)
     options = _trial_options(params.get("trialCommand"), params.get("trialCodeDirectory"))
     trials = []
     for trial_id in dict.fromkeys([*jobs, *folders]):
         job = jobs.get(trial_id, {})
         where = folders.get(trial_id) or Path(job.get("logPath") or folder)
-        trials.append(read_trial(trial_id, where, job, options, alive=status not in ("STOPPED", "DONE", "ERROR", "VIEWED", "unknown")))
+        trials.append(read_trial(trial_id, where, job, options, alive=status not in (*OVER, "VIEWED", "unknown")))
     started, ended = (_seconds(entry.get(key) or profile.get(key)) for key in ("startTime", "endTime"))
     return Experiment(str(entry.get("id") or profile.get("id") or folder.name), folder,
                       str(params.get("experimentName") or entry.get("experimentName") or ""),
                       status.lower().replace("_", " "), started, ended, options, tuple(trials))
+
+
+def _status(entry: dict) -> str:
+    """NNI's word for an experiment. One whose manager is gone without a word is stopped, as `nnictl` too says once it has looked."""
+    import psutil  # which NNI brings along, and asks too
+
+    status, pid = str(entry.get("status") or "unknown"), entry.get("pid")
+    return "STOPPED" if status not in OVER and type(pid) is int and not psutil.pid_exists(pid) else status
 
 
 def _seconds(milliseconds) -> float | None:
