@@ -1,4 +1,4 @@
-"""A search and a retraining, each one `Learner.fit`, no NNI in sight. Stopped and run again, the search goes on: python examples/fastai_search.py"""
+"""A search and a retraining, each one `Learner.fit`, no NNI in sight. Stopped and run again, the search goes on: python examples/fastai_search.py [RECIPE]"""
 
 import sys
 from pathlib import Path
@@ -30,6 +30,10 @@ def search(corpus, recipe, folder, first=0):  # among the callbacks: ArchParamUp
 
 
 if __name__ == "__main__":
-    corpus, recipe, folder = load_corpus("pydoc"), get_recipe(*sys.argv[1:] or ["small"]), Path("runs/fastai")
+    try:
+        corpus, recipe = load_corpus("pydoc"), get_recipe(*sys.argv[1:2] or ["small"])
+    except ValueError as wrong:
+        sys.exit(str(wrong))
+    folder = Path("runs", "fastai", recipe.name)
     learn = lm_learner(language_dls(corpus, recipe.retrain, seed=1), search(corpus, recipe, folder), recipe, seed=1, path=folder)  # with NT-ASGD
     learn.fit(recipe.retrain.epochs)

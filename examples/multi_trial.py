@@ -65,7 +65,10 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if arguments.shared and arguments.strategy != "RegularizedEvolution":
         parser.error(f"--shared: {arguments.strategy} does not go with it; RegularizedEvolution does")
-    corpus, recipe = load_corpus(arguments.corpus), get_recipe(arguments.recipe)
+    try:
+        corpus, recipe = load_corpus(arguments.corpus), get_recipe(arguments.recipe)
+    except ValueError as wrong:
+        parser.error(str(wrong))
     pl.seed_everything(0, verbose=False)  # the space's own weights, from which in format "raw" every cell starts
     if arguments.shared:
         found = shared_weights(corpus, recipe, arguments.trials)

@@ -49,7 +49,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--corpus", default="pydoc")
     parser.add_argument("--recipe", default="small")
     arguments = parser.parse_args(argv)
-    corpus, recipe = load_corpus(arguments.corpus), get_recipe(arguments.recipe)
+    try:
+        corpus, recipe = load_corpus(arguments.corpus), get_recipe(arguments.recipe)
+    except ValueError as wrong:
+        parser.error(str(wrong))
     genotype, _, _ = search(arguments.strategy, corpus, recipe.search)
     print(genotype)
     trained = retrain(corpus, genotype, recipe.retrain, folder=tempfile.mkdtemp(), report=print)

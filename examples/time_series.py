@@ -14,6 +14,7 @@ from matplotlib import cbook
 from torch import nn
 
 from nni_darts_rnn import DartsRNN
+from nni_darts_rnn.genotype import load_genotype
 
 
 def eeg():
@@ -60,10 +61,14 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, default=400, help="of 16 windows each")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
+    try:
+        genotype = load_genotype(arguments.genotype)
+    except ValueError as wrong:
+        parser.error(str(wrong))
     torch.manual_seed(arguments.seed)
     x, cut = eeg()
     found = {"the sample before": float((x[cut:] - x[cut - 1:-1]).pow(2).mean())}
-    layers = {"nn.GRU": (nn.GRU(4, 46), 46), "DartsRNN": (DartsRNN(4, 20, arguments.genotype), 20)}
+    layers = {"nn.GRU": (nn.GRU(4, 46), 46), "DartsRNN": (DartsRNN(4, 20, genotype), 20)}
     for name, (rnn, hidden_size) in layers.items():
         found[name] = error(rnn, hidden_size, x, cut, arguments.steps, arguments.seed)
         print(f"{name}: {found[name]:.4f} with {sum(p.numel() for p in rnn.parameters()):,} weights", flush=True)

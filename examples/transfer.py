@@ -18,6 +18,7 @@ import pandas as pd
 from fastai.text.all import TextDataLoaders, accuracy, language_model_learner, set_seed, text_classifier_learner
 
 from nni_darts_rnn.fastai_text import AWD_DARTS, awd_darts_clas_config, awd_darts_lm_config
+from nni_darts_rnn.genotype import load_genotype
 
 PACKAGES = ("matplotlib", "numpy", "pandas", "scipy")
 NAMES = re.compile(rf"\b({'|'.join(PACKAGES)}|mpl|np|pd|plt|dataframe|series|axes|ndarray)\b", re.IGNORECASE)
@@ -45,7 +46,11 @@ def main(argv=None):
     parser.add_argument("--labels", type=int, default=20, help="paragraphs of each package with a label")
     parser.add_argument("--units", type=int, default=128)
     arguments = parser.parse_args(argv)
-    rng, sizes = random.Random(0), dict(emb_sz=arguments.units, n_hid=arguments.units, genotype=arguments.genotype)
+    try:
+        genotype = load_genotype(arguments.genotype)
+    except ValueError as wrong:
+        parser.error(str(wrong))
+    rng, sizes = random.Random(0), dict(emb_sz=arguments.units, n_hid=arguments.units, genotype=genotype)
     texts = {package: paragraphs(package, arguments.paragraphs, rng) for package in PACKAGES}
     unlabelled = pd.DataFrame({"text": [p for some in texts.values() for p in some]})
     labelled = pd.DataFrame([(p, package, k >= arguments.labels) for package, some in texts.items()

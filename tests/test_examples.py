@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -65,6 +66,20 @@ def test_importing_an_example_runs_nothing(name, capsys):
     before = set(sys.modules)
     example(name)
     assert not capsys.readouterr().out and before <= set(sys.modules)
+
+
+@pytest.mark.parametrize("words", ["one_shot DARTS --recipe smal", "one_shot DARTS --corpus pydok", "multi_trial Random --recipe smal",
+                                   "time_series --genotype DRAWN_V2", "transfer --genotype DRAWN_V2"])
+def test_a_misspelt_name_is_one_line(words, capsys):
+    name, *rest = words.split()
+    with pytest.raises(SystemExit, match="2"):
+        example(name).main(rest)
+    assert re.search(f"error: .*{rest[-1]}.* did you mean", capsys.readouterr().err.splitlines()[-1])
+
+
+def test_fastai_search_names_a_misspelt_recipe(tmp_path):
+    ran = subprocess.run([sys.executable, "-W", "ignore", EXAMPLES / "fastai_search.py", "smal"], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode and re.fullmatch(r"recipe 'smal' .*did you mean 'small'\?\n", ran.stderr) and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("config", sorted(EXAMPLES.glob("*.yml")), ids=lambda path: path.stem)
