@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import number, whole_number
@@ -28,6 +29,12 @@ ACTIVATIONS = {
 
 INIT_RANGE = 0.04
 """Weights start uniform in ±this by default (quark0/darts `rnn/model.py`, for 850 units)."""
+
+
+def usual_range(hidden_size: int) -> float:
+    """±INIT_RANGE at the published 850 units, and wider where units are fewer: a product with such a matrix keeps the same share of its input's spread, where with
+    ±0.04 a small layer is almost silent at first."""
+    return INIT_RANGE * math.sqrt(850 / whole_number("hidden_size", hidden_size))
 
 
 def register_primitive(name: str, function) -> None:
@@ -94,7 +101,7 @@ def variational_mask(like: Tensor, p: float, training: bool) -> Tensor | None:
     """A dropout mask (B, H) shaped like `like`, drawn once per sequence and scaled by 1/(1−p) (Gal & Ghahramani 2016); None if inactive."""
     if not training or p == 0:
         return None
-    return torch.empty_like(like).bernoulli_(1 - p).div_(1 - p)
+    return F.dropout(torch.ones_like(like), p)  # the same numbers as empty_like(like).bernoulli_(1 - p) / (1 - p), under torch.vmap too
 
 
 def check_rates(**rates: float) -> None:
@@ -162,6 +169,17 @@ class DiscreteRNN(RecurrentWeights):
         genotype = load_genotype(genotype)
         super().__init__(input_size, hidden_size, genotype.n_nodes, dropout_x, dropout_h, init_range)
         self.genotype = genotype
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):  # beside the numbers: no key of its own, and nothing in a file of tensors alone
+            destination._metadata[prefix[:-1]]["genotype"] = self.genotype.to_json()
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs) -> None:
+        theirs = local_metadata.get("genotype")  # cells have matrices of the same shapes
+        if theirs is not None and theirs != self.genotype.to_json():
+            error_msgs.append(f"{prefix}genotype: the weights are of {Genotype.from_json(theirs)}, this layer is {self.genotype}")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def forward(self, x: Tensor, h0: Tensor | None = None) -> Tensor:
         return self.run_cell(x, h0, self.genotype)

@@ -191,6 +191,10 @@ def load_genotype(source: Genotype | str | Path) -> Genotype:
             return Genotype(tuple(source.recurrent), tuple(source.concat))
         except TypeError:
             raise ValueError(f"genotype {source!r}: recurrent and concat have to be lists, as published code has them") from None
+    if isinstance(source, dict):  # as JSON has it, or NNI's export
+        return Genotype.from_json(json.dumps(source, default=str)) if "recurrent" in source else Genotype.from_sample(source)
+    if not isinstance(source, (str, os.PathLike)):
+        raise ValueError(f"genotype: {source!r} is none of a Genotype, a name ({', '.join(NAMED)}), a JSON text, a path of one, a dict, or the named tuple of published code")
     text = str(source)
     if text in NAMED:
         return NAMED[text]
@@ -206,6 +210,6 @@ def load_genotype(source: Genotype | str | Path) -> Genotype:
     if not os.path.isfile(path):
         raise ValueError(f"genotype {text!r} is neither a file nor one of {', '.join(NAMED)}" + did_you_mean(text, NAMED))
     try:
-        return Genotype.from_json(path.read_text(encoding="utf-8"))
+        return Genotype.from_json(path.read_text(encoding="utf-8-sig"))
     except (UnicodeDecodeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from .cell import DiscreteRNN
+from .cell import DiscreteRNN, usual_range
 from .checks import number, whole_number
 from .genotype import Genotype, load_genotype
 
@@ -18,7 +19,8 @@ class DartsRNN(nn.Module):
     """Drop-in for `nn.GRU` built on a genotype's cell: `(output, h_n) = rnn(input, hx)`.
 
     Arguments as in `nn.GRU`, after `genotype` (a `Genotype`, a name such as "DARTS_V2", or a file). The cell has no bias: `bias=True` is
-    refused. `dropout` acts between layers; `dropout_x` and `dropout_h` are the cell's variational rates (one mask a sequence).
+    refused. `dropout` acts between layers; `dropout_x` and `dropout_h` are the cell's variational rates (one mask a sequence). Weights start uniform in
+    ±`init_range`, by default `cell.usual_range(hidden_size)`.
     `torch.export.export` and `torch.onnx.export(dynamo=True)` take the layer as it is, for inference, with any axis of x dynamic; time becomes a scan.
     With D = 2 if bidirectional else 1 and L layers:
 
@@ -30,7 +32,7 @@ class DartsRNN(nn.Module):
 
     def __init__(self, input_size: int, hidden_size: int, genotype: Genotype | str = "DARTS_V2", num_layers: int = 1, bias: bool = False,
                  batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False, dropout_x: float = 0.0, dropout_h: float = 0.0,
-                 device=None, dtype=None):
+                 device=None, dtype=None, init_range: float | None = None):
         super().__init__()
         if isinstance(genotype, int):
             raise ValueError(f"genotype: {genotype!r} is a number; the third argument is the cell, num_layers the one after it")
@@ -47,10 +49,12 @@ class DartsRNN(nn.Module):
         self.genotype, self.batch_first, self.dropout, self.bidirectional = load_genotype(genotype), batch_first, dropout, bidirectional
         self.bias = False
         self.directions = 2 if bidirectional else 1
-        self.layers = nn.ModuleList(
-            DiscreteRNN(input_size if layer == 0 else self.directions * hidden_size, hidden_size, self.genotype, dropout_x, dropout_h)
-            for layer in range(num_layers) for _ in range(self.directions))
-        self.to(device=device, dtype=dtype)
+        init_range = usual_range(hidden_size) if init_range is None else init_range
+        with contextlib.nullcontext() if device is None else torch.device(device):  # made there: not on the default device first, nor drawn where there are no numbers
+            self.layers = nn.ModuleList(
+                DiscreteRNN(input_size if layer == 0 else self.directions * hidden_size, hidden_size, self.genotype, dropout_x, dropout_h, init_range)
+                for layer in range(num_layers) for _ in range(self.directions))
+        self.to(dtype=dtype)
 
     def extra_repr(self) -> str:
         return (f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, batch_first={self.batch_first}, "
@@ -69,6 +73,7 @@ class DartsRNN(nn.Module):
             raise ValueError(f"hx: a {type(hx).__name__}; this cell has one state, as nn.GRU has: a tensor (layers·directions, B, H), or None")
         if isinstance(input, PackedSequence):
             padded, lengths = pad_packed_sequence(input)  # (T, B, I), (B,)
+            padded = _repeated(padded, lengths.to(padded.device))
             output, h_n = self._run_by_length(padded, hx, lengths)
             if input.sorted_indices is not None:  # back into the input's own order, in which sequences of one length may stand in any
                 output, lengths = output[:, input.sorted_indices], lengths[input.sorted_indices.cpu()]
@@ -88,10 +93,10 @@ class DartsRNN(nn.Module):
     def _run_by_length(self, x: Tensor, hx: Tensor | None, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """As `_run`; sequences that are much shorter than others are run apart, so that their padding costs nothing."""
         groups = _groups(lengths.tolist()) if x.device.type == "cpu" else []  # on a GPU a step takes as long for a few rows as for many
-        if len(groups) < 2 or (hx is not None and (hx.dim() != 3 or hx.shape[1] != x.shape[1])):
+        if len(groups) < 2 or (hx is not None and hx.shape != (self.num_layers * self.directions, x.shape[1], self.hidden_size)):  # refused as it came
             return self._run(x, hx, lengths.to(x.device))
         ended = [self._run(x[:int(lengths[rows[0]]), rows], None if hx is None else hx[:, rows], lengths[rows]) for rows in groups]
-        place = torch.tensor([row for rows in groups for row in rows]).argsort()
+        place = torch.tensor([row for rows in groups for row in rows], device=x.device).argsort()
         output = torch.cat([F.pad(output, (0, 0, 0, 0, 0, len(x) - len(output))) for output, _ in ended], 1)  # (T, B, D·H)
         return output[:, place], torch.cat([h_n for _, h_n in ended], 1)[:, place]
 
@@ -116,7 +121,7 @@ class DartsRNN(nn.Module):
                 output = self.layers[index](inputs, None if hx is None else hx[index])  # (T, B, H)
                 finals.append(output[-1] if lengths is None else output[lengths - 1, torch.arange(x.shape[1], device=x.device)])
                 outputs.append(_reversed(output, lengths) if backwards else output)
-            x = torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]  # (T, B, D·H)
+            x = torch.cat(outputs, -1)  # (T, B, D·H); a copy of one too: what the backward pass has kept is not the caller's to change
             if self.dropout and layer + 1 < self.num_layers:
                 x = F.dropout(x, self.dropout, self.training)
         return x, torch.stack(finals)  # (L·D, B, H)
@@ -134,6 +139,13 @@ def _groups(lengths: list[int], step: int = 40) -> list[list[int]]:
             groups.append([])
         groups[-1].append(row)
     return groups
+
+
+def _repeated(x: Tensor, lengths: Tensor) -> Tensor:
+    """x (T, B, …) with each sequence begun again where it has ended: a cell that is stable on its inputs may not be so on zeros, and the overflow of
+    steps that nobody asked for would make NaN of their gradients, which are 0."""
+    t = torch.arange(len(x), device=x.device).unsqueeze(1)  # (T, 1)
+    return x.gather(0, (t % lengths).unsqueeze(-1).expand_as(x))
 
 
 def _reversed(x: Tensor, lengths: Tensor | None) -> Tensor:

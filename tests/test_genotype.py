@@ -118,6 +118,8 @@ def test_the_cell_found_here_is_the_best_stored_one_of_its_search():
     (lambda: derive(np.full((3, 5), np.nan)), "NaN"),
     (lambda: derive(np.array([[0, 0, 0, 0, np.inf]])), "NaN or infinite"),
     (lambda: load_genotype("DART_V2"), "did you mean 'DARTS_V2'?"),
+    (lambda: load_genotype(None), "genotype: None is none of a Genotype, a name"), (lambda: load_genotype([("tanh", 0)]), "is none of a Genotype, a name"),
+    (lambda: load_genotype({"recurrent": 3}), "recurrent"), (lambda: load_genotype({"tanh": 0}), "sample: no label"),
     (lambda: load_genotype("no such file.json"), "neither a file nor one of DARTS_V1, DARTS_V2, ENAS, DRAWN_V1"),
     (lambda: load_genotype("[('tanh', 0), ('relu', 1)] " * 20), "neither a file nor"),
     (lambda: load_genotype('{"recurrent": [["tanh", 1]]}'), "node 1 reads state 1"),
@@ -150,6 +152,9 @@ def test_load_genotype_takes_itself_a_name_a_text_a_file_and_a_folder(tmp_path):
     for source in (cell, cell.to_json(), f"  {cell.to_json()}", file, str(file), tmp_path, str(tmp_path)):
         assert load_genotype(source) == cell
     assert load_genotype("ENAS") is ENAS
+    assert load_genotype(json.loads(ENAS.to_json())) == ENAS and load_genotype(DARTS_V1.to_sample()) == DARTS_V1
+    (tmp_path / "with a mark.json").write_text(ENAS.to_json(), encoding="utf-8-sig")
+    assert load_genotype(tmp_path / "with a mark.json") == ENAS
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff\xfe\x00", b"{", b'{"recurrent": [["tnah", 0]]}'])

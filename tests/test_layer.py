@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 from nni_darts_rnn import layer as layer_module
-from nni_darts_rnn.cell import DiscreteRNN
+from nni_darts_rnn.cell import DiscreteRNN, usual_range
 from nni_darts_rnn.genotype import DARTS_V1, DARTS_V2, Genotype
 from nni_darts_rnn.layer import DartsRNN
 
@@ -66,7 +66,41 @@ def test_called_by_the_names_of_grus_arguments():
         assert output.shape == (T, B, H) and h_n.shape == (1, B, H)
     before = [p.clone() for p in ours.parameters()]
     ours.reset_parameters()
-    assert all(not torch.equal(p, was) and p.abs().max() <= 0.04 for p, was in zip(ours.parameters(), before))
+    assert all(not torch.equal(p, was) and 0.9 * usual_range(H) < p.abs().max() <= usual_range(H) for p, was in zip(ours.parameters(), before))
+
+
+def test_a_small_layer_is_not_silent_at_first():
+    """±0.04 is for the published 850 units; of as few as 16 such a layer hardly tells one sequence from another."""
+    assert usual_range(850) == 0.04
+    torch.manual_seed(0)
+    x = draw(20, 32, I)
+    told = {start: float(DartsRNN(I, 16, num_layers=2, dtype=torch.float64, init_range=start)(x)[1][1].std(0).mean()) for start in (None, 0.04)}
+    assert told[0.04] < 1e-4 and told[None] > 1e-3
+
+
+@pytest.mark.parametrize("form", ["batch", "batch_first", "unbatched", "bidirectional"])
+@pytest.mark.parametrize("compiled", ["0", "1"])
+def test_the_output_is_the_callers_to_change(form, compiled, monkeypatch):
+    monkeypatch.setenv("NNI_DARTS_RNN_FUSED", compiled)
+    ours, _ = pair(**{form: True} if form.startswith("b") and form != "batch" else {})
+    x, found = draw(*([T, I] if form == "unbatched" else [T, B, I])), []
+    for change in (lambda output: output + 1, lambda output: output.add_(1)):
+        output = change(ours(x)[0])
+        found.append(torch.autograd.grad(output.square().sum(), list(ours.parameters())))
+    for a, b in zip(*found):
+        assert torch.equal(a, b)
+
+
+def test_an_ensemble_with_dropout():
+    torch.manual_seed(0)
+    members = [DartsRNN(I, H, SMALL, dropout_x=0.5, dropout_h=0.5) for _ in range(3)]
+    parameters, buffers = torch.func.stack_module_state(members)
+    x = torch.randn(T, B, I)
+    run = torch.func.vmap(lambda p, b: torch.func.functional_call(members[0], (p, b), (x,))[0], randomness="different")
+    outputs = run(parameters, buffers)  # (3, T, B, H)
+    assert outputs.shape == (3, T, B, H) and not torch.equal(outputs, run(parameters, buffers))
+    expected = torch.stack([member.eval()(x)[0] for member in members])
+    torch.testing.assert_close(run(parameters, buffers), expected)
 
 
 def test_a_packed_sequence_keeps_its_own_order_of_sequences_of_one_length():
@@ -136,6 +170,21 @@ def test_gradients_of_a_packed_sequence_equal_those_of_each_alone():
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("compiled", ["0", "1"])
+def test_what_comes_after_a_sequences_end_is_no_affair_of_its_gradients(compiled, monkeypatch):
+    """A cell that is stable on its inputs may grow without bound on zeros."""
+    monkeypatch.setenv("NNI_DARTS_RNN_FUSED", compiled)
+    ours = DartsRNN(1, 1, Genotype((("relu", 0),)))
+    with torch.no_grad():
+        ours.layers[0].W0.copy_(torch.tensor([[2.0, 0.05], [0.0, 0.1]]))
+        ours.layers[0].Ws.copy_(torch.tensor([[[2.0, 4.0]]]))
+    x, lengths = torch.full((320, 2, 1), 20.0), [320, 165]
+    output = pad_packed_sequence(ours(pack_padded_sequence(x, torch.tensor(lengths)))[0])[0]
+    alone = sum(ours(x[:n, :1])[0].sum() for n in lengths)
+    for a, b in zip(torch.autograd.grad(output.sum(), list(ours.parameters())), torch.autograd.grad(alone, list(ours.parameters()))):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=0)
+
+
 def test_h_0_carries_a_sequence_on():
     ours, _ = pair(2)
     x = draw(T, B, I)
@@ -195,6 +244,24 @@ def test_state_dict_round_trip(tmp_path):
     other.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
     assert torch.equal(other(x)[0], ours(x)[0]) and torch.equal(copy.deepcopy(ours)(x)[1], ours(x)[1])
     assert [tuple(p.shape) for p in other.parameters()] == [(I + H, 2 * H), (3, H, 2 * H)] * 2 + [(3 * H, 2 * H), (3, H, 2 * H)] * 2
+
+
+def test_weights_of_another_cell_are_refused(tmp_path):
+    """Whose matrices have the same shapes."""
+    model, other = (nn.ModuleDict({"rnn": DartsRNN(I, H, cell)}) for cell in ("DARTS_V1", "DARTS_V2"))
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    with pytest.raises(RuntimeError, match=r"rnn\.layers\.0\.genotype: the weights are of .*, this layer is "):
+        other.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
+    nn.ModuleDict({"rnn": DartsRNN(I, H, "DARTS_V1")}).load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
+    other.load_state_dict(dict(model.state_dict()))  # tensors alone, as safetensors keeps them
+
+
+def test_the_device_that_is_asked_for_is_where_it_is_made():
+    with torch.device("meta"):
+        assert DartsRNN(I, H, SMALL, device="cpu").layers[0].W0.abs().max() > 0
+    before = torch.get_rng_state()
+    assert all(p.is_meta for p in DartsRNN(I, H, SMALL, device="meta").parameters())
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_dtype_and_device_reach_every_weight():
@@ -290,6 +357,20 @@ def test_sequences_of_very_different_lengths_are_run_apart(bidirectional, given,
     ones = torch.autograd.grad(output.square().sum() + h_n.sum(), inputs), torch.autograd.grad(sum(o.square().sum() + h.sum() for o, h in alone), inputs)
     for a, b in zip(*ones, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_sequences_that_are_run_apart_with_another_default_device_or_a_wrong_state():
+    lengths = torch.tensor([40] + [2] * 79)
+    ours, packed = DartsRNN(I, H, SMALL), pack_padded_sequence(torch.randn(40, 80, I), lengths)
+    expected = ours(packed)[1]
+    torch.set_default_device("meta")
+    try:
+        found = ours(packed)[1]
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(found, expected)
+    with pytest.raises(ValueError, match=r"^hx has shape \(2, 80, 4\); expected .*\(1, 80, 4\)"):
+        ours(packed, torch.zeros(2, 80, H))
 
 
 def test_sequences_of_like_lengths_are_run_together():
