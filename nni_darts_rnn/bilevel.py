@@ -135,6 +135,8 @@ def architecture_gradient(loss: Loss, weights: Tensors, alphas: Tensors, train_b
         end.restore()
         return AlphaGradient(direct, direct, None, None, value.detach())
 
+    if any(w.is_complex() for w in weights):
+        raise ValueError("complex weights cannot be unrolled; keep their real and imaginary parts (torch.view_as_real), or use hvp='first_order'")
     coarse = next((w.dtype for w in weights if w.dtype.itemsize < 4), None)
     if coarse is not None and mode == "finite_difference":
         raise ValueError(f"weights of {coarse}: the finite difference moves them by less than their digits tell apart; keep them in float32 (Lightning's 'bf16-mixed' does), or use hvp='exact'")

@@ -160,7 +160,7 @@ def prepare_torch(arguments: argparse.Namespace) -> None:
 
 def corpus_words(options, searches: bool = False) -> list[str]:
     """The options that name the corpus again, as a command's words; the text for α only where the command searches."""
-    words = ["--corpus", named(options.corpus or "pydoc")]
+    words = ["--corpus", named(options.corpus)]
     for name in ("corpus_folder", "corpus_mirror"):
         if getattr(options, name):
             words += ["--" + name.replace("_", "-"), str(getattr(options, name))]

@@ -6,6 +6,7 @@ import torch
 from nni.mutable.utils import label_scope
 from nni.nas.nn.pytorch import LayerChoice, ModelSpace, MutableModule
 from nni.nas.oneshot.pytorch.supermodule.base import BaseSuperNetModule
+from nni.nas.space import model_context
 from torch import Tensor, nn
 
 from .cell import ACTIVATIONS, INIT_RANGE, RecurrentWeights, checked_primitives
@@ -121,6 +122,14 @@ class MixedCell(MixedRNN, BaseSuperNetModule):
         for choice in [*module.inputs, *module.ops]:
             mixed.add_mutable(choice.choice)  # the labels stay in the space's description
         return mixed
+
+    def freeze(self, sample: dict) -> CellSpace:
+        """The discrete cell of a sample with this one's weights, as NNI's `ModelSpace.freeze` and `export_top_models(formatter="instance")` ask of a choice."""
+        with torch.device("meta"), model_context({label.removeprefix(self.scope): sample[label] for label in self.simplify()}):
+            cell = CellSpace(self.input_size, self.hidden_size, self.n_nodes, self.primitives, self.dropout_x, self.dropout_h, self.relaxation,
+                             self.init_range, self.draws)
+        cell.W0, cell.Ws = self.W0, self.Ws
+        return cell.train(self.training)
 
     def resample(self, memo: dict) -> dict:
         return {}

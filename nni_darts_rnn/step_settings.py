@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from numbers import Real
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -50,13 +51,25 @@ def gradient_by(settings, module: nn.Module, weights: dict[str, Tensor], alphas:
     `architecture_gradient`.
     """
     tensors = list(weights.values())
+    known = {id(w) for w in tensors}
+    if settings.hvp != "first_order" and (strangers := [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad and id(p) not in known]):
+        raise ValueError(f"{len(strangers)} tensors that the optimizer moves are in no module of the model, as those of layers in a plain list; use nn.ModuleList or nn.ParameterList")
     if settings.reproduce_original and settings.hvp != "first_order":
         group = plain_sgd(optimizer)
         lr = group["lr"] if settings.unrolled_lr is None else settings.unrolled_lr
         return original_gradient(train_loss, tensors, alphas, train_batch, valid_batch, lr, group["weight_decay"], clip, valid_loss=valid_loss,
                                  tied=tied(module, weights))
     step = None if is_first_order(settings.hvp, settings.unrolled_lr) else WeightStep.of(optimizer, tensors, clip, settings.unrolled_lr)
-    return architecture_gradient(train_loss, tensors, alphas, train_batch, valid_batch, step, settings.hvp, settings.epsilon, settings.neumann_terms, valid_loss,
+
+
+    def unrolled_loss(*at) -> Tensor:
+        loss = valid_loss(*at)
+        if step is not None and loss.requires_grad and any(g is not None for g in torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True)):
+            raise ValueError("the loss takes weights that it keeps apart, as in a list, and not from their modules, where those of the unrolled step are; take them from "
+                             "parameters() each time, or use hvp='first_order'")
+        return loss
+
+    return architecture_gradient(train_loss, tensors, alphas, train_batch, valid_batch, step, settings.hvp, settings.epsilon, settings.neumann_terms, unrolled_loss,
                                  **passes)
 
 

@@ -3,12 +3,13 @@
 | here | NNI 3.0 with today's packages | can go once NNI |
 |---|---|---|
 | `DARTS`, `GumbelDARTS`, `Proxyless` | list α as `list(set(…))`, in the order of addresses: a resumed Adam may give a moment to another α | lists α in the order of the modules |
+| `DARTS`, `GumbelDARTS`, `Proxyless` | fail at the end of an epoch with `ReduceLROnPlateau`, which is refused here | leaves it out, as it means to |
 | `Proxyless` | exports a path drawn anew from α | exports the strongest path |
 | `RandomOneShot` | draws its paths from a generator that nothing seeds | draws from one that can be seeded |
 | `ENAS` | its loader hands Lightning 2 batches that its step takes apart wrongly | unpacks what its loader yields |
 | `ENAS` | makes a new, untrained controller to export from; never clips the gradient | keeps the controller in `set_model` |
 | `ENAS`, `PolicyBasedRL` | without a fitting tianshou fail with advice to install one that does not fit | says `tianshou<0.5` |
-| `TPE` | raises on an `InputChoice`, and takes the smallest metric for the best where every other strategy takes the largest | gives `CategoricalMultiple` an `as_legacy_dict` |
+| `TPE` | raises on an `InputChoice` and on numbers, and takes the smallest metric for the best where every other strategy takes the largest | gives `CategoricalMultiple` and `Numerical` an `as_legacy_dict` |
 | `GridSearch` | hands out one dictionary as the sample of all models in format "raw", and empties it | copies it |
 | `PolicyBasedRL` | trains a sample again as often as its policy draws it | gives it the `dedup` of the other strategies |
 
@@ -19,11 +20,12 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import time
 from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
-from nni.mutable import Categorical, CategoricalMultiple
+from nni.mutable import Categorical, CategoricalMultiple, Numerical
 from nni.nas import strategy as nni_strategy
 from nni.nas.execution.event import ModelEventType
 from nni.nas.oneshot.pytorch.supermodule.differentiable import DifferentiableMixedInput, DifferentiableMixedLayer
@@ -32,7 +34,7 @@ from nni.nas.space import ModelStatus
 from nni.nas.strategy import Random, RegularizedEvolution
 from nni.nas.strategy.middleware import Deduplication
 
-from .strategy import SecondOrderDARTS, alpha_in_order
+from .strategy import SecondOrderDARTS, alpha_in_order, check_schedulers
 
 __all__ = ["DARTS", "ENAS", "GridSearch", "GumbelDARTS", "PolicyBasedRL", "Proxyless", "Random", "RandomOneShot", "RegularizedEvolution",
            "SecondOrderDARTS", "TPE"]
@@ -48,7 +50,13 @@ class _InOrder:
     def configure_oneshot_module(self, training_module):
         module = super().configure_oneshot_module(training_module)
         module.arch_parameters = functools.partial(alpha_in_order, module)
+        module.on_train_start = functools.partial(_checked_start, module, module.on_train_start)
         return module
+
+
+def _checked_start(module, usual):
+    check_schedulers(module.trainer)
+    return usual()
 
 
 class DARTS(_InOrder, nni_strategy.DARTS):
@@ -147,7 +155,18 @@ class ENAS(nni_strategy.ENAS):
         module = super().configure_oneshot_module(training_module)
         module.advance_optimization = functools.partial(module.advance_optimization, gradient_clip_val=self.gradient_clip_val)
         module.set_model = functools.partial(_set_model_once, module)
+        module.on_train_start = functools.partial(_whole_epochs, module, module.on_train_start)
         return module
+
+
+def _whole_epochs(module, usual):
+    """`ValueError` where an epoch is cut off before the validation batches, by which the controller learns."""
+    check_schedulers(module.trainer)
+    batches, loader = module.trainer.num_training_batches, module.trainer.train_dataloader
+    if isinstance(loader, _Alternating) and batches < len(loader) and not module.trainer.fast_dev_run:
+        raise ValueError(f"limit_train_batches, overfit_batches: an epoch of ENAS is the training batches and then the validation batches, {len(loader)} in all, and {batches} of them "
+                         "leave its controller untrained; shorten the loaders instead")
+    return usual()
 
 
 def _set_model_once(module, model) -> None:
@@ -205,15 +224,33 @@ class PolicyBasedRL(nni_strategy.PolicyBasedRL):
         return super().initialize(model_space, engine)
 
 
+class _Number:
+    """A number to be drawn, as a tuner can read it."""
+
+    def __init__(self, number: Numerical):
+        self.number = number
+
+    def as_legacy_dict(self) -> dict:
+        n = self.number
+        bounds, q = ([n.low, n.high] if n.mu is None else [n.mu, n.sigma]), ([] if n.quantize is None else [n.quantize])
+        return {"_type": f"{'q' if q else ''}{'log' if n.log_distributed else ''}{'uniform' if n.mu is None else 'normal'}", "_value": bounds + q}
+
+
 class _Plain:
-    """A model space as a tuner can read it: a choice of several becomes one plain choice among all its values."""
+    """A model space as a tuner can read it: a choice of several becomes one plain choice among all its values, and a number says how it is drawn."""
 
     def __init__(self, space):
         self.space = space
 
     def simplify(self) -> dict:
-        return {label: Categorical(list(mutable.grid()), label=label) if isinstance(mutable, CategoricalMultiple) else mutable
-                for label, mutable in self.space.simplify().items()}
+        def plain(label, mutable):
+            if isinstance(mutable, CategoricalMultiple):
+                return Categorical(list(mutable.grid()), label=label)
+            # a distribution of the user's own, or a normal one that is cut off, no tuner has a word for
+            described = isinstance(mutable, Numerical) and math.isfinite(mutable.low) == (mutable.mu is None)
+            return _Number(mutable) if described else mutable
+
+        return {label: plain(label, mutable) for label, mutable in self.space.simplify().items()}
 
     def freeze(self, sample: dict):
         return self.space.freeze(sample)

@@ -19,6 +19,10 @@ from .bilevel import EPSILON, TrainingPass, is_first_order
 from .health import check_finite
 from .published import plain_sgd
 from .step_settings import check_step, gradient_by
+from .taken_step import UnrolledStep
+
+NEVER_CALLED = ("backward", "on_before_optimizer_step", "on_before_zero_grad", "on_before_batch_transfer", "on_after_batch_transfer", "transfer_batch_to_device")
+"""Hooks of a Lightning module that change what is learnt, and that NNI's one-shot strategies (3.0) do not pass on to it."""
 
 
 class _TrainingStep(nn.Module):
@@ -68,6 +72,12 @@ def alpha_in_order(module: DartsLightningModule) -> list[nn.Parameter]:
     return list(dict.fromkeys(found))
 
 
+def check_schedulers(trainer: pl.Trainer) -> None:
+    """`ValueError` for a scheduler that waits for a metric. NNI 3.0 means to leave it out with a warning; Lightning 2 hides from it which one that is, and it is stepped without one."""
+    if any(isinstance(config.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) for config in trainer.lr_scheduler_configs):
+        raise ValueError("ReduceLROnPlateau: NNI's one-shot strategies have no metric to step it by; use another scheduler")
+
+
 class SecondOrderDartsModule(DartsLightningModule):
     """The search step of `SecondOrderDARTS`. See there.
 
@@ -83,6 +93,7 @@ class SecondOrderDartsModule(DartsLightningModule):
         self.epsilon, self.hvp, self.unrolled_lr = epsilon, hvp, unrolled_lr
         self.neumann_terms, self.reproduce_original = neumann_terms, reproduce_original
         self.own_gradient = own_gradient or reproduce_original or is_first_order(hvp, unrolled_lr)  # in which there is no step to share
+        self._unrolled: UnrolledStep | None = None
         self._move_alpha: Callable[[Tensor], None] | None = None  # what is to follow the weights' backward pass, given the training loss
         self._step_module = (_TrainingStep(training_module),)  # in a tuple: not a submodule, or every weight would have two names
 
@@ -101,6 +112,9 @@ class SecondOrderDartsModule(DartsLightningModule):
         if str(self.trainer.gradient_clip_algorithm or "norm").lower().endswith("value") or \
                 type(self.training_module).configure_gradient_clipping is not pl.LightningModule.configure_gradient_clipping:
             raise ValueError("gradient clipping: the step that is unrolled is clipped by its norm, by gradient_clip_val of the strategy; no other way is possible")
+        for name in NEVER_CALLED:
+            if getattr(type(self.training_module), name) is not getattr(pl.LightningModule, name):
+                raise ValueError(f"{name}: NNI's one-shot strategies do not call it; do its work in training_step, in the loaders or in a callback")
         if self.trainer.world_size > 1:
             if self.reproduce_original:
                 raise ValueError("reproduce_original: the published code runs in one process; use devices=1")
@@ -114,8 +128,12 @@ class SecondOrderDartsModule(DartsLightningModule):
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)
         return super().setup(stage)
 
+    def on_train_start(self):
+        check_schedulers(self.trainer)
+        return super().on_train_start()
+
     def training_step(self, batch, batch_idx: int):
-        move_alpha = None
+        move_alpha = self._unrolled = None
         if self.warmup_epochs == 0 or self.trainer.current_epoch >= self.warmup_epochs:
             self.resample()
             move_alpha = partial(self._architecture_step, batch["train"], batch["val"], batch_idx, Before(self._step_module[0]))
@@ -136,16 +154,27 @@ class SecondOrderDartsModule(DartsLightningModule):
             self.log_probs(self.export_probs())
         return output
 
+    def backward(self, loss: Tensor, *args, **kwargs):
+        super().backward(loss, *args, **kwargs)
+        self._left = self._gradients()
+
     def on_after_backward(self):
         """Where α's step shares the weights' gradient, it comes here: after that gradient, before it is clipped and the weights take their step."""
-        before = self._gradients()
         super().on_after_backward()
-        if self._gradients() != before and not (self.reproduce_original or is_first_order(self.hvp, self.unrolled_lr)):
+        if self._gradients() != self._left and not (self.reproduce_original or is_first_order(self.hvp, self.unrolled_lr)):
             raise ValueError("on_after_backward: it changes the gradients, of which the step that is unrolled knows nothing; change the loss or the learning rate instead, "
                              "or use hvp='first_order'")
         check_finite(training_loss=self._loss, gradient_of_the_weights=[p.grad for p in self.training_module.parameters() if p.requires_grad])
         if self._move_alpha is not None:
             self._move_alpha(self._loss)
+        if self._unrolled is not None:
+            self._unrolled.clipped_to(self.gradient_clip_val)
+
+    def on_before_optimizer_step(self, optimizer):
+        """After the callbacks' own, and the last that is called before the step."""
+        super().on_before_optimizer_step(optimizer)
+        if self._unrolled is not None and not getattr(optimizer, "is_arch_optimizer", False):
+            self._unrolled.check()
 
     def _gradients(self) -> list[tuple[int, int]]:
         """Which tensors the gradients are, and how often each was changed."""
@@ -178,6 +207,8 @@ class SecondOrderDartsModule(DartsLightningModule):
         alpha_names = [names[id(p)] for p in alphas]
         if self.reproduce_original:
             plain_sgd(optimizer)
+        elif not is_first_order(self.hvp, self.unrolled_lr):
+            self._unrolled = UnrolledStep(optimizer)
 
         def run(at_weights, at_alphas, data, index):
             output, state = before.call(step_module, dict(zip(weights, at_weights)) | dict(zip(alpha_names, at_alphas)), data, index)

@@ -526,9 +526,9 @@ def test_alpha_step_leaves_no_trace(tmp_path):
     assert ends[0][0]["lm.rnn.calls"] == len(ends[0][1])
 
 
-def test_search_moves_alpha_and_its_optimizer_is_not_the_weights(tmp_path):
+def test_search_moves_alpha_and_its_optimizer_is_not_the_weights(tmp_path, capsys):
     recipe = SMALL.search
-    learn = search_learner(language_dls(corpus(), recipe, 3, "cpu", tmp_path), recipe, seed=3, cbs=[PrintGenotype()])
+    learn = search_learner(language_dls(corpus(), recipe, 3, "cpu", tmp_path), recipe, seed=3, cbs=[PrintGenotype(every=2)])
     alpha = learn.model.lm.rnn.alpha
     start = alpha.detach().clone()
     run(learn, 2)
@@ -538,6 +538,7 @@ def test_search_moves_alpha_and_its_optimizer_is_not_the_weights(tmp_path):
     assert (alpha - start).abs().max() > recipe.arch_lr
     assert alpha.requires_grad and alpha.grad is None
     assert learn.print_genotype.genotypes[-1] == learn.model.genotype() and len(learn.print_genotype.genotypes) == 2
+    assert capsys.readouterr().out == f"epoch 2: {learn.model.genotype()}\n"  # every second one
 
 
 def test_warmup_epochs(tmp_path, caplog):

@@ -169,6 +169,7 @@ def test_search_and_retrain_refuse(command, options, words, place, capsys):
 @pytest.mark.parametrize("argv, words", [
     ([], "the following arguments are required: COMMAND"),
     (["serch"], "invalid choice: 'serch'"),
+    (["serch"], "; did you mean 'search'?"),
     (["retrain"], "the following arguments are required: --genotype"),
     (["retrain", "--genotype", "DARTS_V3"], "did you mean 'DARTS_V"),
     (["retrain", "--genotype", "nowhere.json"], "neither a file nor one of"),
@@ -199,6 +200,11 @@ def test_search_and_retrain_refuse(command, options, words, place, capsys):
 def test_what_each_command_refuses(argv, words, place, capsys):
     corpus = ["--corpus", place.parent / "corpus"] if argv and argv[0] in ("search", "retrain", "evaluate") else []
     refused(capsys, place, status(cli.main, *argv, *corpus), words)
+
+
+def test_a_folder_where_nothing_waits_is_none_to_go_on_in(place, capsys):
+    assert status(cli.main, "search", "--corpus", place.parent / "corpus", *SMALL, "--resume", "must", "--out", ".") == 2
+    assert "error: --resume must: checkpoint holds no checkpoint of a search" in capsys.readouterr().err and list(place.iterdir()) == []
 
 
 def test_a_standard_output_that_is_closed(monkeypatch):

@@ -244,6 +244,7 @@ def test_bad_texts(tmp_path, texts, says):
     (lambda p: BpttBatches(torch.zeros(1, 4, dtype=torch.long), LengthRule(5)), r"shape \(1, 4\) hold no target"),
     (lambda p: LengthRule(0), "bptt: 0 must be at least 1"),
     (lambda p: LengthRule(float("nan")), "bptt: nan must"),
+    (lambda p: LengthRule(float("inf")), "bptt: inf must"),
     (lambda p: LengthRule(35, 1.5), "short_probability: 1.5"),
     (lambda p: LengthRule(35, 0.05, -1.0, 5, 55), "std: -1.0"),
     (lambda p: LengthRule(35, 0.05, 5.0, 60, 55), "minimum: 60 must be from 1 to the maximum, 55"),
@@ -300,6 +301,12 @@ def test_every_target_once_and_no_copies(rule, n):
         batches[len(batches)]
 
 
+@pytest.mark.parametrize("bptt", [1, 7])
+def test_a_bptt_alone_is_every_length(bptt):
+    batches = BpttBatches(streams(torch.arange(300), 3), LengthRule(bptt))
+    assert set(batches.lengths[:-1]) == {bptt} and batches.epoch == 0
+
+
 def test_lengths_of_the_search():
     batches = BpttBatches(torch.zeros(700_000, 1, dtype=torch.long), LengthRule(35, 0.05))
     lengths = np.array(batches.lengths[:-1])
@@ -330,6 +337,7 @@ def test_lengths_depend_on_seed_and_epoch_alone():
         one.set_epoch(epoch)
         seen.append(one.lengths)
     assert torch.equal(torch.get_rng_state(), state[0]) and np.array_equal(np.random.get_state()[1], state[1])
+    assert other.lengths == seen[0]  # the first epoch's, until another is set
     other.set_epoch(2)  # straight to it, as a resumed run does
     assert other.lengths == seen[2] and other.epoch == 2 and seen[0] != seen[1] != seen[2]
     assert BpttBatches(stream, rule, seed=5).lengths != seen[0]
@@ -352,7 +360,7 @@ class Mirror:
 
     def __init__(self, ranges=True):
         self.files, self.cut, self.redirects, self.requests = {}, {}, {}, []
-        self.ranges = ranges
+        self.ranges, self.shift = ranges, 0  # `shift`: of what is sent, against what was asked for
         mirror = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -367,7 +375,7 @@ class Mirror:
                     return self.send_error(404)
                 body, start = mirror.files[self.path], 0
                 if wanted and ranges:
-                    start = int(wanted[len("bytes="):-1])
+                    start = int(wanted[len("bytes="):-1]) + mirror.shift
                     if start >= len(body):
                         return self.send_error(416)
                 self.send_response(206 if start else 200)
@@ -437,6 +445,13 @@ def test_what_was_kept_of_another_file_is_thrown_away(mirror, tmp_path, sha):
         (tmp_path / "part").write_bytes(wrong)
         download.download(mirror.url + "/f", tmp_path / "part", sha)
         assert (tmp_path / "part").read_bytes() == BODY
+
+
+def test_another_range_than_asked_for_is_not_put_behind_what_is_there(mirror, tmp_path):
+    mirror.files["/f"], mirror.shift = BODY, 1
+    (tmp_path / "part").write_bytes(BODY[:1000])
+    assert "another range" in one_line(download.download, mirror.url + "/f", tmp_path / "part", None)
+    assert (tmp_path / "part").read_bytes() == BODY[:1000]
 
 
 def test_wrong_checksum_leaves_nothing(mirror, tmp_path, sha):
@@ -554,6 +569,27 @@ def test_published_archive_from_a_mirror(tiny_wikitext, cache):
     assert len(tiny_wikitext.requests) == 1  # once
     assert torch.equal(load_corpus("wikitext-2").train, c.train)  # from the cache
     assert sorted(p.name for p in cache.iterdir()) == ["wikitext-2", "wikitext-2.lock"]
+
+
+def test_published_texts_from_a_mirror_one_by_one(tmp_path, cache, monkeypatch):
+    there = tmp_path / "mirror"
+    there.mkdir()
+    for split, text in (("train", "a b\n"), ("valid", "a\n"), ("test", "b\n")):
+        (there / f"ptb.{split}.txt").write_text(text)
+    texts = {split: download.digest(there / f"ptb.{split}.txt") for split in ("test", "valid", "train")}
+    monkeypatch.setitem(download.SOURCES, "penn", download.Source({f"ptb.{split}.txt": sha for split, sha in texts.items()}, texts))
+    monkeypatch.setitem(corpus_module.PUBLISHED_COUNTS, "penn", (3, 2, 2, 4))
+    c = load_corpus("penn", mirror=there.as_uri())
+    assert (c.train.tolist(), c.valid.tolist(), c.test.tolist()) == ([0, 1, 2], [0, 2], [1, 2])
+    assert sorted(path.name for path in cache.rglob("*")) == ["penn", "penn.lock", "test.txt", "train.txt", "valid.txt"]
+
+
+def test_what_is_in_the_cache_is_neither_fetched_nor_locked(tiny_wikitext, cache):
+    target = download.fetch("wikitext-2", tiny_wikitext.url + "/data")
+    tiny_wikitext.files.clear()
+    (cache / "wikitext-2.lock").unlink()
+    assert download.fetch("wikitext-2", tiny_wikitext.url + "/data") == target == cache / "wikitext-2"
+    assert [path.name for path in cache.iterdir()] == ["wikitext-2"]  # so a cache that cannot be written does, too
 
 
 def test_nothing_half_written(tiny_wikitext, cache):

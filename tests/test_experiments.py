@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from nni_darts_rnn import cli, corpus
-from nni_darts_rnn.commands import starter
+from nni_darts_rnn.commands import afterwards, starter
 from nni_darts_rnn.files import write_csv, write_json, write_text
 from nni_darts_rnn.genotype import DARTS_V1, DARTS_V2, Genotype
 from nni_darts_rnn.options import differences
@@ -115,7 +115,7 @@ def test_a_running_experiment(mixed):
                                                             "eeeee": "waiting"}
     assert [t.id for t in experiment.ranking()] == ["bbbbb", "aaaaa"] and experiment.best().result.genotype == DARTS_V1
     trials = {t.id: t for t in experiment.trials}
-    assert "search.arch_lrr" in trials["ddddd"].note and trials["ddddd"].commands() == []
+    assert trials["ddddd"].note == "error: setting 'search.arch_lrr' is no field" and trials["ddddd"].commands() == []  # its last words
     assert trials["ccccc"].seed == 3 and trials["ccccc"].recipe == get_recipe("small")
     assert load_experiment(mixed).ranking() == load_experiment(str(mixed)).ranking() == experiment.ranking()
 
@@ -173,7 +173,7 @@ def test_a_folder_copied_without_database(mixed, tmp_path):
 
 @pytest.mark.parametrize("change", [
     lambda text: "", lambda text: text[:len(text) // 2], lambda text: "[]", lambda text: "null", lambda text: text.replace("70.0", "NaN"),
-    lambda text: text.replace("70.0", "-1"), lambda text: text.replace("relu", "relou"), lambda text: text.replace('"seed"', '"sed"'),
+    lambda text: text.replace("70.0", "-1"), lambda text: text.replace("70.0", "0"), lambda text: text.replace("relu", "relou"), lambda text: text.replace('"seed"', '"sed"'),
     lambda text: "[" * 10_000])
 def test_a_damaged_result_is_a_failed_trial(mixed, change):
     path = trial_folder(mixed, "bbbbb") / "result.json"
@@ -213,7 +213,9 @@ def test_nothing_known_and_nothing_finished(home, capsys):
 
 
 def test_an_experiment_of_failures_says_where_the_reasons_are(home, capsys):
-    write_experiment(home, {"aaaaa": ("FAILED", {"seed": 1}), "bbbbb": ("FAILED", {"seed": 2})}, status="DONE")
+    folder = write_experiment(home, {"aaaaa": ("FAILED", {"seed": 1}), "bbbbb": ("FAILED", {"seed": 2})}, status="DONE")
+    (trial_folder(folder, "aaaaa") / "trial.stderr").touch()  # of one that said nothing
+    (trial_folder(folder, "aaaaa").parent / "notes.txt").touch()  # no trial
     assert run("best", "abcd1234") == 2
     assert capsys.readouterr().err == ("nni-darts-rnn: error: experiment abcd1234: no trial has a result (2 failed); `nni-darts-rnn report abcd1234` says what ended them\n")
 
@@ -222,12 +224,41 @@ def test_best(mixed, capsys):
     assert run("best", "abcd1234") == 0
     text = capsys.readouterr()
     assert "bbbbb, seed 2: validation perplexity 70.00, test 68.00, 163,190 parameters" in text.out and str(trial_folder(mixed, "bbbbb")) in text.out
-    assert text.err == "next: nni-darts-rnn retrain --from abcd1234\n"
+    assert text.err == "next: nni-darts-rnn retrain --from abcd1234\n" and "none yet: nni-darts-rnn plot draws them" in text.out
     assert run("best", "abcd1234", "--json") == 0
     text = capsys.readouterr()
     found = json.loads(text.out)
     assert not text.err and found["trial"] == "bbbbb" and found["parameters"] == {"seed": 2, "search.arch_lr": 0.02} and found["finished"] == 2
     assert Genotype.from_json(json.dumps(found["genotype"])) == DARTS_V1 and found["next"].startswith("nni-darts-rnn retrain --from")
+
+
+def test_the_best_of_results_that_say_little(mixed, capsys):
+    path = trial_folder(mixed, "bbbbb") / "result.json"
+    data = json.loads(path.read_text())
+    write_json(path, data | {"test_perplexity": None, "parameters": None})
+    (path.parent / "cell.svg").touch()
+    assert run("best", "abcd1234") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "best trial  bbbbb, seed 2: validation perplexity 70.00" in lines and "pictures    cell.svg" in lines
+
+
+def test_an_experiment_of_which_nni_does_not_list_the_folder_is_where_nni_puts_them(mixed):
+    listed = mixed.parent / ".experiment"
+    entries = json.loads(listed.read_text())
+    del entries["abcd1234"]["logDir"]
+    listed.write_text(json.dumps(entries))
+    assert load_experiment("abcd1234").folder == mixed
+
+
+def test_a_corpus_of_ones_own_is_read_without_the_folder_of_the_trials(home, monkeypatch):
+    read = []
+    monkeypatch.setattr("nni_darts_rnn.commands.compute.open_corpus", lambda arguments: read.append(arguments) or 1 / 0)
+    folder = write_experiment(home, {"aaaaa": ("SUCCEEDED", {"seed": 1})}, "--corpus penn --corpus-folder ptb --corpus-mirror https://example.org --recipe small")
+    write_trial(trial_folder(folder, "aaaaa"), 80.0)
+    for own in ([], ["--corpus", "texts"]):
+        with pytest.raises(ZeroDivisionError):
+            run("retrain", "--from", "abcd1234", *own)
+    assert [(a.corpus, a.corpus_folder, a.corpus_mirror) for a in read] == [("penn", "ptb", "https://example.org"), ("texts", None, None)]
 
 
 def test_commands_name_what_differs_from_the_recipe(home, mixed):
@@ -242,6 +273,8 @@ def test_commands_name_what_differs_from_the_recipe(home, mixed):
 @pytest.mark.parametrize("given, expected", [
     ({"retrain.lr": 7.0, "retrain.anneal": 0.5}, dict(optimizer="sgd", lr=7.0, nonmono=2, patience=10)),
     ({"retrain.lr": 7.0, "retrain.anneal": 0.0, "retrain.patience": 4}, dict(optimizer="sgd", lr=7.0, nonmono=2, patience=4)),
+    ({"retrain.nonmono": 8, "retrain.anneal": 0.0, "retrain.patience": 9}, dict(optimizer="sgd", nonmono=8, patience=9)),
+    ({"retrain.nonmono": 8}, dict(optimizer="sgd", nonmono=8, patience=16)),
     ({"retrain.optimizer": "adam", "retrain.lr": 0.004, "retrain.nonmono": None}, dict(optimizer="sgd", lr=20.0, nonmono=5, patience=10)),
     ({"retrain.optimizer": "adam", "retrain.lr": 0.004, "retrain.nonmono": None, "retrain.anneal": 0, "retrain.patience": 4, "retrain.dropout": 0.01, "retrain.dropout_h": 0.01},
      dict(optimizer="sgd", lr=20.0, nonmono=5, patience=10, dropout=0.3, dropout_h=0.1))])
@@ -358,6 +391,20 @@ def test_plot(mixed, capsys):
     assert run("plot", trial_folder(mixed, "ccccc"), "--out", out) == 0
     text = capsys.readouterr()
     assert sorted(os.listdir(out)) == ["curves.png", "curves.svg"] and "not drawn: cell.gif, alpha.svg, alpha.png: there is no alpha.json" in text.err
+
+
+def test_what_comes_after_plot(tmp_path):
+    def following() -> str:
+        return shlex.join(map(str, afterwards._after(tmp_path)))
+
+    assert following() == ""
+    write_text(tmp_path / "genotype.json", DARTS_V1.to_json())
+    assert following() == f"nni-darts-rnn retrain --corpus FOLDER --genotype {tmp_path}"  # a cell is trained
+    (tmp_path / "model.safetensors").touch()
+    assert following() == f"nni-darts-rnn evaluate {tmp_path} --corpus FOLDER"  # a trained model is tested
+    for extra, text in (({"corpus": "wikitext-2"}, "wikitext-2"), ({"corpus": "my texts"}, "FOLDER"), ("notes", "FOLDER"), ({}, "FOLDER")):
+        write_json(tmp_path / "model.json", {"extra": extra})
+        assert following() == f"nni-darts-rnn evaluate {tmp_path} --corpus {text}"
 
 
 def test_plot_reads_what_fastai_wrote(tmp_path):

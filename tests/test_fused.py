@@ -461,6 +461,11 @@ def test_linear_cross_entropy_differentiates_twice_and_refuses_bad_targets():
     assert torch.autograd.gradgradcheck(lambda *a: cross_entropy.linear_cross_entropy(*a, y), (x, w, b))
     with pytest.raises((IndexError, RuntimeError)):
         cross_entropy.linear_cross_entropy(x, w, b, y + 5)
+    x, y = torch.randn(150, 4, generator=g, dtype=torch.float64), torch.randint(5, (150,), generator=g)  # as many rows as are computed in C++
+    for bad in (5, -1):
+        y[77] = bad
+        with pytest.raises(IndexError, match=f"Target {bad} is out of bounds"):
+            cross_entropy.linear_cross_entropy(x, w, b, y)
 
 
 def test_the_loss_of_float16_under_a_gradient_scalers_factor():

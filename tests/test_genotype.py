@@ -129,6 +129,7 @@ def test_the_cell_found_here_is_the_best_stored_one_of_its_search():
     (lambda: load_genotype("Genotype(recurrent=[('tanh', 0)], concat=open('x'))"), "is not as published code prints one"),
     (lambda: load_genotype("Genotype(recurrent=3, concat=4)"), "is not as published code prints one"),
     (lambda: load_genotype("Genotype([('tanh', 0)], range(1, 2))"), "is not as published code prints one"),
+    (lambda: load_genotype("Genotype(3, recurrent=[('tanh', 0)], concat=range(1, 2))"), "is not as published code prints one"),
     (lambda: load_genotype("Genotype("), "is not as published code prints one"),
 ])
 def test_refusals(make, words):

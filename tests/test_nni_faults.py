@@ -21,13 +21,14 @@ import numpy as np
 import pytest
 import torch
 from nni.algorithms.hpo.hyperband_advisor import Hyperband as NniHyperband
-from nni.mutable import CategoricalMultiple
+from nni.mutable import CategoricalMultiple, Numerical, ensure_frozen
 from nni.nas import strategy as nni_strategy
 from nni.nas.evaluator import FunctionalEvaluator
 from nni.nas.experiment import NasExperiment
 from nni.nas.experiment.config import NasExperimentConfig
 from nni.nas.nn.pytorch import InputChoice, LayerChoice, ModelSpace, Repeat
 from nni.nas.oneshot.pytorch.supermodule.sampling import PathSamplingLayer
+from nni.nas.space import model_context
 from nni.runtime.trial_command_channel import TrialCommandChannel, get_default_trial_command_channel, set_default_trial_command_channel
 from nnictl import free_port
 from torch import nn
@@ -205,6 +206,31 @@ def test_tpe_on_input_choices(tmp_path):
     for model in models:
         assert isinstance(Inputs().simplify()["two"], CategoricalMultiple)
         assert len(model.sample["one"]) == 1 and len(model.sample["two"]) == 2 and set(model.sample["two"]) < {0, 1, 2}
+
+
+class Numbers(ModelSpace):
+    """One of each of NNI's distributions."""
+
+    DRAWS = {"uniform": (0.1, 0.5), "quniform": (0, 8, 2), "loguniform": (0.01, 1), "qloguniform": (1, 64, 8), "normal": (0, 1), "qnormal": (0, 4, 2)}
+
+    def __init__(self):
+        super().__init__()
+        lognormal = Numerical(mu=0, sigma=1, log_distributed=True, label="lognormal")
+        self.values = [ensure_frozen(self.add_mutable(one)) for one in (lognormal, *(getattr(nni, name)(name, *bounds) for name, bounds in self.DRAWS.items()))]
+
+    def freeze(self, sample):
+        with model_context(sample):
+            return Numbers()
+
+
+def test_tpe_on_numbers(tmp_path):
+    with pytest.raises(NotImplementedError, match="as_legacy_dict"):
+        multi_trial(nni_strategy.TPE(), Numbers(), tmp_path)
+    models = multi_trial(strategies.TPE(seed=0), Numbers(), tmp_path)
+    for model in models:
+        assert sorted(Numbers().freeze(model.sample).values) == sorted(model.sample.values())
+        assert set(model.sample) == {"lognormal", *Numbers.DRAWS} and model.sample["lognormal"] > 0 and model.sample["quniform"] in (0, 2, 4, 6, 8) and 0.1 <= model.sample["uniform"] <= 0.5
+    assert len({model.sample["normal"] for model in models}) == len(models) == 3
 
 
 def test_tpe_maximizes():

@@ -136,7 +136,7 @@ def test_the_best_model_so_far_is_not_lost(tmp_path, monkeypatch):
     assert isinstance(outcome["ended_by"], FloatingPointError) and math.isfinite(outcome["test_perplexity"]) and outcome["epochs"] == 1
 
 
-def test_the_count_goes_on_with_the_run(tmp_path):
+def test_the_count_goes_on_with_the_run(tmp_path, caplog):
     store = Checkpoints(tmp_path, "search", {})
     store.save(1, 0, {"rollbacks": 3, "weight": torch.zeros(1)})
     factors = []
@@ -148,6 +148,15 @@ def test_the_count_goes_on_with_the_run(tmp_path):
     with pytest.raises(FloatingPointError, match="α is no longer finite, and"):
         with_rollbacks(store, "search", 5, once)
     assert factors == [0.5**3, 0.5**4]
+    assert [record.getMessage() for record in caplog.records] == [
+        "search: goes on from epoch 2, batch 1",
+        "search: α is no longer finite; back to the beginning of epoch 2 with 0.0625 times the learning rate (4 of at most 4 times)"]
+
+
+def test_a_phase_that_is_over_does_not_say_that_it_goes_on(tmp_path, caplog):
+    store = Checkpoints(tmp_path, "search", {})
+    store.save(2, 0, {"rollbacks": 0})
+    assert with_rollbacks(store, "search", 2, lambda state, factor: (state["epoch"], factor)) == (2, 1.0) and not caplog.records
 
 
 def test_worse_than_guessing_is_said(caplog):
@@ -156,6 +165,12 @@ def test_worse_than_guessing_is_said(caplog):
     assert not caplog.records
     health.name_poor("search", 12.3, 10)
     assert "search: a validation perplexity of 12.3 is worse than guessing every word alike (10); search.lr may be too large" in caplog.text
+
+
+def test_a_retraining_that_ends_worse_than_guessing_says_so(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("nni_darts_rnn.learner.perplexity", lambda *args: 1000.0)
+    do_retrain(tmp_path, epochs=1)
+    assert "retrain: a validation perplexity of 1000 is worse than guessing every word alike" in caplog.text
 
 
 def test_nothing_to_return_to(tmp_path):

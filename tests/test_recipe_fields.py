@@ -81,6 +81,31 @@ def test_search_through_nni(settings):
     assert evaluator.module.hidden_train.shape == evaluator.module.hidden_valid.shape == (4, 6)
 
 
+@pytest.mark.parametrize("settings", [SEARCH, WITH_ADAM, DRAWN, ORIGINAL], ids=["search", "adam", "drawn", "original"])
+def test_search_through_fastai(tmp_path, settings):
+    from fastai.callback.training import GradientClip
+
+    from nni_darts_rnn.callbacks import ActivationRegularizer, AnnealLR, ArchParamUpdate, ScaleLRByLength
+    from nni_darts_rnn.learner import language_dls, search_learner
+
+    recipe = override(SearchRecipe(), settings)
+    (tmp_path / "texts").mkdir()
+    learn = search_learner(language_dls(corpus(), recipe, 0, "cpu", tmp_path / "texts"), recipe, path=tmp_path)
+    of = {kind: next(cb for cb in learn.cbs if isinstance(cb, kind)) for kind in (GradientClip, ActivationRegularizer, AnnealLR, ArchParamUpdate, ScaleLRByLength)}
+    learn.create_opt()
+    rule, step, rnn = learn.dls.train.dataset.rule, of[ArchParamUpdate], learn.model.lm.rnn
+    found = lm_fields(learn.model.lm) | {
+        "n_nodes": rnn.n_nodes, "relaxation": rnn.relaxation, "draws": rnn.draws, "batch_size": learn.dls.train.dataset.stream.shape[1],
+        "eval_batch_size": learn.dls.valid.dataset.stream.shape[1], "bptt": rule.bptt, "short_bptt_probability": rule.short_probability, "lr": learn.lr,
+        "weight_decay": learn.wd, "clip": of[GradientClip].max_norm, "ar": of[ActivationRegularizer].alpha, "tar": of[ActivationRegularizer].beta,
+        "anneal": of[AnnealLR].share, "arch_lr": step.adam["lr"], "arch_weight_decay": step.adam["weight_decay"], "arch_beta1": step.adam["betas"][0],
+        "arch_beta2": step.adam["betas"][1], "hvp": step.hvp, "epsilon": step.epsilon, "unrolled_lr": step.unrolled_lr, "neumann_terms": step.neumann_terms,
+        "warmup_epochs": step.warmup_epochs, "alpha_dropout": step.alpha_dropout, "own_gradient": step.own_gradient,
+        "reproduce_original": step.reproduce_original, "optimizer": type(learn.opt.opt).__name__.lower()}
+    assert found == {k: v for k, v in settings.items() if k != "epochs"}
+    assert of[ScaleLRByLength].bptt == 7 and step.valid_batches.dataset.stream.shape[1] == 4 and learn.path == tmp_path
+
+
 @pytest.mark.parametrize("settings", [RETRAIN, ADAM], ids=["sgd", "adam"])
 def test_retraining_through_fastai(tmp_path, settings):
     from fastai.callback.training import GradientClip

@@ -92,7 +92,7 @@ def test_overrides_dotted_and_nested_are_the_same():
     ("search.clip", "none", None), ("search.clip", "null", None), ("search.clip", None, None), ("search.clip", "0.5", 0.5),
     ("search.unrolled_lr", "None", None), ("search.unrolled_lr", "0", 0.0), ("search.hvp", "exact", "exact"),
     ("search.reproduce_original", "true", True), ("search.reproduce_original", "False", False), ("search.reproduce_original", True, True),
-    ("search.dropout", "0", 0.0), ("search.short_bptt_probability", "1", 1.0), ("retrain.max_bptt_above", "0", 0), ("search.n_nodes", "64", 64),
+    ("search.anneal", "1", 1.0), ("search.dropout", "0", 0.0), ("search.short_bptt_probability", "1", 1.0), ("retrain.max_bptt_above", "0", 0), ("search.n_nodes", "64", 64),
 ])
 def test_values_and_texts_become_the_fields_type(key, text, value):
     part, _, field = key.partition(".")
@@ -184,6 +184,7 @@ def test_to_dict_is_json_and_comes_back():
     ("penn", {"retrain.optimizer": "adm"}, "retrain.optimizer: 'adm' is none of sgd, adam; did you mean 'adam'?"),
     ("penn", {"retrain.optimizer": "adam", "retrain.lr": 0.005}, "retrain.nonmono: averaging is of SGD, not of retrain.optimizer = adam; give none instead of 5"),
     ("penn", {"retrain.optimizer": "adam", "retrain.nonmono": None}, "retrain.lr: 20 is a rate for SGD; retrain.optimizer = adam takes at most 0.1"),
+    ("tiny", {"search.anneal": 1.1}, "search.anneal: 1.1 must be a number of at least 0 and at most 1"),
     ("tiny", {"retrain.anneal": 1.1}, "retrain.anneal: 1.1 must be a number of at least 0 and at most 1"),
     ("tiny", {"retrain.bptt": 1, "retrain.max_bptt_above": 0}, "retrain.min_bptt: 3 must be at most bptt + max_bptt_above = 1"),
     ("penn", {"search.reproduce_original": True, "search.clip": None}, "search.reproduce_original"),
@@ -192,6 +193,10 @@ def test_refusals(name, overrides, words):
     with pytest.raises(ValueError) as error:
         get_recipe(name, overrides)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_as_many_cells_may_be_drawn_as_there_are_streams():
+    assert get_recipe("penn", {"search.draws": 256, "search.relaxation": "gumbel"}).search.draws == RECIPES["penn"].search.batch_size
 
 
 def test_what_nni_calls_a_branch_of_a_nested_choice_is_no_setting():

@@ -74,7 +74,9 @@ def test_the_page(source):
     assert page.text.index("Trial bbbbb") < page.text.index("Trial aaaaa")  # the better one first
     for words in ("70.00", "68.00", "163,190", "search.arch_lr", "--set search.arch_lr=0.02", "running; 2 succeeded, 1 running, 1 waiting, 1 failed",
                   "reached epoch 0 of the search: validation perplexity 2000.00", "setting 'search.arch_lrr' is no field", "eeeee",
-                  "2023-11-14 22:13 UTC"):
+                  "2023-11-14 22:13 UTC", "Took5 min", "Recipe small, but for:search.arch_lr 0.02 instead of 0.003retrain.clip None instead of 0.25Search",
+                  "1bbbbb20.0270.0068.00300.0061 s30 s", "2aaaaa1–80.0078.00300.0061 s30 s", "after each epoch, each trial.",
+                  "Trials ran with python 3.11.7, torch 2.14.1."):
         assert words in page.text, words
     labels = [attrs["aria-label"] for attrs in page.named("svg")]
     assert len(labels) == 2 * 3 + 1 and all(labels)  # cell, curves and α of each, and the comparison
@@ -136,6 +138,7 @@ def test_missing_and_damaged_sources_are_said(home):  # noqa: F811
     (trial_folder(folder, "bbbbb") / "search.csv").unlink()
     (trial_folder(folder, "bbbbb") / "retrain.csv").unlink()
     text = Page(render(load_experiment("abcd1234"))).text
+    assert "Not finished" not in text and "Recipe small, as it is." in text
     assert "there is no alpha.json" in text and "a perplexity of -4 is not possible" in text and "there is no search.csv, retrain.csv" in text
 
 

@@ -208,6 +208,11 @@ def test_requests_to_stop():
         with pytest.raises(KeyboardInterrupt):  # the second one does not wait for the step
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
+    with stop_requests() as stop:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)  # of which the second one waits too
+        with pytest.raises(Stopped, match="SIGTERM"):
+            stop.obey()
     assert Terminated().code == 143 and isinstance(Stopped(signal.SIGTERM).leave(), Terminated)
 
 
@@ -320,6 +325,12 @@ def test_how_often():
     assert [store.due() for _ in range(3)] == [False, False, True]
     assert not Checkpoints("nowhere", "search", {}, Every()).due()
     assert Checkpoints("nowhere", "search", {}, Every(seconds=0)).due()
+
+
+def test_the_first_setting_that_differs_is_named(tmp_path):
+    Checkpoints(tmp_path, "search", {"seed": 1, "recipe": {"lr": 1.0, "epochs": 2, "clip": 0.5}}).save(0, 0, {})
+    with pytest.raises(ValueError, match=r"holds an unfinished search with other settings \(recipe.epochs: 2 there, 3 here\)"):
+        Checkpoints(tmp_path, "search", {"seed": 1, "recipe": {"lr": 1.0, "epochs": 3, "clip": 0.1}}).load()
 
 
 def test_two_processes_do_not_work_in_one_folder(tmp_path):

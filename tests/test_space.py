@@ -113,6 +113,19 @@ def resample(supernet) -> dict:
     return memo
 
 
+@pytest.mark.parametrize("relaxation", ["edge", "node", "gumbel"])
+@pytest.mark.parametrize("kind", [SecondOrderDARTS, DARTS, GumbelDARTS])
+def test_a_mixed_cell_freezes_to_the_discrete_one_with_its_weights(kind, relaxation):
+    if (kind, relaxation) == (GumbelDARTS, "gumbel"):
+        pytest.skip("refused: relaxation gumbel draws by itself")
+    supernet, (tokens, hidden) = kind().mutate_model(made(relaxation=relaxation)), batch()
+    before, sample = torch.get_rng_state(), CELL.to_sample()
+    frozen = supernet.freeze(sample)
+    assert torch.equal(torch.get_rng_state(), before) and type(frozen.lm.rnn) is CellSpace and frozen.lm.rnn.genotype() == CELL
+    assert frozen.lm.rnn.W0 is supernet.lm.rnn.W0 and frozen.training == supernet.training
+    same(frozen(tokens, hidden), discrete(frozen, CELL)(tokens, hidden))
+
+
 @pytest.mark.parametrize("through_the_choices", [False, True])
 def test_a_sampled_path_is_the_discrete_model(through_the_choices, monkeypatch):
     if through_the_choices:  # and not by the shortcut for decided cells

@@ -25,7 +25,7 @@ from torch.utils.data import TensorDataset
 from torchmetrics import CatMetric
 
 import nni_darts_rnn.strategy as strategy_module
-from nni_darts_rnn import auxiliary, step_settings
+from nni_darts_rnn import auxiliary, step_settings, strategies
 from nni_darts_rnn.auxiliary import Before
 from nni_darts_rnn.corpus import EOS, UNK, Corpus, Vocabulary
 from nni_darts_rnn.evaluator import TRAIN, VALID, LanguageModelModule, search_evaluator
@@ -565,6 +565,114 @@ def test_gradients_that_are_changed_are_refused_but_not_in_first_order(own_gradi
     with pytest.raises(ValueError, match="on_after_backward: it changes the gradients"):
         search(Branches(), ChangesGradients(), branch_batches(2), branch_batches(2), make(own_gradient=own_gradient))
     search(Branches(), ChangesGradients(), branch_batches(2), branch_batches(2), make(hvp="first_order"))
+
+
+class SetsTheRate(Regression):
+    """`before` or after the step, as Lightning's documentation warms a rate up; and once in the middle of a search."""
+
+    def __init__(self, before: bool):
+        super().__init__()
+        self.before = before
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+        for now in (True, False):
+            if now == self.before:
+                for group in optimizer.param_groups:
+                    group["lr"] = 0.05 / (batch_idx + 1)
+            if now:
+                super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+
+
+class Scales(pl.Callback):
+    """The weights' gradients, in one of the two hooks."""
+
+    def __init__(self, hook: str):
+        self.scaled = False
+        setattr(self, hook, self.scale)
+
+    def scale(self, trainer, module, optimizer=None):
+        if not getattr(optimizer, "is_arch_optimizer", False):
+            for p in module.training_module.parameters():
+                if p.grad is not None:
+                    p.grad.mul_(0.1)
+
+
+@pytest.mark.parametrize("own_gradient", [False, True])
+@pytest.mark.parametrize("clip", [None, 0.5, 100.0])
+@pytest.mark.parametrize("training, callback, words", [
+    (partial(SetsTheRate, True), None, r"lr: 0\.025 in the weights' step, but 0\.05 when that was unrolled"),
+    (Regression, partial(Scales, "on_after_backward"), "on_after_backward: it changes the gradients"),
+    (Regression, partial(Scales, "on_before_optimizer_step"), "on_before_optimizer_step: the gradients are no longer those"),
+], ids=["optimizer_step", "on_after_backward", "on_before_optimizer_step"])
+def test_a_step_that_changes_after_it_was_unrolled_is_refused(training, callback, words, clip, own_gradient):
+    def run(**settings):
+        return search(Branches(), training(), branch_batches(2), branch_batches(2), make(gradient_clip_val=clip, **settings),
+                      callbacks=[callback()] if callback else [])
+
+    with pytest.raises(ValueError, match=words):
+        run(own_gradient=own_gradient)
+    run(hvp="first_order")
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_rate_that_changes_between_steps_is_not_refused(optimizer, spy):
+    training = SetsTheRate(False)
+    training.make = partial(optimizer, lr=torch.tensor(0.05) if optimizer is torch.optim.AdamW else 0.05)
+    search(Branches(), training, branch_batches(3), branch_batches(3), make(gradient_clip_val=0.1))
+    assert [pytest.approx(step.parts[0].rate) for step, *_ in spy] == [0.05, 0.05, 0.025]
+
+
+class NormaliseOnArrival(Regression):
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return batch[0] / 2, batch[1]
+
+
+def test_a_hook_that_nni_never_calls_is_refused():
+    with pytest.raises(ValueError, match="^on_after_batch_transfer: NNI's one-shot strategies do not call it"):
+        search(Branches(), NormaliseOnArrival(), branch_batches(2), branch_batches(2), make())
+
+
+class KeepsAList(Regression):
+    def on_fit_start(self):
+        self.kept = [self.model.scale]
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + sum(p.square().sum() for p in self.kept)
+
+
+class InAList(Branches):
+    """A layer that is in no module."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = [nn.Linear(2, 2)]
+
+    def forward(self, x):
+        return self.last[0](super().forward(x))
+
+
+class MovesTheList(Regression):
+    def configure_optimizers(self):
+        return self.make([*self.parameters(), *self.model.last[0].parameters()])
+
+
+@pytest.mark.parametrize("space, training, words", [(Branches, KeepsAList, "the loss takes weights that it keeps apart"),
+                                                    (InAList, MovesTheList, "2 tensors that the optimizer moves are in no module")])
+def test_weights_that_cannot_be_moved_by_name_are_refused(space, training, words):
+    with pytest.raises(ValueError, match=words):
+        search(space(), training(), branch_batches(2), branch_batches(2), make())
+    search(space(), training(), branch_batches(2), branch_batches(2), make(hvp="first_order"))
+
+
+@pytest.mark.parametrize("kind", [SecondOrderDARTS, strategies.DARTS, strategies.GumbelDARTS, strategies.Proxyless])
+def test_a_scheduler_that_waits_for_a_metric_is_refused(kind):
+    class Plateau(Regression):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer), "monitor": "train_loss"}}
+
+    with pytest.raises(ValueError, match="^ReduceLROnPlateau: "):
+        search(Branches(), Plateau(), branch_batches(2), branch_batches(2), kind())
 
 
 class OwnStep(torch.optim.SGD):
