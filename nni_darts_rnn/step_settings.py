@@ -44,11 +44,11 @@ def check_step(*, hvp: str, unrolled_lr: float | None, neumann_terms: int, repro
 
 
 def gradient_by(settings, module: nn.Module, weights: dict[str, Tensor], alphas: Tensors, train_batch, valid_batch, train_loss: Loss, valid_loss: Loss,
-                optimizer: Optimizer, clip: float | None, **passes) -> AlphaGradient:
+                optimizer: Optimizer, clip: float | None, *, first: bool, **passes) -> AlphaGradient:
     """∇α by the attributes of `settings` that `check_step` has checked: ours, or the published code's.
 
     `weights` are those of `module`, by name, that `optimizer` is about to move, with gradients clipped to the norm `clip`; `passes`: `ran` and `reduce` of
-    `architecture_gradient`.
+    `architecture_gradient`. In the `first` step of a search it is asked whether the loss depends on tensors of `module` that were not put in.
     """
     tensors = list(weights.values())
     known = {id(w) for w in tensors}
@@ -64,7 +64,7 @@ def gradient_by(settings, module: nn.Module, weights: dict[str, Tensor], alphas:
 
     def unrolled_loss(*at) -> Tensor:
         loss = valid_loss(*at)
-        if step is not None and loss.requires_grad and any(g is not None for g in torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True)):
+        if first and step is not None and loss.requires_grad and any(g is not None for g in torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True)):
             raise ValueError("the loss takes weights that it keeps apart, as in a list, and not from their modules, where those of the unrolled step are; take them from "
                              "parameters() each time, or use hvp='first_order'")
         return loss

@@ -94,6 +94,7 @@ class SecondOrderDartsModule(DartsLightningModule):
         self.neumann_terms, self.reproduce_original = neumann_terms, reproduce_original
         self.own_gradient = own_gradient or reproduce_original or is_first_order(hvp, unrolled_lr)  # in which there is no step to share
         self._unrolled: UnrolledStep | None = None
+        self._first = True  # no gradient of α has been asked for yet
         self._move_alpha: Callable[[Tensor], None] | None = None  # what is to follow the weights' backward pass, given the training loss
         self._step_module = (_TrainingStep(training_module),)  # in a tuple: not a submodule, or every weight would have two names
 
@@ -226,9 +227,10 @@ class SecondOrderDartsModule(DartsLightningModule):
             return loss
 
         moved_on: dict[str, Tensor] = {}
-        result = gradient_by(self, step_module, weights, alphas, train_batch, valid_batch, train_loss, valid_loss, optimizer, self.gradient_clip_val,
+        result = gradient_by(self, step_module, weights, alphas, train_batch, valid_batch, train_loss, valid_loss, optimizer, self.gradient_clip_val, first=self._first,
                              reduce=_mean_over_processes if self.trainer.world_size > 1 else list,
                              ran=None if ran is None else TrainingPass([p.grad for p in weights.values()], ran, before.generators))
+        self._first = False
         for name, value in moved_on.items():
             self.training_module.get_buffer(name).copy_(value)
         return result.grads

@@ -223,7 +223,7 @@ class ArchParamUpdate(FitOnly):
         moved_on: dict[str, Tensor] = {}
         if self.reproduce_original and self.hvp != "first_order" and clip is None:
             raise ValueError("reproduce_original: the published code always clips; the Learner needs GradientClip (the paper's is 0.25)")
-        result = gradient_by(self, model, weights, list(alphas.values()), train_batch, valid_batch, train_loss, valid_loss, self._optimizer(), clip, ran=ran)
+        result = gradient_by(self, model, weights, list(alphas.values()), train_batch, valid_batch, train_loss, valid_loss, self._optimizer(), clip, first=self.last is None, ran=ran)
         self.valid_state = moved_on
         return result
 
