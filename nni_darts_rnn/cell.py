@@ -101,7 +101,7 @@ def variational_mask(like: Tensor, p: float, training: bool) -> Tensor | None:
     """A dropout mask (B, H) shaped like `like`, drawn once per sequence and scaled by 1/(1−p) (Gal & Ghahramani 2016); None if inactive."""
     if not training or p == 0:
         return None
-    return F.dropout(torch.ones_like(like), p)  # the same numbers as empty_like(like).bernoulli_(1 - p) / (1 - p), under torch.vmap too
+    return F.dropout(torch.ones_like(like), p)  # where bernoulli_ in place cannot: under torch.vmap
 
 
 def check_rates(**rates: float) -> None:
@@ -178,7 +178,7 @@ class DiscreteRNN(RecurrentWeights):
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs) -> None:
         theirs = local_metadata.get("genotype")  # cells have matrices of the same shapes
         if theirs is not None and theirs != self.genotype.to_json():
-            error_msgs.append(f"{prefix}genotype: the weights are of {Genotype.from_json(theirs)}, this layer is {self.genotype}")
+            error_msgs.append(f"{prefix}genotype: the weights are of {theirs}, this layer is of {self.genotype.to_json()}; dict(state_dict) is taken unasked")
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def forward(self, x: Tensor, h0: Tensor | None = None) -> Tensor:

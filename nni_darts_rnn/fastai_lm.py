@@ -40,7 +40,7 @@ class DeferredLogits:
 
     @functools.cached_property
     def logits(self) -> Tensor:
-        with _products(self.precision, self.dropped):
+        with torch.enable_grad(), _products(self.precision, self.dropped):  # kept for the loss, whoever asks first
             return F.linear(self.dropped.transpose(0, 1), self.weight, self.bias)  # (T, B, H) -> (B, T, H) -> (B, T, V)
 
     def __getattr__(self, name: str):
@@ -51,12 +51,24 @@ class DeferredLogits:
     def __getitem__(self, index) -> Tensor:
         return self.logits[index]
 
+    def __len__(self) -> int:
+        return len(self.logits)
+
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         if function is torch.is_floating_point:  # fastai's mixed precision asks it of a prediction before it makes it float32; the loss does so by itself
             return False
         args, kwargs = tree_map(lambda value: value.logits if isinstance(value, cls) else value, (args, kwargs or {}))
         return function(*args, **kwargs)
+
+
+
+def _of_logits(name: str):
+    return lambda self, *others: getattr(self.logits, name)(*(other.logits if isinstance(other, DeferredLogits) else other for other in others))
+
+
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow", "neg", "abs", "matmul", "lt", "le", "gt", "ge"):  # Python asks the class for these
+    setattr(DeferredLogits, f"__{_name}__", _of_logits(f"__{_name}__"))
 
 
 class StatefulLM(nn.Module):
@@ -118,7 +130,7 @@ class TokenLoss(AvgLoss):
     """Mean loss over the tokens that the loss counts. fastai's `AvgLoss` takes the mean over batches, however short the last one is. Sums are kept in float64."""
 
     def accumulate(self, learn):
-        left_out = getattr(getattr(learn.loss_func, "func", None), "ignore_index", None)
+        left_out = getattr(getattr(learn.loss_func, "func", learn.loss_func), "ignore_index", None)
         n = learn.yb[0].numel() if left_out is None else int((learn.yb[0] != left_out).sum())
         if n:
             self.total += float(learn.loss.detach().mean()) * n

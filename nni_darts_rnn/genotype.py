@@ -89,6 +89,11 @@ class Genotype:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"genotype: not JSON ({error})") from None
+        return cls.from_dict(data)
+
+    @classmethod
+    def from_dict(cls, data) -> Genotype:
+        """Of `{"recurrent": …, "concat": …}`, as JSON has it or the named tuple of published code; `ValueError` for anything else."""
         if not isinstance(data, dict) or "recurrent" not in data or set(data) - {"recurrent", "concat"}:
             raise ValueError('genotype: expected {"recurrent": [[op, predecessor], …], "concat": [node, …]}')
         return cls(data["recurrent"], data.get("concat", ()))
@@ -182,7 +187,7 @@ def _printed(text: str) -> Genotype:
 
 
 def load_genotype(source: Genotype | str | Path) -> Genotype:
-    """A genotype from itself, a name in `NAMED`, a JSON text or a file of it, or what published code has: its named tuple, or that as it prints it,
+    """A genotype from itself, a name in `NAMED`, a JSON text, a dict or a file of it, a sample of NNI's, or what published code has: its named tuple, or that as it prints it,
     `Genotype(recurrent=[('tanh', 0), …], concat=range(1, 9))`. `ValueError` otherwise, naming the nearest name."""
     if isinstance(source, Genotype):
         return source
@@ -192,7 +197,7 @@ def load_genotype(source: Genotype | str | Path) -> Genotype:
         except TypeError:
             raise ValueError(f"genotype {source!r}: recurrent and concat have to be lists, as published code has them") from None
     if isinstance(source, dict):  # as JSON has it, or NNI's export
-        return Genotype.from_json(json.dumps(source, default=str)) if "recurrent" in source else Genotype.from_sample(source)
+        return Genotype.from_dict(source) if "recurrent" in source else Genotype.from_sample(source)
     if not isinstance(source, (str, os.PathLike)):
         raise ValueError(f"genotype: {source!r} is none of a Genotype, a name ({', '.join(NAMED)}), a JSON text, a path of one, a dict, or the named tuple of published code")
     text = str(source)

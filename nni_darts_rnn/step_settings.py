@@ -52,7 +52,8 @@ def gradient_by(settings, module: nn.Module, weights: dict[str, Tensor], alphas:
     """
     tensors = list(weights.values())
     known = {id(w) for w in tensors}
-    if settings.hvp != "first_order" and (strangers := [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad and id(p) not in known]):
+    strangers = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad and id(p) not in known]
+    if strangers and not is_first_order(settings.hvp, settings.unrolled_lr):
         raise ValueError(f"{len(strangers)} tensors that the optimizer moves are in no module of the model, as those of layers in a plain list; use nn.ModuleList or nn.ParameterList")
     if settings.reproduce_original and settings.hvp != "first_order":
         group = plain_sgd(optimizer)
@@ -60,7 +61,6 @@ def gradient_by(settings, module: nn.Module, weights: dict[str, Tensor], alphas:
         return original_gradient(train_loss, tensors, alphas, train_batch, valid_batch, lr, group["weight_decay"], clip, valid_loss=valid_loss,
                                  tied=tied(module, weights))
     step = None if is_first_order(settings.hvp, settings.unrolled_lr) else WeightStep.of(optimizer, tensors, clip, settings.unrolled_lr)
-
 
     def unrolled_loss(*at) -> Tensor:
         loss = valid_loss(*at)

@@ -55,7 +55,7 @@ class _InOrder:
 
 
 def _checked_start(module, usual):
-    check_schedulers(module.trainer)
+    check_schedulers(module.trainer, module.training_module)
     return usual()
 
 
@@ -161,9 +161,9 @@ class ENAS(nni_strategy.ENAS):
 
 def _whole_epochs(module, usual):
     """`ValueError` where an epoch is cut off before the validation batches, by which the controller learns."""
-    check_schedulers(module.trainer)
+    check_schedulers(module.trainer, module.training_module)
     batches, loader = module.trainer.num_training_batches, module.trainer.train_dataloader
-    if isinstance(loader, _Alternating) and batches < len(loader) and not module.trainer.fast_dev_run:
+    if isinstance(loader, _Alternating) and math.isfinite(batches) and batches < len(loader) and not module.trainer.fast_dev_run:
         raise ValueError(f"limit_train_batches, overfit_batches: an epoch of ENAS is the training batches and then the validation batches, {len(loader)} in all, and {batches} of them "
                          "leave its controller untrained; shorten the loaders instead")
     return usual()
@@ -247,7 +247,7 @@ class _Plain:
             if isinstance(mutable, CategoricalMultiple):
                 return Categorical(list(mutable.grid()), label=label)
             # a distribution of the user's own, or a normal one that is cut off, no tuner has a word for
-            described = isinstance(mutable, Numerical) and math.isfinite(mutable.low) == (mutable.mu is None)
+            described = isinstance(mutable, Numerical) and math.isfinite(mutable.low) == math.isfinite(mutable.high) == (mutable.mu is None)
             return _Number(mutable) if described else mutable
 
         return {label: plain(label, mutable) for label, mutable in self.space.simplify().items()}

@@ -19,9 +19,10 @@ from .bilevel import EPSILON, TrainingPass, is_first_order
 from .health import check_finite
 from .published import plain_sgd
 from .step_settings import check_step, gradient_by
-from .taken_step import UnrolledStep
+from .taken_step import ALMOST, UnrolledStep
+from .weight_step import norm
 
-NEVER_CALLED = ("backward", "on_before_optimizer_step", "on_before_zero_grad", "on_before_batch_transfer", "on_after_batch_transfer", "transfer_batch_to_device")
+NEVER_CALLED = ("backward", "on_before_zero_grad", "on_before_batch_transfer", "on_after_batch_transfer", "transfer_batch_to_device")
 """Hooks of a Lightning module that change what is learnt, and that NNI's one-shot strategies (3.0) do not pass on to it."""
 
 
@@ -72,10 +73,11 @@ def alpha_in_order(module: DartsLightningModule) -> list[nn.Parameter]:
     return list(dict.fromkeys(found))
 
 
-def check_schedulers(trainer: pl.Trainer) -> None:
+def check_schedulers(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """`ValueError` for a scheduler that waits for a metric. NNI 3.0 means to leave it out with a warning; Lightning 2 hides from it which one that is, and it is stepped without one."""
-    if any(isinstance(config.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) for config in trainer.lr_scheduler_configs):
-        raise ValueError("ReduceLROnPlateau: NNI's one-shot strategies have no metric to step it by; use another scheduler")
+    waits = any(isinstance(config.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) for config in trainer.lr_scheduler_configs)
+    if waits and type(module).lr_scheduler_step is pl.LightningModule.lr_scheduler_step:
+        raise ValueError("ReduceLROnPlateau: NNI's one-shot strategies have no metric to step it by; use another scheduler, or step it in the module's lr_scheduler_step")
 
 
 class SecondOrderDartsModule(DartsLightningModule):
@@ -92,7 +94,8 @@ class SecondOrderDartsModule(DartsLightningModule):
         self.arc_weight_decay, self.arc_betas = arc_weight_decay, arc_betas
         self.epsilon, self.hvp, self.unrolled_lr = epsilon, hvp, unrolled_lr
         self.neumann_terms, self.reproduce_original = neumann_terms, reproduce_original
-        self.own_gradient = own_gradient or reproduce_original or is_first_order(hvp, unrolled_lr)  # in which there is no step to share
+        self._first_order = is_first_order(hvp, unrolled_lr)
+        self.own_gradient = own_gradient or reproduce_original or self._first_order  # in which there is no step to share
         self._unrolled: UnrolledStep | None = None
         self._first = True  # no gradient of α has been asked for yet
         self._move_alpha: Callable[[Tensor], None] | None = None  # what is to follow the weights' backward pass, given the training loss
@@ -130,7 +133,7 @@ class SecondOrderDartsModule(DartsLightningModule):
         return super().setup(stage)
 
     def on_train_start(self):
-        check_schedulers(self.trainer)
+        check_schedulers(self.trainer, self.training_module)
         return super().on_train_start()
 
     def training_step(self, batch, batch_idx: int):
@@ -158,28 +161,35 @@ class SecondOrderDartsModule(DartsLightningModule):
     def backward(self, loss: Tensor, *args, **kwargs):
         super().backward(loss, *args, **kwargs)
         self._left = self._gradients()
+        self._length = None if self._first_order else norm([p.grad for group in self._weight_optimizer().param_groups for p in group["params"]])
 
     def on_after_backward(self):
         """Where α's step shares the weights' gradient, it comes here: after that gradient, before it is clipped and the weights take their step."""
         super().on_after_backward()
-        if self._gradients() != self._left and not (self.reproduce_original or is_first_order(self.hvp, self.unrolled_lr)):
-            raise ValueError("on_after_backward: it changes the gradients, of which the step that is unrolled knows nothing; change the loss or the learning rate instead, "
-                             "or use hvp='first_order'")
+        if not self._first_order and self._gradients() != self._left:  # or no more than touched, as where their norm is logged
+            length = norm([p.grad for group in self._weight_optimizer().param_groups for p in group["params"]])
+            if not torch.isclose(length, self._length, ALMOST, 0.0, equal_nan=True):
+                raise ValueError("on_after_backward: it changes the gradients, of which the step that is unrolled knows nothing; change the loss or the learning rate instead, "
+                                 "or use hvp='first_order'")
         check_finite(training_loss=self._loss, gradient_of_the_weights=[p.grad for p in self.training_module.parameters() if p.requires_grad])
         if self._move_alpha is not None:
             self._move_alpha(self._loss)
         if self._unrolled is not None:
-            self._unrolled.clipped_to(self.gradient_clip_val)
+            self._unrolled.clipped_to(self.gradient_clip_val, float(self._length))
 
     def on_before_optimizer_step(self, optimizer):
         """After the callbacks' own, and the last that is called before the step."""
-        super().on_before_optimizer_step(optimizer)
-        if self._unrolled is not None and not getattr(optimizer, "is_arch_optimizer", False):
-            self._unrolled.check()
+        if not getattr(optimizer, "is_arch_optimizer", False):
+            self.training_module.on_before_optimizer_step(optimizer)
+            if self._unrolled is not None:
+                self._unrolled.check()
 
     def _gradients(self) -> list[tuple[int, int]]:
         """Which tensors the gradients are, and how often each was changed."""
         return [(id(p.grad), p.grad._version) for p in self.training_module.parameters() if p.grad is not None]
+
+    def _weight_optimizer(self) -> torch.optim.Optimizer:
+        return next(o for o in self.trainer.optimizers if not getattr(o, "is_arch_optimizer", False))
 
     def _architecture_step(self, train_batch, valid_batch, batch_idx: int, before: Before, ran: Tensor | None = None) -> None:
         gradient = self.architecture_gradient(train_batch, valid_batch, batch_idx, before, ran)
@@ -196,7 +206,7 @@ class SecondOrderDartsModule(DartsLightningModule):
         `before`: the modules before that step. `ran`: the loss of its training pass, where that has been run and left the weights their gradients.
         With several processes each has its own part of the batch, as in Lightning's DDP, and the gradient is that of the mean losses.
         """
-        optimizer = next(o for o in self.trainer.optimizers if not getattr(o, "is_arch_optimizer", False))
+        optimizer = self._weight_optimizer()
         moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
         architecture = {id(p) for p in self.arch_parameters()}
         step_module = self._step_module[0]
@@ -208,8 +218,8 @@ class SecondOrderDartsModule(DartsLightningModule):
         alpha_names = [names[id(p)] for p in alphas]
         if self.reproduce_original:
             plain_sgd(optimizer)
-        elif not is_first_order(self.hvp, self.unrolled_lr):
-            self._unrolled = UnrolledStep(optimizer)
+        elif not self._first_order:
+            self._unrolled = UnrolledStep(optimizer, self.unrolled_lr)
 
         def run(at_weights, at_alphas, data, index):
             output, state = before.call(step_module, dict(zip(weights, at_weights)) | dict(zip(alpha_names, at_alphas)), data, index)

@@ -324,7 +324,8 @@ def test_what_was_stopped_is_stopped_while_it_is_viewed(home):
 def test_what_ran_when_nnis_manager_was_killed_is_stopped(home):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    for key, pid, expected in (("abcd1234", ended.pid, ("stopped", "stopped")), ("bbcd1234", os.getpid(), ("running", "running"))):
+    for key, pid, expected in (("abcd1234", ended.pid, ("stopped", "stopped")), ("bbcd1234", os.getpid(), ("running", "running")),
+                               ("cbcd1234", 2**40, ("running", "running"))):
         write_experiment(home, {"aaaaa": ("RUNNING", {})}, status="RUNNING", key=key, pid=pid)
         found = load_experiment(key)
         assert (found.status, found.trials[0].status) == expected

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from fastai.callback.core import Callback
 from fastai.learner import load_learner
 from fastai.losses import CrossEntropyLossFlat, FocalLossFlat, LabelSmoothingCrossEntropyFlat
 from fastai.text.all import BaseTokenizer, SubwordTokenizer, TextDataLoaders, WordTokenizer, language_model_learner, set_seed, text_classifier_learner
@@ -219,6 +220,7 @@ def test_the_loss_refuses_another_axis():
 
 OTHER_LOSSES = {"label smoothing": LabelSmoothingCrossEntropyFlat(eps=0.2), "focal": FocalLossFlat(),
                 "torch's": lambda decoded, targets: F.cross_entropy(decoded.transpose(1, 2), targets),
+                "with operators": lambda decoded, targets: F.cross_entropy((2 * decoded / 2.0 - 0).flatten(0, 1), targets.flatten()) + 0 * len(decoded),
                 "torch's, from below": lambda decoded, targets: F.nll_loss(torch.log_softmax(decoded, -1)[:, 1:].flatten(0, 1), targets[:, 1:].flatten())}
 
 
@@ -234,13 +236,34 @@ def test_another_loss_finds_logits(name, tmp_path):
     assert 0 < fitted(learn).recorder.values[0][0] < 10
 
 
+class Look(Callback):
+    def after_pred(self):
+        with torch.no_grad():
+            self.learn.pred.argmax(-1)
+
+
+class Torchs(torch.nn.CrossEntropyLoss):
+    def forward(self, decoded, targets):
+        return super().forward(decoded.transpose(1, 2), targets)
+
+
+def test_a_loss_learns_from_logits_that_somebody_has_looked_at(tmp_path):
+    found = []
+    for cbs in ([], [Look()]):
+        set_seed(0)  # of the order of the texts
+        learn = lm_learner(language_dls(n=30), SMALL, get_recipe("small", {"retrain.hidden_size": 8}), path=tmp_path, cbs=cbs)
+        learn.loss_func = SequenceLoss(label_smoothing=0.1)
+        found.append(fitted(learn).recorder.values[0][0])
+    assert found[0] == found[1]
+
+
 def test_tokens_that_the_loss_leaves_out_are_not_counted():
     torch.manual_seed(0)
     decoded, targets = torch.randn(6, 5, 7), torch.randint(1, 7, (6, 5))  # (B, T, V), (B, T)
     targets[:2, 1:] = targets[2] = 0
-    for ours, whole in ((TokenLoss(), lambda loss: loss), (TokenPerplexity(), torch.exp)):
+    for ours, whole, loss in ((TokenLoss(), lambda loss: loss, SequenceLoss(ignore_index=0)), (TokenPerplexity(), torch.exp, SequenceLoss(ignore_index=0)),
+                              (TokenLoss(), lambda loss: loss, Torchs(ignore_index=0))):
         ours.reset()
-        loss = SequenceLoss(ignore_index=0)
         for rows in (slice(2), slice(2, 3), slice(3, 6)):  # 2, 0 and 15 tokens that count
             given, wanted = decoded[rows], targets[rows]
             ours.accumulate(SimpleNamespace(loss_func=loss, yb=(wanted,), loss=loss(given, wanted), bs=len(wanted)))

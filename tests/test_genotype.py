@@ -143,7 +143,7 @@ def test_load_genotype_takes_what_published_code_has_and_prints():
     Theirs = namedtuple("Genotype", "recurrent concat")
     for cell in (DARTS_V1, ENAS):
         theirs = Theirs(list(cell.recurrent), range(1, 9) if cell is DARTS_V1 else list(cell.concat))
-        assert load_genotype(theirs) == load_genotype(repr(theirs)) == load_genotype(f" {theirs}\n") == cell
+        assert load_genotype(theirs) == load_genotype(theirs._asdict()) == load_genotype(repr(theirs)) == load_genotype(f" {theirs}\n") == cell
 
 
 def test_load_genotype_takes_itself_a_name_a_text_a_file_and_a_folder(tmp_path):

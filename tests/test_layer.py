@@ -250,8 +250,12 @@ def test_weights_of_another_cell_are_refused(tmp_path):
     """Whose matrices have the same shapes."""
     model, other = (nn.ModuleDict({"rnn": DartsRNN(I, H, cell)}) for cell in ("DARTS_V1", "DARTS_V2"))
     torch.save(model.state_dict(), tmp_path / "weights.pt")
-    with pytest.raises(RuntimeError, match=r"rnn\.layers\.0\.genotype: the weights are of .*, this layer is "):
+    with pytest.raises(RuntimeError, match=r"rnn\.layers\.0\.genotype: the weights are of .*, this layer is of "):
         other.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
+    weights = torch.load(tmp_path / "weights.pt", weights_only=True)
+    weights._metadata["rnn.layers.0"]["genotype"] = DARTS_V1.to_json().replace("relu", "swish")  # a primitive that only there is registered
+    with pytest.raises(RuntimeError, match="rnn.layers.0.genotype: .*swish"):
+        other.load_state_dict(weights)
     nn.ModuleDict({"rnn": DartsRNN(I, H, "DARTS_V1")}).load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
     other.load_state_dict(dict(model.state_dict()))  # tensors alone, as safetensors keeps them
 

@@ -622,6 +622,34 @@ def test_a_rate_that_changes_between_steps_is_not_refused(optimizer, spy):
     assert [pytest.approx(step.parts[0].rate) for step, *_ in spy] == [0.05, 0.05, 0.025]
 
 
+def test_a_rate_that_is_not_the_unrolled_steps_may_change():
+    search(Branches(), SetsTheRate(True), branch_batches(2), branch_batches(2), make(unrolled_lr=0.1))
+
+
+class Looks(Regression):
+    """Logs the gradients' norm, and keeps things of its own in the optimizer's groups."""
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        optimizer.param_groups[0] |= {"scales": torch.ones(3)}
+        return optimizer
+
+    def on_before_optimizer_step(self, optimizer):
+        self.seen = getattr(self, "seen", 0) + 1
+        optimizer.param_groups[0]["count"] = self.seen
+
+
+class LooksToo(pl.Callback):
+    def on_after_backward(self, trainer, module):
+        torch.nn.utils.clip_grad_norm_(module.training_module.parameters(), float("inf"))
+
+
+@pytest.mark.parametrize("own_gradient", [False, True])
+def test_who_only_looks_at_the_gradients_is_not_refused(own_gradient):
+    module, _ = search(Branches(), Looks(), branch_batches(3), branch_batches(3), make(gradient_clip_val=0.5, own_gradient=own_gradient), callbacks=[LooksToo()])
+    assert module.training_module.seen == 3
+
+
 class NormaliseOnArrival(Regression):
     def on_after_batch_transfer(self, batch, dataloader_idx):
         return batch[0] / 2, batch[1]
@@ -661,7 +689,8 @@ class MovesTheList(Regression):
 def test_weights_that_cannot_be_moved_by_name_are_refused(space, training, words):
     with pytest.raises(ValueError, match=words):
         search(space(), training(), branch_batches(2), branch_batches(2), make())
-    search(space(), training(), branch_batches(2), branch_batches(2), make(hvp="first_order"))
+    for first_order in ({"hvp": "first_order"}, {"unrolled_lr": 0.0}):
+        search(space(), training(), branch_batches(2), branch_batches(2), make(**first_order))
 
 
 @pytest.mark.parametrize("kind", [SecondOrderDARTS, strategies.DARTS, strategies.GumbelDARTS, strategies.Proxyless])
@@ -671,8 +700,14 @@ def test_a_scheduler_that_waits_for_a_metric_is_refused(kind):
             optimizer = super().configure_optimizers()
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer), "monitor": "train_loss"}}
 
+    class StepsIt(Plateau):
+        def lr_scheduler_step(self, scheduler, metric):
+            scheduler.step(self.trainer.callback_metrics["train_loss"])
+            self.stepped = scheduler.last_epoch
+
     with pytest.raises(ValueError, match="^ReduceLROnPlateau: "):
         search(Branches(), Plateau(), branch_batches(2), branch_batches(2), kind())
+    assert search(Branches(), StepsIt(), branch_batches(2), branch_batches(2), kind())[0].training_module.stepped == 1
 
 
 class OwnStep(torch.optim.SGD):

@@ -114,7 +114,7 @@ def _status(entry: dict) -> str:
     import psutil  # which NNI brings along, and asks too
 
     status, pid = str(entry.get("status") or "unknown"), entry.get("pid")
-    return "STOPPED" if status not in OVER and type(pid) is int and not psutil.pid_exists(pid) else status
+    return "STOPPED" if status not in OVER and type(pid) is int and 0 < pid < 2**31 and not psutil.pid_exists(pid) else status
 
 
 def _seconds(milliseconds) -> float | None:
