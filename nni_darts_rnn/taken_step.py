@@ -33,11 +33,11 @@ class UnrolledStep:
         for was, group in zip(self.settings, self.optimizer.param_groups):
             for name, value in self._settings(group).items():
                 if value != was.get(name):
-                    raise ValueError(f"{name}: {value!r} in the weights' step, but {was.get(name)!r} when that was unrolled; change it in a scheduler or in on_train_batch_start, not in "
-                                     "optimizer_step, or use hvp='first_order'")
+                    raise ValueError(f"{name}: {value!r} in the weights' step, but {was.get(name)!r} when that was unrolled; change it in a scheduler or before the batch, not within "
+                                     "the step, or use hvp='first_order'")
         length = norm([p.grad for group in self.optimizer.param_groups for p in group["params"]])
         if self.length is not None and not math.isclose(float(length), self.length, rel_tol=ALMOST, abs_tol=1e-12):
-            raise ValueError("on_before_optimizer_step: the gradients are no longer those of the step that was unrolled; change the loss or the learning rate instead, or use "
+            raise ValueError("the gradients are no longer those of the step that was unrolled: a hook or a callback has changed them; change the loss or the learning rate instead, or use "
                              "hvp='first_order'")
 
     def _settings(self, group: dict) -> dict:

@@ -602,7 +602,7 @@ class Scales(pl.Callback):
 @pytest.mark.parametrize("training, callback, words", [
     (partial(SetsTheRate, True), None, r"lr: 0\.025 in the weights' step, but 0\.05 when that was unrolled"),
     (Regression, partial(Scales, "on_after_backward"), "on_after_backward: it changes the gradients"),
-    (Regression, partial(Scales, "on_before_optimizer_step"), "on_before_optimizer_step: the gradients are no longer those"),
+    (Regression, partial(Scales, "on_before_optimizer_step"), "the gradients are no longer those of the step that was unrolled"),
 ], ids=["optimizer_step", "on_after_backward", "on_before_optimizer_step"])
 def test_a_step_that_changes_after_it_was_unrolled_is_refused(training, callback, words, clip, own_gradient):
     def run(**settings):

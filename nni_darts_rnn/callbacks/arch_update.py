@@ -9,7 +9,6 @@ import torch
 from fastai.callback.mixup import MixHandler
 from fastai.callback.rnn import RNNCallback, RNNRegularizer
 from fastai.callback.training import GradientAccumulation, GradientClip
-from fastai.torch_core import to_device
 from torch import Tensor, nn
 
 from ..auxiliary import Before
@@ -18,8 +17,11 @@ from ..health import check_finite
 from ..model import activation_regularisation, without_dropout
 from ..published import plain_sgd
 from ..step_settings import check_step, gradient_by
+from ..taken_step import ALMOST, UnrolledStep
+from ..weight_step import norm
 from .fit_only import FitOnly
 from .step import ScaleLRByLength
+from .valid_stream import ValidStream
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ def weight_parameters(model: nn.Module) -> list[nn.Parameter]:
 class ArchParamUpdate(FitOnly):
     """Moves α with every weight step, by the gradient of the validation loss after that step (DARTS, eq. 6–8).
 
-    It comes after the backward pass, whose gradient it unrolls, and before the weights take their step; with `own_gradient`, before the forward
+    Its gradient comes after the backward pass, whose gradient it unrolls, and α moves just before the weights take their step, unless that is cancelled; with `own_gradient`, before the forward
     pass, as in the paper's Algorithm 1 (3 of 13 passes more).
 
     `valid_batches` yields (tokens (B, T), targets (B, T)) of a text that the weights do not learn, or any inputs and targets such as the Learner's own; it is read
@@ -47,7 +49,8 @@ class ArchParamUpdate(FitOnly):
     `Adam` or `AdamW`, without α (`splitter=weight_parameters`).
     The training loss is the weight step's: the Learner's `loss_func` plus the AR/TAR of its `RNNRegularizer`; its `GradientClip` is unrolled too.
     Other arguments: see `recipes.SearchRecipe`; `ValueError` with one line for what is not allowed. Weights, buffers, hidden states and random state
-    are left as if only the weight step had run.
+    are left as if only the weight step had run. `ValueError` in the first step of a fit too where the weights' gradients are not those of `loss_func` of the model on the batch, and in
+    any step whose gradients or settings a callback changes after they were unrolled.
     """
 
     order, run_valid, _stateattrs = ScaleLRByLength.order + 1, False, ("stream", "valid_batches")
@@ -68,6 +71,9 @@ class ArchParamUpdate(FitOnly):
         self.epochs_done = 0
         self.last: AlphaGradient | None = None
         self.before: Before | None = None  # this batch, while α is to move with it
+        self.waiting: list[Tensor] | None = None  # α's gradient, until the weights take their step
+        self.unrolled: UnrolledStep | None = None  # the step that they are to take
+        self.hook = None  # on their optimizer
 
     @classmethod
     def of(cls, recipe, valid_batches) -> ArchParamUpdate:
@@ -86,6 +92,8 @@ class ArchParamUpdate(FitOnly):
         if not alphas:
             named = architecture_parameters(self.learn.model)
             raise ValueError("every alpha of the model is frozen: nothing to search" if named else "the model has no parameter named alpha: nothing to search")
+        if isinstance(self.learn.model, nn.parallel.DistributedDataParallel):
+            raise ValueError("ArchParamUpdate searches in one process: those of a DistributedTrainer would each move an α of its own; use NNI's SecondOrderDARTS with devices=2")
         moved = {id(p) for group in self._optimizer().param_groups for p in group["params"]}
         if any(id(p) in moved for p in alphas):
             raise ValueError("the weights' optimizer holds α: give the Learner splitter=weight_parameters")
@@ -95,18 +103,32 @@ class ArchParamUpdate(FitOnly):
             raise ValueError("own_gradient: the step would be unrolled before MixUp and its like change the batch that it is taken on; leave it False")
         if self.reproduce_original:
             plain_sgd(self._optimizer())
-        if self.arch_opt is not None and not {id(p) for p in alphas} <= {id(p) for p in self.arch_opt.param_groups[0]["params"]}:
-            self.arch_opt, self.epochs_done = None, 0  # those of another model
+        if self.arch_opt is not None:
+            known = {id(p) for p in self.arch_opt.param_groups[0]["params"]}
+            if known.isdisjoint(id(p) for p in architecture_parameters(self.learn.model).values()):
+                self.arch_opt, self.epochs_done = None, 0  # those of another model
+            else:  # what was frozen until now joins the others
+                self.arch_opt.param_groups[0]["params"] += [p for p in alphas if id(p) not in known]
         self._optimizer().zero_grad()  # what a fit that was interrupted within a step has left
         self.only_looking = hasattr(self.learn, "lr_finder")  # for a rate: that leaves α's optimizer and the warm-up as they are
+        self.stepped, self.first, self.waiting, self.unrolled = True, True, None, None
+        self._unhook()  # that of a fit that was interrupted
+        self.hook = self._optimizer().register_step_pre_hook(self._before_the_weights_move)
         self.held = alphas
         for alpha in alphas:
             alpha.requires_grad_(False)  # the weight step needs no gradient of α, and GradientClip must not count one
 
+    def _unhook(self) -> None:
+        if self.hook is not None:
+            self.hook.remove()
+            self.hook = None
+
     def after_fit(self):
+        self._unhook()
         for alpha in self.held:
             alpha.requires_grad_(True)
-        self.held, self.stream = [], None  # and with the stream the workers that read it
+        self.held, self.stream, self.batch = [], None, None  # and with the stream the workers that read it
+        self.before = self.waiting = self.unrolled = None
         if self.last is None and self.warmup_epochs and not self.only_looking:
             logger.warning("search: α has not moved yet; it waits for warmup_epochs=%d epochs; %d have been trained", self.warmup_epochs, self.epochs_done)
 
@@ -130,72 +152,106 @@ class ArchParamUpdate(FitOnly):
     def before_train(self):
         buffers = dict(self.learn.model.named_buffers())
         self.valid_state = {name: torch.zeros_like(buffers[name]) for name in getattr(self.learn.model, "carried", ())}
-        self.stream = self._read_valid()
+        self.stream = ValidStream(self.valid_batches, self.epochs_done, self._alphas())
 
     def after_train(self):
         self.epochs_done += not self.only_looking
 
-    def _read_valid(self):
-        """Batches of the validation text without end."""
-        while True:
-            if hasattr(self.valid_batches, "set_epoch"):
-                self.valid_batches.set_epoch(self.epochs_done)
-            empty = True
-            for batch in self.valid_batches:
-                empty = False
-                yield batch
-            if empty:
-                raise ValueError("valid_batches holds no batch, or none when it is read again: the validation text is too short for this batch size, or it is a generator, "
-                                 "where a list or a DataLoader can be read from its beginning")
-
     def before_batch(self):
-        self.before = None
+        self.before = self.waiting = self.unrolled = None
         if self.only_looking or self.epochs_done < self.warmup_epochs:
             return
-        self.before = Before(self.learn.model)
+        if not self.stepped and any(w.grad is not None for w in weight_parameters(self.learn.model)):
+            raise ValueError("the gradients of a batch that was cancelled are still there and would take part in the next step, of which α knows nothing: raise "
+                             "CancelStepException, after which they are removed, or call opt.zero_grad()")
+        self.stepped = False
+        self.before, self.batch = Before(self.learn.model), (tuple(self.learn.xb), tuple(self.learn.yb))
         if self.own_gradient:
-            self._move_alpha(None)
+            self._unroll(None)
+            self._move_alpha()
 
     def after_backward(self):
-        if self.before is not None and not self.own_gradient:
-            scale = 1.0 if getattr(self.learn, "scaler", None) is None else self.learn.scaler.get_scale()  # of fastai's `MixedPrecision`
-            gradients = [w.grad if w.grad is None or scale == 1 else w.grad / scale for w in weight_parameters(self.learn.model)]
-            if scale != 1 and not all(bool(g.isfinite().all()) for g in gradients if g is not None):
-                return  # beyond float16: the scaler leaves this step out
-            loss = self.learn.loss_grad.detach() / scale
-            check_finite(training_loss=loss, gradient_of_the_weights=gradients)
-            self._move_alpha(TrainingPass(gradients, loss, self.before.generators))
+        if self.before is None:
+            return
+        scale = 1.0 if getattr(self.learn, "scaler", None) is None else self.learn.scaler.get_scale()  # of fastai's `MixedPrecision`
+        gradients = [w.grad if w.grad is None or scale == 1 else w.grad / scale for w in weight_parameters(self.learn.model)]
+        if scale != 1 and not all(bool(g.isfinite().all()) for g in gradients if g is not None):
+            return  # beyond float16: the scaler leaves this step out
+        ran = TrainingPass(gradients, self.learn.loss_grad.detach() / scale, self.before.generators)
+        if not self.own_gradient:
+            self.batch = tuple(self.learn.xb), tuple(self.learn.yb)
+            check_finite(training_loss=ran.loss, gradient_of_the_weights=gradients)
+        if self.first and not (self.reproduce_original or is_first_order(self.hvp, self.unrolled_lr)):
+            self._check_pass(ran, exactly=scale == 1)
+        if not self.own_gradient:
+            self._unroll(ran)
+        if self.unrolled is not None:
+            self.unrolled.clipped_to(self._clip(), float(norm(gradients)))
+        self.first, self.before = False, None
 
-    def _move_alpha(self, ran: TrainingPass | None) -> None:
+    def _check_pass(self, ran: TrainingPass, exactly: bool) -> None:
+        """`ValueError` where the training pass is not one that α's passes repeat."""
+        weights, alphas, train_loss, *_ = self._passes()
         state = RandomState(self._alphas())
-        batch = next(self.stream)  # torch's DataLoader draws a seed for its workers, were there none
+        ran.start.restore()
+        leaves = [w.detach().requires_grad_() for w in weights.values()]
+        with torch.enable_grad():
+            grads = torch.autograd.grad(train_loss(leaves, [a.detach() for a in alphas.values()], self.batch), leaves, allow_unused=True)
         state.restore()
-        self.last = self.gradient((tuple(self.learn.xb), tuple(self.learn.yb)), self._plain(batch), ran)
-        self.before = None
+        apart = [a if b is None else -b if a is None else a - b for a, b in zip(grads, ran.grads)]
+        if float(norm(apart)) > (ALMOST if exactly else 10 * ALMOST) * float(norm(ran.grads)) + 1e-12:
+            raise ValueError("the weights' gradients are not those of loss_func of the model on this batch: a callback or a hook changes them, or the loss, or the model or loss has a state, or "
+                             "changes its input, in ways that are not unrolled; put it into the model or loss_func, or use hvp='first_order'")
+
+    def _unroll(self, ran: TrainingPass | None) -> None:
+        """α's gradient for the step that the weights are about to take."""
+        valid = self.stream.next(len(self.learn.xb), next(self.learn.model.parameters()).device)
+        self.last = self.gradient(self.batch, valid, ran)
         check_finite(gradient_of_α=self.last.grads)
+        self.waiting = self.last.grads
+        if not (self.reproduce_original or is_first_order(self.hvp, self.unrolled_lr)):
+            self.unrolled = UnrolledStep(self._optimizer(), self.unrolled_lr)
+
+    def _before_the_weights_move(self, *_) -> None:
+        """After every callback's `before_step`; a step that one of them cancels does not come to it, and leaves α where it is."""
+        unrolled, self.unrolled, self.stepped = self.unrolled, None, True
+        if unrolled is not None:
+            unrolled.check()
+        self._move_alpha()
+
+    def _move_alpha(self) -> None:
+        if self.waiting is None:
+            return
         optimizer, held = self.adam_optimizer(), {id(p) for p in self.held}
-        for alpha, grad in zip(architecture_parameters(self.learn.model).values(), self.last.grads):
+        for alpha, grad in zip(architecture_parameters(self.learn.model).values(), self.waiting):
             alpha.grad = grad if id(alpha) in held else None
+        self.waiting = None
         optimizer.step()
         optimizer.zero_grad()
         check_finite(α=self._alphas())
 
-    def _plain(self, batch) -> tuple[tuple, tuple]:
-        """(inputs, targets), as many as the training's, on the model's device, as plain tensors rather than fastai's subclasses."""
-        placed = [t.as_subclass(Tensor) if isinstance(t, Tensor) else t for t in to_device(tuple(batch), next(self.learn.model.parameters()).device)]
-        n = len(self.learn.xb)
-        return tuple(placed[:n]), tuple(placed[n:])
+    def _clip(self) -> float | None:
+        return min((cb.max_norm for cb in self.learn.cbs if isinstance(cb, GradientClip)), default=None)  # one after the other, the least is what counts
 
     def gradient(self, train_batch, valid_batch, ran: TrainingPass | None = None) -> AlphaGradient:
         """∇α at the present weights and α, and the hidden states before this batch; only the validation stream's hidden state moves on.
 
         `ran`: the training pass of this batch, where it has been run.
         """
+        weights, alphas, train_loss, valid_loss, moved_on = self._passes()
+        if self.reproduce_original and self.hvp != "first_order" and self._clip() is None:
+            raise ValueError("reproduce_original: the published code always clips; the Learner needs GradientClip (the paper's is 0.25)")
+        result = gradient_by(self, self.learn.model, weights, list(alphas.values()), train_batch, valid_batch, train_loss, valid_loss, self._optimizer(), self._clip(),
+                             first=self.first, ran=ran)
+        self.valid_state = moved_on
+        return result
+
+    def _passes(self):
+        """Weights and α by name, the training and the validation loss as functions of both, and the hidden states that the latter moves on."""
         model = self.learn.model
         alphas = architecture_parameters(model)
         weights = {name: p for name, p in model.named_parameters() if p.requires_grad and name not in alphas}
         regularizers = [cb for cb in self.learn.cbs if isinstance(cb, RNNRegularizer)]
-        clip = min((cb.max_norm for cb in self.learn.cbs if isinstance(cb, GradientClip)), default=None)  # one after the other, the least is what counts
         triple = any(isinstance(cb, RNNCallback) for cb in self.learn.cbs)  # which takes it apart in the training pass
         before = self.before or Before(model)
 
@@ -221,11 +277,7 @@ class ArchParamUpdate(FitOnly):
             return loss
 
         moved_on: dict[str, Tensor] = {}
-        if self.reproduce_original and self.hvp != "first_order" and clip is None:
-            raise ValueError("reproduce_original: the published code always clips; the Learner needs GradientClip (the paper's is 0.25)")
-        result = gradient_by(self, model, weights, list(alphas.values()), train_batch, valid_batch, train_loss, valid_loss, self._optimizer(), clip, first=self.last is None, ran=ran)
-        self.valid_state = moved_on
-        return result
+        return weights, alphas, train_loss, valid_loss, moved_on
 
     def state_dict(self) -> dict:
         """For resuming between epochs: Adam's moments and the number of epochs. α itself is the model's."""
