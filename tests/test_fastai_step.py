@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from fastai.callback.core import Callback, CancelBatchException, CancelStepException
+from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixUp
 from fastai.callback.training import GradientClip
 from fastai.data.core import DataLoaders
@@ -118,6 +119,32 @@ def test_gradients_that_a_cancelled_batch_leaves_are_refused(own_gradient):
 
 def test_mixup_is_no_change_of_the_step():
     run(mixed([MixUp(0.4)]))
+
+
+class Bfloat(MixedPrecision):
+    """fastai's own in bfloat16, on the CPU: with a scaler that does nothing."""
+
+    def before_fit(self):
+        self.autocast, self.scales = torch.autocast("cpu", torch.bfloat16), []
+        self.learn.scaler = torch.amp.GradScaler("cpu", enabled=False)
+
+
+class Deep(Mixed):
+    """Whose gradients in bfloat16 are far from float32's."""
+
+    def __init__(self):
+        super().__init__()
+        self.deep = nn.Sequential(*(layer for _ in range(8) for layer in (nn.Linear(3, 3), nn.BatchNorm1d(3), nn.ReLU())))
+
+    def forward(self, x):  # (B, 3) -> (B, 2)
+        return super().forward(self.deep(x))
+
+
+def test_a_training_pass_under_autocast_is_no_change():
+    for seed in range(3):
+        torch.manual_seed(seed)
+        learn = run(mixed([Bfloat()], model=Deep()))
+        assert not torch.equal(learn.model.alpha, torch.zeros(2))
 
 
 def test_alpha_that_is_unfrozen_joins_the_others():

@@ -173,7 +173,8 @@ class ArchParamUpdate(FitOnly):
     def after_backward(self):
         if self.before is None:
             return
-        scale = 1.0 if getattr(self.learn, "scaler", None) is None else self.learn.scaler.get_scale()  # of fastai's `MixedPrecision`
+        scaler = getattr(self.learn, "scaler", None)  # of fastai's `MixedPrecision`
+        scale = 1.0 if scaler is None else scaler.get_scale()
         gradients = [w.grad if w.grad is None or scale == 1 else w.grad / scale for w in weight_parameters(self.learn.model)]
         if scale != 1 and not all(bool(g.isfinite().all()) for g in gradients if g is not None):
             return  # beyond float16: the scaler leaves this step out
@@ -181,15 +182,16 @@ class ArchParamUpdate(FitOnly):
         if not self.own_gradient:
             self.batch = tuple(self.learn.xb), tuple(self.learn.yb)
             check_finite(training_loss=ran.loss, gradient_of_the_weights=gradients)
-        if self.first and not (self.reproduce_original or is_first_order(self.hvp, self.unrolled_lr)):
-            self._check_pass(ran, exactly=scale == 1)
+        # of a pass under autocast the digits differ: by 1 % on text, by 70 % in a deep model with BatchNorm and relu
+        if self.first and scaler is None and not (self.reproduce_original or is_first_order(self.hvp, self.unrolled_lr)):
+            self._check_pass(ran)
         if not self.own_gradient:
             self._unroll(ran)
         if self.unrolled is not None:
             self.unrolled.clipped_to(self._clip(), float(norm(gradients)))
         self.first, self.before = False, None
 
-    def _check_pass(self, ran: TrainingPass, exactly: bool) -> None:
+    def _check_pass(self, ran: TrainingPass) -> None:
         """`ValueError` where the training pass is not one that α's passes repeat."""
         weights, alphas, train_loss, *_ = self._passes()
         state = RandomState(self._alphas())
@@ -199,7 +201,7 @@ class ArchParamUpdate(FitOnly):
             grads = torch.autograd.grad(train_loss(leaves, [a.detach() for a in alphas.values()], self.batch), leaves, allow_unused=True)
         state.restore()
         apart = [a if b is None else -b if a is None else a - b for a, b in zip(grads, ran.grads)]
-        if float(norm(apart)) > (ALMOST if exactly else 10 * ALMOST) * float(norm(ran.grads)) + 1e-12:
+        if float(norm(apart)) > ALMOST * float(norm(ran.grads)) + 1e-12:
             raise ValueError("the weights' gradients are not those of loss_func of the model on this batch: a callback or a hook changes them, or the loss, or the model or loss has a state, or "
                              "changes its input, in ways that are not unrolled; put it into the model or loss_func, or use hvp='first_order'")
 
