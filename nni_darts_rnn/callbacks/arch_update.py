@@ -49,7 +49,7 @@ class ArchParamUpdate(FitOnly):
     `Adam` or `AdamW`, without α (`splitter=weight_parameters`).
     The training loss is the weight step's: the Learner's `loss_func` plus the AR/TAR of its `RNNRegularizer`; its `GradientClip` is unrolled too.
     Other arguments: see `recipes.SearchRecipe`; `ValueError` with one line for what is not allowed. Weights, buffers, hidden states and random state
-    are left as if only the weight step had run. `ValueError` in the first step of a fit too where the weights' gradients are not those of `loss_func` of the model on the batch, and in
+    are left as if only the weight step had run. `ValueError` in the first step of a fit, but under autocast, too where the weights' gradients are not those of `loss_func` of the model on the batch, and in
     any step whose gradients or settings a callback changes after they were unrolled.
     """
 
