@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows = [retrained(options, *which) for which in TRAINED]
     for row in rows:
         print(f"{row['cell']:16} {row['seed']} {row['optimizer']:5} validation {row['valid_perplexity']:.2f}, test {row['test_perplexity']:.2f}")
-    search = {"genotype": str(Genotype.from_json(json.dumps(found["genotype"]))), "supernet_valid_perplexity": found["supernet_valid_perplexity"],
+    search = {"genotype": str(Genotype.from_dict(found["genotype"])), "supernet_valid_perplexity": found["supernet_valid_perplexity"],
               "seconds": found["seconds"]}
     keep(options.save, {"search": search, "retrained": rows} | ({"note": options.note} if options.note else {}) | made(__file__, ["FOLDER", "--work", "DIR", "--threads", str(options.threads)], options))
 

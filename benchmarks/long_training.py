@@ -30,7 +30,7 @@ RESULTS = Path(__file__).parent / "results" / "long_training.json"
 def stored(folder: Path) -> dict:
     """What is worth keeping of a folder that `retrain` has finished."""
     told = read_description(folder)
-    genotype, trained = Genotype.from_json(json.dumps(told["genotype"])), told["extra"]
+    genotype, trained = Genotype.from_dict(told["genotype"]), told["extra"]
     recipe = get_recipe("penn", {"retrain": trained["recipe"]})
     cell = next((name for name, named in NAMED.items() if named == genotype), genotype.to_json())
     words = ["nni-darts-rnn", "retrain", "--corpus", "penn", "--recipe", "penn", "--genotype", cell, *set_words(recipe, "retrain"),

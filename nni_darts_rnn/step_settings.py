@@ -51,16 +51,18 @@ def gradient_by(settings, module: nn.Module, weights: dict[str, Tensor], alphas:
     `architecture_gradient`. In the `first` step of a search it is asked whether the loss depends on tensors of `module` that were not put in.
     """
     tensors = list(weights.values())
-    known = {id(w) for w in tensors}
-    strangers = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad and id(p) not in known]
-    if strangers and not is_first_order(settings.hvp, settings.unrolled_lr):
-        raise ValueError(f"{len(strangers)} tensors that the optimizer moves are in no module of the model, as those of layers in a plain list; use nn.ModuleList or nn.ParameterList")
+    first_order = is_first_order(settings.hvp, settings.unrolled_lr)
+    if not first_order:
+        known = {id(w) for w in tensors}
+        strangers = sum(p.requires_grad and id(p) not in known for group in optimizer.param_groups for p in group["params"])
+        if strangers:
+            raise ValueError(f"{strangers} tensors that the optimizer moves are in no module of the model, as those of layers in a plain list; use nn.ModuleList or nn.ParameterList")
     if settings.reproduce_original and settings.hvp != "first_order":
         group = plain_sgd(optimizer)
         lr = group["lr"] if settings.unrolled_lr is None else settings.unrolled_lr
         return original_gradient(train_loss, tensors, alphas, train_batch, valid_batch, lr, group["weight_decay"], clip, valid_loss=valid_loss,
                                  tied=tied(module, weights))
-    step = None if is_first_order(settings.hvp, settings.unrolled_lr) else WeightStep.of(optimizer, tensors, clip, settings.unrolled_lr)
+    step = None if first_order else WeightStep.of(optimizer, tensors, clip, settings.unrolled_lr)
 
     def unrolled_loss(*at) -> Tensor:
         loss = valid_loss(*at)

@@ -19,8 +19,7 @@ from .bilevel import EPSILON, TrainingPass, is_first_order
 from .health import check_finite
 from .published import plain_sgd
 from .step_settings import check_step, gradient_by
-from .taken_step import ALMOST, UnrolledStep
-from .weight_step import norm
+from .taken_step import ALMOST, UnrolledStep, gradient_length
 
 NEVER_CALLED = ("backward", "on_before_zero_grad", "on_before_batch_transfer", "on_after_batch_transfer", "transfer_batch_to_device")
 """Hooks of a Lightning module that change what is learnt, and that NNI's one-shot strategies (3.0) do not pass on to it."""
@@ -161,14 +160,13 @@ class SecondOrderDartsModule(DartsLightningModule):
     def backward(self, loss: Tensor, *args, **kwargs):
         super().backward(loss, *args, **kwargs)
         self._left = self._gradients()
-        self._length = None if self._first_order else norm([p.grad for group in self._weight_optimizer().param_groups for p in group["params"]])
+        self._length = None if self._first_order else gradient_length(self._weight_optimizer())
 
     def on_after_backward(self):
         """Where α's step shares the weights' gradient, it comes here: after that gradient, before it is clipped and the weights take their step."""
         super().on_after_backward()
         if not self._first_order and self._gradients() != self._left:  # or no more than touched, as where their norm is logged
-            length = norm([p.grad for group in self._weight_optimizer().param_groups for p in group["params"]])
-            if not torch.isclose(length, self._length, ALMOST, 0.0, equal_nan=True):
+            if not torch.isclose(gradient_length(self._weight_optimizer()), self._length, ALMOST, 0.0, equal_nan=True):
                 raise ValueError("on_after_backward: it changes the gradients, of which the step that is unrolled knows nothing; change the loss or the learning rate instead, "
                                  "or use hvp='first_order'")
         check_finite(training_loss=self._loss, gradient_of_the_weights=[p.grad for p in self.training_module.parameters() if p.requires_grad])

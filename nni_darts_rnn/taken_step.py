@@ -15,6 +15,11 @@ ALMOST = 1e-2
 """What a clip may do to the length of gradients by its rounding, in bfloat16 too."""
 
 
+def gradient_length(optimizer: torch.optim.Optimizer) -> Tensor:
+    """Of the gradients of all weights that it moves, taken together."""
+    return norm([p.grad for group in optimizer.param_groups for p in group["params"]])
+
+
 class UnrolledStep:
     """The settings of `optimizer` when its step is unrolled, with the rate `lr` in place of its own where given, and, once the weights have their gradients,
     how long these are after a clip."""
@@ -35,8 +40,7 @@ class UnrolledStep:
                 if value != was.get(name):
                     raise ValueError(f"{name}: {value!r} in the weights' step, but {was.get(name)!r} when that was unrolled; change it in a scheduler or before the batch, not within "
                                      "the step, or use hvp='first_order'")
-        length = norm([p.grad for group in self.optimizer.param_groups for p in group["params"]])
-        if self.length is not None and not math.isclose(float(length), self.length, rel_tol=ALMOST, abs_tol=1e-12):
+        if self.length is not None and not math.isclose(float(gradient_length(self.optimizer)), self.length, rel_tol=ALMOST, abs_tol=1e-12):
             raise ValueError("the gradients are no longer those of the step that was unrolled: a hook or a callback has changed them; change the loss or the learning rate instead, or use "
                              "hvp='first_order'")
 

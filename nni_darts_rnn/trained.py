@@ -64,7 +64,7 @@ def load_trained(folder: str | Path) -> tuple[LanguageModel, list[str]]:
         raise ValueError(f"{path}: its SHA-256 is not the one in {DESCRIPTION}: the file is damaged or of another save")
     try:
         tensors = safetensors.torch.load(weights)
-        genotype = Genotype.from_json(json.dumps(described["genotype"]))
+        genotype = Genotype.from_dict(described["genotype"])
         words, V, H = described["words"], described["vocab_size"], described["hidden_size"]
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words) or len(words) != V:
             raise ValueError(f"expected {V} words")

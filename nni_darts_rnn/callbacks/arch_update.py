@@ -165,8 +165,9 @@ class ArchParamUpdate(FitOnly):
             raise ValueError("the gradients of a batch that was cancelled are still there and would take part in the next step, of which α knows nothing: raise "
                              "CancelStepException, after which they are removed, or call opt.zero_grad()")
         self.stepped = False
-        self.before, self.batch = Before(self.learn.model), (tuple(self.learn.xb), tuple(self.learn.yb))
+        self.before = Before(self.learn.model)
         if self.own_gradient:
+            self.batch = tuple(self.learn.xb), tuple(self.learn.yb)
             self._unroll(None)
             self._move_alpha()
 
@@ -183,7 +184,7 @@ class ArchParamUpdate(FitOnly):
             self.batch = tuple(self.learn.xb), tuple(self.learn.yb)
             check_finite(training_loss=ran.loss, gradient_of_the_weights=gradients)
         # of a pass under autocast the digits differ: by 1 % on text, by 70 % in a deep model with BatchNorm and relu
-        if self.first and scaler is None and not (self.reproduce_original or is_first_order(self.hvp, self.unrolled_lr)):
+        if self.first and scaler is None and self._has_to_be_taken():
             self._check_pass(ran)
         if not self.own_gradient:
             self._unroll(ran)
@@ -211,8 +212,12 @@ class ArchParamUpdate(FitOnly):
         self.last = self.gradient(self.batch, valid, ran)
         check_finite(gradient_of_α=self.last.grads)
         self.waiting = self.last.grads
-        if not (self.reproduce_original or is_first_order(self.hvp, self.unrolled_lr)):
+        if self._has_to_be_taken():
             self.unrolled = UnrolledStep(self._optimizer(), self.unrolled_lr)
+
+    def _has_to_be_taken(self) -> bool:
+        """Whether there is an unrolled step that the weights have to take; the published code's is not theirs."""
+        return not (self.reproduce_original or is_first_order(self.hvp, self.unrolled_lr))
 
     def _before_the_weights_move(self, *_) -> None:
         """After every callback's `before_step`; a step that one of them cancels does not come to it, and leaves α where it is."""

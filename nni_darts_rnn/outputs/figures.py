@@ -45,7 +45,7 @@ def read_cell(folder: Path) -> Genotype:
     if (folder / "genotype.json").is_file():
         return load_genotype(folder)
     if (folder / "model.json").is_file():
-        return Genotype.from_json(json.dumps(_json(folder / "model.json").get("genotype")))
+        return Genotype.from_dict(_json(folder / "model.json").get("genotype"))
     raise ValueError("there is no genotype.json or model.json")
 
 

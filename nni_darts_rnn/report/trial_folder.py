@@ -123,7 +123,7 @@ def read_result(path: Path) -> tuple[Result, int, Recipe | None]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         cell = data["genotype"]
-        genotype = Genotype.from_json(cell if isinstance(cell, str) else json.dumps(cell))
+        genotype = Genotype.from_json(cell) if isinstance(cell, str) else Genotype.from_dict(cell)
         valid = _number(data["valid_perplexity"])
         if valid is None or valid <= 0:
             raise ValueError(f"valid_perplexity: {data['valid_perplexity']!r} is not a perplexity")
