@@ -31,12 +31,11 @@ class OriginalModel(nn.Module):
         self.alpha = (1e-3 * torch.randn(N * (N + 1) // 2, len(PRIMITIVES))).requires_grad_()
 
     def rebuilt(self, theta: Tensor) -> OriginalModel:
-        """A new model with the weights of one flat vector."""
+        """A new model with the weights of one flat vector, but the tied one, which is loaded last under its second name, as it was."""
         model, at, state = OriginalModel(self.size), 0, self.state_dict()
         for name, p in self.named_parameters():
             state[name] = theta[at:at + p.numel()].view_as(p)
             at += p.numel()
-        state["decoder.weight"] = state["encoder.weight"]
         model.load_state_dict(state)
         model.alpha.data.copy_(self.alpha.data)
         return model
@@ -86,9 +85,8 @@ class Original:
         gc.collect()
         grads = torch.autograd.grad(model(*train)[0], self.weights)
         theta = torch.cat([p.data.reshape(-1) for p in self.weights])
-        direction = torch.cat([g.reshape(-1) for g in grads]) + DECAY * theta
         clip = CLIP / (torch.cat([g.reshape(-1) for g in grads]).norm() + 1e-6)
-        unrolled = model.rebuilt(theta - RATE * clip * direction)
+        unrolled = model.rebuilt(theta - RATE * (clip.clamp(max=1) * torch.cat([g.reshape(-1) for g in grads]) + DECAY * theta))
         unrolled(*valid)[0].backward()
         direct = unrolled.alpha.grad
         vector = [p.grad.data for p in unrolled.parameters()]

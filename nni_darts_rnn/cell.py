@@ -28,11 +28,11 @@ ACTIVATIONS = {
 """How each primitive other than `none` is computed, element by element."""
 
 INIT_RANGE = 0.04
-"""Weights start uniform in ±this by default (quark0/darts `rnn/model.py`, for 850 units)."""
+"""Weights start uniform in ±this by default (quark0/darts `rnn/model.py`, at every size: 300 units in its search, 850 and 700 in its retrainings)."""
 
 
 def usual_range(hidden_size: int) -> float:
-    """±INIT_RANGE at the published 850 units, and wider where units are fewer: a product with such a matrix keeps the same share of its input's spread, where with
+    """±INIT_RANGE at the 850 units that the paper trains, and wider where units are fewer: a product with such a matrix keeps the same share of its input's spread, where with
     ±0.04 a small layer is almost silent at first."""
     return INIT_RANGE * math.sqrt(850 / whole_number("hidden_size", hidden_size))
 

@@ -32,7 +32,8 @@ def original_gradient(loss: Loss, weights: Tensors, alphas: Tensors, train_batch
                       epsilon: float = 1e-2, valid_loss: Loss | None = None, tied: Sequence[int] = ()) -> AlphaGradient:
     """The estimate that quark0/darts `rnn/architect.py` computes, kept for reproduction and for comparison.
 
-    It draws new masks in each pass, clips ∇w′ L_val before it becomes a direction, and multiplies by clip/‖g‖ even where that is above 1.
+    It draws new masks in each pass, clips ∇w′ L_val before it becomes a direction, and multiplies by clip/‖g‖ even where that is above 1. Afterwards the random
+    state is as before, so that the weights' step has the first pass's masks; the published one draws again.
     `tied` are the indices of weights that have two names, the embedding that is the decoder's matrix too: its w′ leaves them at w, because
     `_construct_model_from_theta` writes the new one into a state dict in which the old one, under its second name, is loaded last.
     """

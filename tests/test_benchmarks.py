@@ -28,6 +28,7 @@ from step_size import Size
 from nni_darts_rnn import DARTS_V2, cli, compiled, fused
 from nni_darts_rnn.genotype import Genotype
 from nni_darts_rnn.model import LanguageModel
+from nni_darts_rnn.published import original_gradient, tied
 from nni_darts_rnn.supernet import MixedRNN
 
 SIZE = Size(T=3, B=4, H=5, V=11, N=2)
@@ -59,6 +60,33 @@ def test_the_published_model_is_the_readable_one(monkeypatch):
     tokens, targets, _ = SIZE.batch()
     hidden = torch.randn(SIZE.B, SIZE.H, dtype=torch.float64)
     assert published(tokens, targets, hidden)[0].item() == pytest.approx(readable.loss(tokens, targets, hidden)[0].item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("clip, decay", [(0.25, 5e-7), (1e3, 5e-7), (0.25, 1e-2)])
+def test_the_published_steps_gradient_is_the_one_that_reproduce_original_takes(monkeypatch, clip, decay):
+    for name, value in {"DROPOUT": dict.fromkeys(published_step.DROPOUT, NO_DROPOUT), "CLIP": clip, "DECAY": decay, "RATE": 1.0}.items():
+        monkeypatch.setattr(published_step, name, value)
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # of the model that is built for w′ too
+    try:
+        published = published_step.Original(SIZE)
+        model, train, valid, found = published.model, SIZE.batch(), SIZE.batch(), []
+        weights = dict(model.named_parameters())
+
+        def loss(at, alphas, batch):
+            now, model.alpha = model.alpha, alphas[0]
+            try:
+                return torch.func.functional_call(model, dict(zip(weights, at)), batch, tie_weights=True)[0]
+            finally:
+                model.alpha = now
+
+        expected = original_gradient(loss, list(weights.values()), [model.alpha], train, valid, lr=1.0, weight_decay=decay, clip=clip, tied=tied(model, weights))
+        monkeypatch.setattr(published.arch, "step", lambda: found.append(model.alpha.grad.clone()))
+        published(train, valid)
+    finally:
+        torch.set_default_dtype(default)
+    torch.testing.assert_close(found[0], expected.grads[0], rtol=1e-6, atol=1e-12)
 
 
 def test_the_published_layer_is_the_readable_one(monkeypatch):

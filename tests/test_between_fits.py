@@ -224,11 +224,11 @@ def test_a_scaled_loss_moves_alpha_as_a_plain_one(tmp_path):
 
 
 def test_a_new_fit_trains_although_the_last_one_had_converged(tmp_path):
-    learn = run(learner(tmp_path, nonmono=1, patience=2, lr=30.0), 200)
+    learn = run(learner(tmp_path, nonmono=1, patience=3, lr=30.0), 200)
     ended = len(learn.recorder.values)
     assert ended < 200
     logs = list(learn.ntasgd.logs)
-    assert logs.index(min(logs)) == len(logs) - 3
+    assert logs.index(min(logs)) == len(logs) - 4
     run(learn, 1)
     assert len(learn.recorder.values) == 1 and len(learn.ntasgd.logs) == len(logs) + 1
 
@@ -439,7 +439,7 @@ def test_all_predictions_of_streams_come_along_either_axis(tmp_path, axis):
 
 
 def test_a_copy_ends_by_its_own_patience(tmp_path):
-    learn = learner(tmp_path, patience=2, nonmono=1, lr=30.0)
+    learn = learner(tmp_path, patience=3, nonmono=1, lr=30.0)
     pickle.dumps(learn)
     ended = [len(run(one, 60).recorder.values) for one in (copy.deepcopy(learn), learn)]
     assert ended[0] < 60 and ended[1] < 60

@@ -361,6 +361,7 @@ class Mirror:
     def __init__(self, ranges=True):
         self.files, self.cut, self.redirects, self.requests = {}, {}, {}, []
         self.ranges, self.shift = ranges, 0  # `shift`: of what is sent, against what was asked for
+        self.unasked = 0  # where an answer begins that was asked for from the beginning
         mirror = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -378,6 +379,7 @@ class Mirror:
                     start = int(wanted[len("bytes="):-1]) + mirror.shift
                     if start >= len(body):
                         return self.send_error(416)
+                start = start or mirror.unasked
                 self.send_response(206 if start else 200)
                 if start:
                     self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
@@ -447,11 +449,17 @@ def test_what_was_kept_of_another_file_is_thrown_away(mirror, tmp_path, sha):
         assert (tmp_path / "part").read_bytes() == BODY
 
 
-def test_another_range_than_asked_for_is_not_put_behind_what_is_there(mirror, tmp_path):
+def test_a_server_that_answers_with_another_range_is_asked_for_the_whole(mirror, tmp_path):
     mirror.files["/f"], mirror.shift = BODY, 1
     (tmp_path / "part").write_bytes(BODY[:1000])
-    assert "another range" in one_line(download.download, mirror.url + "/f", tmp_path / "part", None)
-    assert (tmp_path / "part").read_bytes() == BODY[:1000]
+    download.download(mirror.url + "/f", tmp_path / "part", None)
+    assert (tmp_path / "part").read_bytes() == BODY and [r for _, r in mirror.requests] == ["bytes=1000-", None]
+
+
+def test_a_part_that_nobody_asked_for_is_not_taken_for_the_whole(mirror, tmp_path):
+    mirror.files["/f"], mirror.unasked = BODY, 7
+    assert "where none was asked for" in one_line(download.download, mirror.url + "/f", tmp_path / "part", None)
+    assert not (tmp_path / "part").exists()
 
 
 def test_wrong_checksum_leaves_nothing(mirror, tmp_path, sha):

@@ -273,7 +273,8 @@ def test_commands_name_what_differs_from_the_recipe(home, mixed):
 @pytest.mark.parametrize("given, expected", [
     ({"retrain.lr": 7.0, "retrain.anneal": 0.5}, dict(optimizer="sgd", lr=7.0, nonmono=2, patience=10)),
     ({"retrain.lr": 7.0, "retrain.anneal": 0.0, "retrain.patience": 4}, dict(optimizer="sgd", lr=7.0, nonmono=2, patience=4)),
-    ({"retrain.nonmono": 8, "retrain.anneal": 0.0, "retrain.patience": 9}, dict(optimizer="sgd", nonmono=8, patience=9)),
+    ({"retrain.nonmono": 8, "retrain.anneal": 0.0, "retrain.patience": 10}, dict(optimizer="sgd", nonmono=8, patience=10)),
+    ({"retrain.nonmono": None, "retrain.anneal": 0.0, "retrain.patience": 1}, dict(optimizer="sgd", nonmono=None, patience=10)),
     ({"retrain.nonmono": 8}, dict(optimizer="sgd", nonmono=8, patience=16)),
     ({"retrain.optimizer": "adam", "retrain.lr": 0.004, "retrain.nonmono": None}, dict(optimizer="sgd", lr=20.0, nonmono=5, patience=10)),
     ({"retrain.optimizer": "adam", "retrain.lr": 0.004, "retrain.nonmono": None, "retrain.anneal": 0, "retrain.patience": 4, "retrain.dropout": 0.01, "retrain.dropout_h": 0.01},

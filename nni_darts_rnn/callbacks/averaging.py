@@ -24,11 +24,12 @@ class AveragedSGD(OptimWrapper):
 
 
 class NTASGD(ValidatedEpochs):
-    """SGD until `monitor` (lower is better) has not improved for `nonmono` epochs on the best before them, then averaged SGD; never with None.
+    """SGD until `monitor` (lower is better) is worse than its best of more than `nonmono` epochs ago, then averaged SGD; never with None.
 
     Merity et al. 2017, algorithm 1. The switch is to `torch.optim.ASGD(t0=0, lambd=0)` with the same learning rate and weight decay; from then on
     validation sees the averaged weights, and so does whatever saves the model up to `SaveModelCallback`. torch's average leaves out the
-    very first step after the switch: after s ≥ 2 steps it is the mean of w_2 … w_s. `ValueError` for a `nonmono` below 1, and when a fit begins for
+    very first step after the switch: after s ≥ 2 steps it is the mean of w_2 … w_s. Each averaged step has its own batch's learning rate, where torch's, and
+    so the published trainings, has that of the batch before. `ValueError` for a `nonmono` below 1, and when a fit begins for
     a `monitor` that is not recorded.
     """
 
@@ -52,7 +53,7 @@ class NTASGD(ValidatedEpochs):
 
     def before_step(self):
         if self.averaging:
-            # torch computes a step's rate at the end of the step before, from that batch's learning rate; this batch has its own length
+            # torch computes a step's rate at the end of the step before, from that batch's learning rate; this batch has its own
             for group in self.learn.opt.opt.param_groups:
                 for p in group["params"]:
                     if "eta" in self.learn.opt.opt.state[p]:

@@ -166,7 +166,7 @@ def _to_convergence(recipe: Recipe) -> Recipe:
         changed |= {name: getattr(RetrainRecipe(), name) for name in ("optimizer", "lr", "nonmono")}
         changed |= {name: getattr(recipe.search, name) for name in ("dropout", "dropout_h", "dropout_x", "dropout_i")}
     nonmono = changed.get("nonmono", r.nonmono) or 0
-    changed["patience"] = r.patience if (r.patience or 0) > nonmono else max(10, 2 * nonmono)
+    changed["patience"] = r.patience if (r.patience or 0) > nonmono + 1 else max(10, 2 * nonmono)
     return get_recipe(recipe, {"retrain": changed})
 
 

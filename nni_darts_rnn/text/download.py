@@ -214,7 +214,9 @@ def _append(opener, url: str, part: Path, have: int) -> int:
         begin = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
         start = have if response.status == 206 and begin and int(begin[1]) == have else 0
         if response.status == 206 and not start:
-            raise ConnectionError("the server answered with another range than asked for")
+            if have:
+                return _append(opener, url, part, 0)
+            raise ConnectionError("the server answered with a range, where none was asked for")
         length = response.headers.get("Content-Length")
         with open(part, "ab" if start else "wb") as file:
             _copy(response, file, url, _LARGEST - start)
