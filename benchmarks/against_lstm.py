@@ -6,16 +6,14 @@
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import tempfile
 import time
 from dataclasses import asdict
-from datetime import date
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from hardware import keep, made
 from torch import Tensor, nn
 
 from nni_darts_rnn import learner
@@ -104,13 +102,9 @@ def main(argv: list[str] | None = None) -> None:
     rows["bigram"] = {"test_perplexity": bigram_perplexity(corpus)}
     for name, row in rows.items():
         print(f"{name:8} test perplexity {row['test_perplexity']:8.2f}" + (f"  {row['parameters']:,} parameters" if "parameters" in row else ""))
-    if arguments.save:
-        arguments.save.parent.mkdir(parents=True, exist_ok=True)
-        arguments.save.write_text(json.dumps({
-            "command": f"benchmarks/against_lstm.py --corpus {corpus.name} --genotype {arguments.genotype} --recipe {arguments.recipe} "
-                       + " ".join(f"--set {s}" for s in arguments.set),
-            "date": date.today().isoformat(), "machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
-            "genotype": genotype.to_json(), "recipe": asdict(recipe), "versions": package_versions(), "results": rows}, indent=2) + "\n")
+    words = ["--corpus", corpus.name, "--genotype", arguments.genotype, "--recipe", arguments.recipe, *(f"--set {setting}" for setting in arguments.set)]
+    keep(arguments.save, made(__file__, words, threads=torch.get_num_threads(), genotype=genotype.to_json(), recipe=asdict(recipe), versions=package_versions(),
+                              results=rows))
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{row['cell']:16} {row['seed']} {row['optimizer']:5} validation {row['valid_perplexity']:.2f}, test {row['test_perplexity']:.2f}")
     search = {"genotype": str(Genotype.from_dict(found["genotype"])), "supernet_valid_perplexity": found["supernet_valid_perplexity"],
               "seconds": found["seconds"]}
-    keep(options.save, {"search": search, "retrained": rows} | ({"note": options.note} if options.note else {}) | made(__file__, ["FOLDER", "--work", "DIR", "--threads", str(options.threads)], options))
+    keep(options.save, {"search": search, "retrained": rows} | ({"note": options.note} if options.note else {}) | made(__file__, ["FOLDER", "--work", "DIR", "--threads", str(options.threads)], threads=options.threads))
 
 
 if __name__ == "__main__":

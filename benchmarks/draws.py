@@ -79,7 +79,7 @@ def main() -> None:
             print(json.dumps(rows[-1], ensure_ascii=False), flush=True)
     ways = [way | {"seeds": len(there), **{key: float(np.mean([row[key] for row in there])) for key in ("signal", "spread")}}
             for way in WAYS if (there := [row for row in rows if way.items() <= row.items()])]
-    keep(options.save, {"settings": COMMON, "steps": STEPS, "ways": ways, "rows": rows} | made(__file__, ["--corpus", "FOLDER", "--seeds", str(options.seeds)], options))
+    keep(options.save, {"settings": COMMON, "steps": STEPS, "ways": ways, "rows": rows} | made(__file__, ["--corpus", "FOLDER", "--seeds", str(options.seeds)], threads=options.threads))
 
 
 if __name__ == "__main__":

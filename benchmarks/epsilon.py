@@ -9,7 +9,6 @@ against double backprop in float64. The weights move by r in all (DARTS, eq. 8, 
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import nn
 from nni_darts_rnn import fused
 from nni_darts_rnn.bilevel import architecture_gradient
 from nni_darts_rnn.corpus import load_corpus, streams
+from nni_darts_rnn.files import write_csv
 from nni_darts_rnn.model import LanguageModel
 from nni_darts_rnn.supernet import MixedRNN
 from nni_darts_rnn.weight_step import WeightStep, norm
@@ -116,14 +116,6 @@ def parse(description: str, **defaults):
     return parser.parse_args()
 
 
-def write_rows(path: Path, rows: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as f:
-        writer = csv.DictWriter(f, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def plot(rows: list[dict], path: Path) -> None:
     """Median error against r: a line for each size and moment, in each dtype."""
     import matplotlib
@@ -166,7 +158,7 @@ def main() -> None:
             best = min((r for r in rows if (r["hidden_size"], r["steps"], r["dtype"]) == (size, moment, "float32")), key=lambda r: r["median_error"])
             print(f"H {size}, {moment} steps: least float32 error {best['median_error']:.2g} at r = {best['r']:g} "
                   f"({time.perf_counter() - began:.0f} s)")
-    write_rows(args.out / "epsilon.csv", rows)
+    write_csv(args.out / "epsilon.csv", rows)
     plot(rows, args.out / "epsilon.svg")
     logs = {r: statistics.fmean(torch.tensor([row["median_error"] for row in rows if row["dtype"] == "float32" and row["r"] == r]).log().tolist())
             for r in grid}

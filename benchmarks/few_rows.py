@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
     use(options)
     if not fused.available():
         parser.error(f"nothing to compare here: {fused.why_not()}")
-    result = made(__file__, arguments, options) | {"tokens_per_second": {}}
+    result = made(__file__, arguments, threads=options.threads) | {"tokens_per_second": {}}
     print(f"{'units':>6} {'rows':>5} {'original':>9} {'rows':>9} {'units':>9} {'LSTM':>9} {'GRU':>9}")
     for units in options.units:
         for rows in options.rows:

@@ -16,12 +16,13 @@ import time
 from functools import partial
 
 import torch
-from epsilon import CLIP, WEIGHT_DECAY, Supernet, error, parse, write_rows
+from epsilon import CLIP, WEIGHT_DECAY, Supernet, error, parse
 from torch import Tensor
 
 from nni_darts_rnn import fused
 from nni_darts_rnn.bilevel import EPSILON, RandomState, architecture_gradient
 from nni_darts_rnn.corpus import load_corpus
+from nni_darts_rnn.files import write_csv
 from nni_darts_rnn.published import original_gradient
 from nni_darts_rnn.weight_step import norm
 
@@ -89,7 +90,7 @@ def main() -> None:
                     rows.append(dict(hidden_size=size, steps=moment, xi=xi) | short)
                     print(f"H {size}, {moment:4d} steps, ξ {xi:5.2f}: {row['estimator']:48s} cosine {row['cosine']:6.3f}  "
                           f"relative error {row['relative_error']:8.3g}  signal to noise {row['signal_to_noise']:7.3g}")
-    write_rows(args.out / "gradient_quality.csv", rows)
+    write_csv(args.out / "gradient_quality.csv", rows)
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "corpus")}
     # NaN is no JSON: where there is no training pass there is no norm
     clean = [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()} for row in rows]

@@ -34,10 +34,10 @@ def use(options) -> None:
         torch.set_default_device("cuda")
 
 
-def made(script: str, arguments: list[str] | None, options) -> dict:
-    """By which command, when and where; `script`: its `__file__`, `arguments`: those that its `main` was given."""
+def made(script: str, arguments: list[str] | None, **more) -> dict:
+    """By which command, when and where, and with what more; `script`: its `__file__`, `arguments`: those that its `main` was given."""
     return {"command": f"python benchmarks/{Path(script).name} " + " ".join(sys.argv[1:] if arguments is None else arguments),
-            "date": date.today().isoformat(), "machine": machine(), "threads": options.threads}
+            "date": date.today().isoformat(), "machine": machine(), **more}
 
 
 def keep(path: Path | None, found: dict) -> None:

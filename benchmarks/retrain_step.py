@@ -143,7 +143,7 @@ def main(arguments: list[str] | None = None) -> None:
     use(options)
     if not fused.available():
         print(f"the fast version is the readable one here: {fused.why_not()}")
-    result = made(__file__, arguments, options) | {"sizes": {}}
+    result = made(__file__, arguments, threads=options.threads) | {"sizes": {}}
     for name in options.size:
         size, genotype, load, peak = SIZES[name], DARTS_V2, os.getloadavg()[0], gemm_peak()
         torch.manual_seed(0)

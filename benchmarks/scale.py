@@ -13,10 +13,10 @@ import json
 import subprocess
 import sys
 import time
-from datetime import date
 from pathlib import Path
 
-from hardware import keep, machine, peak_gb
+from epsilon import LossOf
+from hardware import keep, made, peak_gb
 
 RESULT = Path(__file__).parent / "results" / "scale.json"
 T, B, V, N = 8, 8, 10_000, 8
@@ -40,21 +40,12 @@ def one(part: str, hidden_size: int, rounds: int = 2) -> dict:
         lm, alpha = LanguageModel.from_genotype(V, hidden_size, DARTS_V2), []
     weights = {name: p for name, p in lm.named_parameters() if name != "rnn.alpha"}
     optimizer = torch.optim.SGD(weights.values(), lr=1.0)
-    train, valid = torch.randint(V, (2, 2, T, B))
-
-    class Loss(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.lm = lm
-
-        def forward(self, batch):
-            return lm.loss(batch[0], batch[1], lm.init_hidden(B))[0]
-
-    module = Loss()
+    train, valid = ((*batch, lm.init_hidden(B)) for batch in torch.randint(V, (2, 2, T, B)))
+    module = LossOf(lm)
 
     def loss(at_weights, at_alphas, batch):
         values = dict(zip((f"lm.{name}" for name in weights), at_weights)) | dict(zip(("lm.rnn.alpha",), at_alphas))
-        return torch.func.functional_call(module, values, (batch,))
+        return torch.func.functional_call(module, values, batch)
 
     seconds = []
     for _ in range(rounds):
@@ -63,7 +54,7 @@ def one(part: str, hidden_size: int, rounds: int = 2) -> dict:
             tensors = list(weights.values())
             architecture_gradient(loss, tensors, alpha, train, valid, WeightStep.of(optimizer, tensors, 0.25))
         optimizer.zero_grad()
-        module(train).backward()
+        module(*train).backward()
         torch.nn.utils.clip_grad_norm_(weights.values(), 0.25)
         optimizer.step()
         seconds.append(time.perf_counter() - began)
@@ -81,8 +72,7 @@ def main() -> None:
         return
     import torch
 
-    found = {"command": "python benchmarks/scale.py --save", "date": date.today().isoformat(), "sizes": {"T": T, "B": B, "V": V, "N": N},
-             "machine": machine() | {"threads": torch.get_num_threads()}}
+    found = made(__file__, ["--save"], sizes={"T": T, "B": B, "V": V, "N": N}, threads=torch.get_num_threads())
     for part, sizes in HIDDEN.items():
         found[part] = {}
         for hidden_size in sizes:

@@ -46,10 +46,9 @@ import shlex
 import sys
 import time
 from dataclasses import dataclass, field, replace
-from datetime import date
 from pathlib import Path
 
-from hardware import machine
+from hardware import made
 from quality_table import RESULTS, by_retraining, picture, save, stored, summary, ways_agree
 from search_arms import ARMS, SHORT, find_cell
 
@@ -205,8 +204,7 @@ def table() -> None:
     for study in STUDIES.values():
         rows = stored(study.stem)
         found = {"retrained": {way: summary(there) for way, there in by_retraining(rows).items()}, "ways": ways_agree(rows),
-                 "command": "python benchmarks/search_quality.py table", "date": date.today().isoformat(), "machine": machine(),
-                 "settings": {"recipe": study.recipe} | study.settings | {"words": study.words, "short_epochs": SHORT}}
+                 **made(__file__, ["table"]), "settings": {"recipe": study.recipe} | study.settings | {"words": study.words, "short_epochs": SHORT}}
         (RESULTS / f"{study.stem}.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         picture(rows, RESULTS / f"{study.stem}.svg")
         for way, figures in found["retrained"].items():

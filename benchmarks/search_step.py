@@ -22,10 +22,11 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from epsilon import LossOf
 from hardware import Products, add_options, gemm_peak, keep, made, peak_gb, shortest, use
 from published_step import Original
 from step_size import CLIP, DECAY, DROPOUT, EPSILON, RATE, SIZES, TAR, Size
-from torch import Tensor, nn
+from torch import Tensor
 
 from nni_darts_rnn import extension, fused
 from nni_darts_rnn.bilevel import RandomState, TrainingPass, architecture_gradient
@@ -51,10 +52,10 @@ class Ours:
         self.names, self.weights = list(named), list(named.values())
         self.optimizer = torch.optim.SGD(self.weights, lr=RATE, weight_decay=DECAY)
         self.arch = torch.optim.Adam([self.alpha], lr=3e-3, weight_decay=1e-3)
-        self.module = _LossModule(self.model)
+        self.module = LossOf(self.model)
 
     def loss(self, weights, alphas, batch) -> Tensor:
-        parameters = {f"model.{name}": w for name, w in zip(self.names, weights)} | {"model.rnn.alpha": alphas[0]}
+        parameters = {f"lm.{name}": w for name, w in zip(self.names, weights)} | {"lm.rnn.alpha": alphas[0]}
         return torch.func.functional_call(self.module, parameters, batch)
 
     def __call__(self, train, valid) -> None:
@@ -91,15 +92,6 @@ def no_tiles():
     """The compiled cell and loss multiply as where there is no AMX."""
     library = extension.State.loaded
     return contextlib.nullcontext() if library is None else mock.patch.object(library, "rounds", False)
-
-
-class _LossModule(nn.Module):
-    def __init__(self, model: LanguageModel):
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens, targets, hidden):
-        return self.model.loss(tokens, targets, hidden)[0]
 
 
 def through_nni(size: Size, **options):
@@ -187,7 +179,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if not fused.available():
         print(f"the compiled versions are those that need no compiler here: {fused.why_not()}")
-    how = made(__file__, arguments, options)
+    how = made(__file__, arguments, threads=options.threads)
     if options.growth:
         save(options.save, {"growth": growth(SIZES["small"], options.rounds) | how})
         return

@@ -8,14 +8,12 @@ batches, masks and moves.
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
-from datetime import date
 
 import torch
 from epsilon import Supernet, error, parse
-from hardware import machine
+from hardware import keep, made
 
 from nni_darts_rnn import fused
 from nni_darts_rnn.corpus import load_corpus
@@ -51,9 +49,8 @@ def main() -> None:
                        "other_masks": statistics.median(masks)}
                 rows.append({name: float(f"{value:.3g}") if isinstance(value, float) else value for name, value in row.items()})
                 print(rows[-1], flush=True)
-    found = {"command": "python benchmarks/shared_step.py " + "--corpus FOLDER" * ("--corpus" in sys.argv), "date": date.today().isoformat(),
-             "machine": machine(), "corpus": corpus.name, "draws": args.draws, "batch_size": args.batch_size, "length": args.length, "move": MOVE, "rows": rows}
-    (args.out / "shared_step.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    keep(args.out / "shared_step.json", made(__file__, ["--corpus", "FOLDER"] * ("--corpus" in sys.argv), corpus=corpus.name, draws=args.draws,
+                                             batch_size=args.batch_size, length=args.length, move=MOVE, rows=rows))
 
 
 if __name__ == "__main__":

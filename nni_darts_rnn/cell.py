@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import number, whole_number
+from .checks import fraction, whole_number
 from .genotype import Genotype, load_genotype, register_op
 
 ACTIVATIONS = {
@@ -107,7 +107,7 @@ def variational_mask(like: Tensor, p: float, training: bool) -> Tensor | None:
 def check_rates(**rates: float) -> None:
     """`ValueError` with one line for a dropout rate that is none."""
     for name, rate in rates.items():
-        number(name, rate, high=1)
+        fraction(name, rate)
 
 
 class RecurrentWeights(nn.Module):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 from numbers import Real
 
 
@@ -32,8 +31,8 @@ def whole_number(name: str, value, low: int = 1) -> int:
     return value
 
 
-def number(name: str, value: float, low: float = 0, high: float = math.inf, *, below: bool = True) -> float:
-    """`value`, a real number of at least `low` and below `high` (not `below`: at most it), or `ValueError` with one line."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not low <= value or not (value < high if below else value <= high):
-        raise ValueError(f"{name}: {value!r} must be a number of at least {low}" + (f" and {'below' if below else 'at most'} {high}" if high < math.inf else ""))
+def fraction(name: str, value: float, *, below: bool = True) -> float:
+    """`value`, a real number of at least 0 and below 1 (not `below`: at most 1), or `ValueError` with one line."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not (0 <= value < 1 or (value == 1 and not below)):
+        raise ValueError(f"{name}: {value!r} must be a number of at least 0 and {'below' if below else 'at most'} 1")
     return value

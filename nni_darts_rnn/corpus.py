@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import did_you_mean, number
-from .files import at_home
+from .checks import did_you_mean, fraction
+from .files import at_home, cache_folder
 from .text import download
 from .text.batches import Batch, BpttBatches, LengthRule, streams
 from .text.pydoc_text import pydoc_splits
@@ -70,11 +70,11 @@ def load_corpus(name_or_folder: str | Path, *, folder: str | Path | None = None,
     """A corpus by name (`NAMES`), or a folder with train.txt, valid.txt and test.txt (a `Path`, or "./penn", for one called as a name is).
 
     `pydoc` is the text of the running Python's own language reference. The others are read from `folder`, or downloaded once from
-    the URL `mirror` (of a folder with the published files, or of an archive) into `download.cache_folder()`; they must be the
+    the URL `mirror` (of a folder with the published files, or of an archive) into `files.cache_folder("corpora")`; they must be the
     published texts. `alpha_fraction` > 0 splits that last part of the training text off for the architecture parameters; a retraining has all of it.
     Raises `ValueError` with one line that says what is wrong where, and what is allowed.
     """
-    number("alpha_fraction", alpha_fraction, high=1)
+    fraction("alpha_fraction", alpha_fraction)
     if not isinstance(name_or_folder, (str, Path)) or not str(name_or_folder):
         raise ValueError(f"corpus {name_or_folder!r} must be a folder or one of {', '.join(NAMES)}")
     name = name_or_folder if isinstance(name_or_folder, str) else f"{name_or_folder}{os.sep}"
@@ -103,7 +103,7 @@ def load_corpus(name_or_folder: str | Path, *, folder: str | Path | None = None,
 
 
 def _published(name: str, folder: str | Path | None, mirror: str | None) -> Corpus:
-    cached = download.cache_folder() / name
+    cached = cache_folder("corpora") / name
     if folder is None and mirror is None and not cached.is_dir():
         raise ValueError(f"corpus {name!r} is not on this machine: give folder= (--corpus-folder), where its texts lie, or mirror= (--corpus-mirror), a URL to download them from")
     if folder is not None:
@@ -205,7 +205,7 @@ def _encode(name: str, pieces: dict[str, Iterable[list[str]]]) -> Corpus:
 def _mapped(name: str, paths: dict[str, Path]) -> Corpus:
     """The corpus of three large texts as ids in files of the cache folder, mapped into memory: pages are read when they are used."""
     key = "-".join(download.digest(path)[:20] for path in paths.values())
-    folder = download.cache_folder() / f"encoded-2-{key}"  # 2: a version of how texts are cut into words
+    folder = cache_folder("corpora") / f"encoded-2-{key}"  # 2: a version of how texts are cut into words
     with download.made_once(folder) as new:
         if new:
             index: dict[str, int] = _Growing()

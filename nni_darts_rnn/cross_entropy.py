@@ -11,7 +11,7 @@ from torch import Tensor
 from .compiled import padded, parts, room
 from .exports import CrossEntropyStruct
 from .extension import State, enabled
-from .fused import again, autocast_dtype, differentiable, plain, subclassed
+from .fused import autocast_dtype, differentiable, plain, readable_only, subclassed
 from .workspace import give, take
 
 _CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}  # numbers in one block of logits: the CPU's cache, and enough for a GPU to be busy
@@ -62,7 +62,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_loss):
         with torch.autocast(d_loss.device.type, ctx.autocast, enabled=ctx.autocast is not None):
-            if again(d_loss):
+            if readable_only(d_loss):
                 return differentiable(_readable_cross_entropy, ctx.saved_tensors, ctx.needs_input_grad, d_loss)
             grads, ctx.grads = ctx.grads, None  # they are the caller's from here on
             if grads is None:  # of a graph that was retained

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from .exports import Library
-from .files import digest, hold
+from .files import cache_folder, digest, hold
 
 SOURCES = Path(__file__).with_name("csrc")
 BUILD_SECONDS = 12.0
@@ -195,10 +195,6 @@ def _flags() -> list[str]:
     return ["-O3", *tuned, "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC"]
 
 
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nni_darts_rnn"
-
-
 def _load() -> Library:
     """The extension from the cache, compiled first if it is not there."""
     if os.name != "posix":
@@ -207,14 +203,14 @@ def _load() -> Library:
     key = "\n".join([*sources, *_flags(), *_openmp(), _processor(), platform.machine(), torch.__version__])
     name = f"cells-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     try:
-        folder = _cache_folder()
+        folder = cache_folder()
         library = _cached(folder, name)
         if library is None:
             folder.mkdir(parents=True, exist_ok=True)
             with hold(folder / f"{name}.lock"):
                 library = _cached(folder, name) or _compile(folder, name)  # another process may have built it while this one waited
         return library
-    except (OSError, RuntimeError):  # a folder that cannot be written, or no home: this process alone then
+    except (OSError, ValueError):  # a folder that cannot be written, or no home: this process alone then
         with tempfile.TemporaryDirectory(prefix="nni_darts_rnn-") as alone:
             return _compile(Path(alone), name)
 

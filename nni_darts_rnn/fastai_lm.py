@@ -62,7 +62,6 @@ class DeferredLogits:
         return function(*args, **kwargs)
 
 
-
 def _of_logits(name: str):
     return lambda self, *others: getattr(self.logits, name)(*(other.logits if isinstance(other, DeferredLogits) else other for other in others))
 

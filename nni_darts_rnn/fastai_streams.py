@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-import torch
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from torch import Tensor
@@ -65,22 +64,12 @@ def already_trained(loader) -> int:
     return loader.first if isinstance(loader, StreamLoader) else 0
 
 
-def torch_device(name: str | torch.device | None = "auto") -> torch.device:
-    """"auto" or None: CUDA where torch finds it, else the CPU; "gpu" is "cuda"."""
-    if name in (None, "auto", "gpu"):
-        return choose_device(name or "auto")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: {name} was asked for, but torch finds no CUDA device; use auto or cpu")
-    return device
-
-
 def language_dls(corpus: Corpus, recipe: SearchRecipe | RetrainRecipe, seed: int = 0, device="auto", path: str | Path = ".") -> DataLoaders:
     """Training text with the recipe's batch lengths, drawn from `seed` anew in each epoch, and validation text with its fixed length.
 
     For a SearchRecipe, `dls.arch` reads the text that α learns from. `dls.vocab` is the list of words.
     """
-    device = torch_device(device)
+    device = choose_device(device)
     words = corpus.vocab.words
 
     def loader(tokens: Tensor, batch_size: int, lengths, seed: int = 0, advance: bool = False) -> StreamLoader:

@@ -17,7 +17,7 @@ try:
 except ImportError:  # Windows: processes are not kept apart there
     fcntl = None
 
-_PARTIAL = ".nni-darts-rnn-partial-"  # nothing of anybody else is called so
+PARTIAL = ".nni-darts-rnn-partial-"  # nothing of anybody else is called so
 
 
 @contextlib.contextmanager
@@ -29,7 +29,7 @@ def whole(path: str | Path):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=path.parent))
+    folder = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=path.parent))
     temporary = folder / path.name
     try:
         temporary.touch()
@@ -49,6 +49,12 @@ def at_home(path: str | Path, setting: str) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         raise ValueError(f"{setting}: {str(path)!r} begins with a home folder that this machine does not know; give the whole path") from None
+
+
+def cache_folder(what: str = "") -> Path:
+    """`$XDG_CACHE_HOME/nni_darts_rnn`, by default under `~/.cache`, or `what` in it. It may not exist yet."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else at_home("~/.cache", "XDG_CACHE_HOME")) / "nni_darts_rnn" / what
 
 
 def _to_disk(path: str | Path) -> None:
@@ -76,7 +82,7 @@ def hold(path: str | Path, wait: bool = True) -> BinaryIO:
 
 def remove_partial(folder: str | Path) -> None:
     """Removes what a process that was killed left half written in the folder. Only for whoever alone writes there."""
-    for path in Path(folder).glob(_PARTIAL + "*"):
+    for path in Path(folder).glob(PARTIAL + "*"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:  # versions before left files

@@ -187,7 +187,7 @@ class _CellFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad[4:]
         if any(t is not None and t.dtype != d_outputs.dtype for t in (*tensors, outputs)):
             raise RuntimeError("a tensor that was saved for the backward pass came back from its hook in another dtype")
-        if again(d_outputs):
+        if readable_only(d_outputs):
             return (None,) * 4 + differentiable(ctx.readable, tensors, needs, d_outputs)
         # a second backward pass through the same graph finds the buffers used up
         run, ctx.run = ctx.run or _CellFunction.run(ctx, tensors), None
@@ -200,7 +200,7 @@ class _CellFunction(torch.autograd.Function):
         return (None,) * 4 + (*grads, d_probabilities, None)
 
 
-def again(d_output: Tensor) -> bool:
+def readable_only(d_output: Tensor) -> bool:
     """Whether a backward pass is to be differentiated again (`create_graph`), is of many gradients at once (`is_grads_batched`), or is itself transformed
     or traced, though its forward pass was not."""
     return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(d_output) or not plain()

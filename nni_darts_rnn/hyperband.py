@@ -80,8 +80,7 @@ class Hyperband(hyperband_advisor.Hyperband):
         super().handle_update_search_space(data)
         self.random_state = np.random.RandomState(self.seed)
         if self.resumed is not None:
-            kind, keys, *rest = self.resumed["draws"]
-            self.random_state.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+            self.random_state.set_state(self.resumed["draws"])
 
     def _get_one_trial_job(self):
         bracket = self.brackets.get(self.curr_bracket_id)

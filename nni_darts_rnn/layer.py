@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from .cell import DiscreteRNN, usual_range
-from .checks import number, whole_number
+from .checks import fraction, whole_number
 from .genotype import Genotype, load_genotype
 
 
@@ -42,7 +42,7 @@ class DartsRNN(nn.Module):
         for name, value in (("batch_first", batch_first), ("bidirectional", bidirectional)):
             if value not in (True, False):
                 raise ValueError(f"{name}: {value!r} must be True or False")
-        number("dropout", dropout, high=1, below=False)
+        fraction("dropout", dropout, below=False)
         if dropout and num_layers == 1:  # as nn.GRU does
             warnings.warn(f"dropout: {dropout!r} acts between layers, and there is one; dropout_x and dropout_h act within it", stacklevel=2)
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers

@@ -35,7 +35,7 @@ from .checkpoints.store import Checkpoints, Every
 from .corpus import Corpus
 from .fastai_lm import SequenceLoss, SmoothLoss, StatefulLM, TokenLoss, TokenPerplexity
 from .fastai_streams import language_dls
-from .files import remove_partial
+from .files import PARTIAL
 from .genotype import Genotype, load_genotype
 from .health import name_poor, with_rollbacks
 from .model import LanguageModel, number_of_parameters, perplexity
@@ -44,9 +44,6 @@ from .supernet import MixedRNN
 from .weight_step import OPTIMIZERS
 
 __all__ = ["language_dls", "lm_learner", "search_learner", "retrain"]
-
-BEST = ".nni-darts-rnn-best"
-"""The folder of the best model while `retrain` goes on: not fastai's own `models`, where somebody's may lie."""
 
 
 def _learner(dls, model: StatefulLM, recipe, path, cbs, metrics_file: str | None, **kwargs) -> Learner:
@@ -140,7 +137,7 @@ def retrain(corpus: Corpus, genotype: Genotype | str | LanguageModel, recipe: Re
         learn = lm_learner(language_dls(corpus, recipe, seed, device, path=folder), genotype, recipe, seed=seed, metrics_file=None, cbs=[reporter])
         keeper = RetrainCheckpoints(store, state, stop, len(corpus.vocab))
         learn.add_cb(keeper)
-        learn.model_dir = BEST
+        learn.model_dir = Path(best).name
         last[:] = [(learn, keeper)]
         with contextlib.ExitStack() as quiet:
             if progress:
@@ -151,26 +148,23 @@ def retrain(corpus: Corpus, genotype: Genotype | str | LanguageModel, recipe: Re
             learn.fit(recipe.epochs, lr=recipe.lr * factor)
 
     ended_by: BaseException | None = None
+    Path(folder).mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
+        best = stack.enter_context(tempfile.TemporaryDirectory(prefix=PARTIAL, dir=folder))  # not fastai's own `models`, where somebody's may lie
         if store is None:
             store = Checkpoints(stack.enter_context(tempfile.TemporaryDirectory()), "retrain", {}, Every())
-        stop = stack.enter_context(stop_requests())
-        try:
-            with_rollbacks(store, "retrain", recipe.epochs, once)
-        except Stopped as stopped:
-            ended_by = stopped.leave()
-        except FloatingPointError as error:
-            ended_by = error
-        if ended_by is not None and (not last or last[0][0].best_model.last_saved_path is None or isinstance(ended_by, Terminated)):
-            raise ended_by
+        with stop_requests() as stop:
+            try:
+                with_rollbacks(store, "retrain", recipe.epochs, once)
+            except Stopped as stopped:
+                ended_by = stopped.leave()
+            except FloatingPointError as error:
+                ended_by = error
+        if ended_by is not None:
+            if not last or last[0][0].best_model.last_saved_path is None or isinstance(ended_by, Terminated):
+                raise ended_by
+            last[0][0].best_model.after_fit()  # the best so far
     learn, keeper = last[0]
-    if ended_by is not None:
-        learn.best_model.after_fit()  # the best so far
-    best = learn.best_model.last_saved_path
-    best.unlink()  # it has been loaded; the caller keeps the model in a form of its own
-    remove_partial(best.parent)
-    with contextlib.suppress(OSError):  # something else of the caller's lies there
-        best.parent.rmdir()
     learn.remove_cb(keeper)  # from here on the Learner is the caller's: `validate` or `fit` is no part of this training
     learn.best_model.last_saved_path, learn.model_dir = None, "models"
     model, rows = learn.model.lm, learn.epoch_report.rows

@@ -163,10 +163,14 @@ def expected_parameters(vocab_size: int, hidden_size: int, n_nodes: int) -> int:
     return V * H + V + 4 * H * H + 2 * n_nodes * H * H
 
 
-def choose_device(device: str) -> torch.device:
-    """The torch device for "auto", "cpu" or "gpu"; `ValueError` where a GPU is asked for and there is none."""
-    if device not in ("auto", "cpu", "gpu"):
-        raise ValueError(f"device: {device!r} is none of auto, cpu, gpu")
-    if device == "gpu" and not torch.cuda.is_available():
-        raise ValueError("device: gpu was asked for, but torch finds no CUDA device; use auto or cpu")
-    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+def choose_device(device: str | torch.device | None = "auto") -> torch.device:
+    """"auto" or None: CUDA where torch finds it, else the CPU; "gpu" is "cuda". `ValueError` for a name that is none, and where a GPU is asked for and there is none."""
+    there = torch.cuda.is_available()
+    usual = {None: "cuda" if there else "cpu", "auto": "cuda" if there else "cpu", "gpu": "cuda"}
+    try:
+        chosen = torch.device(usual.get(device, device))
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device: {device!r} is none of auto, cpu, gpu") from None
+    if chosen.type == "cuda" and not there:
+        raise ValueError(f"device: {device} was asked for, but torch finds no CUDA device; use auto or cpu")
+    return chosen

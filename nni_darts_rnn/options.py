@@ -99,25 +99,25 @@ def checked_seed(value) -> int:
     return seed
 
 
-def checked_recipe(arguments: argparse.Namespace, parameters: dict):
-    """The recipe with `--set` and the tuner's parameters in place; the tuner's win."""
-    settings = {}
+def settings(arguments: argparse.Namespace) -> dict[str, str]:
+    """What `--set` gives, by field."""
+    found = {}
     for text in arguments.set:
         key, equals, value = text.partition("=")
         if not equals:
             raise ValueError(f"--set {text!r} must be KEY=VALUE, for example search.epochs=5")
-        settings[key.strip()] = value.strip()
-    return get_recipe(get_recipe(arguments.recipe, settings), parameters)
+        found[key.strip()] = value.strip()
+    return found
 
 
-def set_keys(arguments: argparse.Namespace) -> list[str]:
-    """The fields that `--set` names."""
-    return [text.partition("=")[0].strip() for text in arguments.set]
+def checked_recipe(arguments: argparse.Namespace, parameters: dict):
+    """The recipe with `--set` and the tuner's parameters in place; the tuner's win."""
+    return get_recipe(get_recipe(arguments.recipe, settings(arguments)), parameters)
 
 
 def without_search(arguments: argparse.Namespace) -> str | None:
     """One line about the fields of `--set` that are of a search, for a command that has none."""
-    unread = [key for key in set_keys(arguments) if key.startswith("search.")]
+    unread = [key for key in settings(arguments) if key.startswith("search.")]
     return f"a retraining has no search, so {', '.join(unread)} changes nothing here" if unread else None
 
 

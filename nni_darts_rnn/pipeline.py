@@ -81,7 +81,7 @@ def take_fast_path(corpus: Corpus, recipe: SearchRecipe | RetrainRecipe, device:
         tokens, edges, precision, passes = corpus.without_alpha().train, n_nodes, recipe.precision, 3 * recipe.epochs
     steps = len(tokens) / (recipe.batch_size * recipe.bptt)  # of an epoch
     work = fused.eager_seconds(recipe.bptt, recipe.batch_size, recipe.hidden_size, words, n_nodes, passes=steps * passes, edges=edges)
-    where = choose_device("cpu" if str(device) == "cpu" else "auto")
+    where = choose_device(device)
     fused.prepare(math.inf if more else work, where)
     hint = fused.why_not(where, precision)
     if hint is not None and hint not in State.told:
@@ -114,7 +114,7 @@ def _search_phase(corpus, recipe, seed, folder, report, progress, device, store)
     take_fast_path(corpus, recipe, device)
     with watched(folder, "search", report) as report:
         result = search(corpus, recipe, seed, report, progress, device, folder, store)
-        _draw(folder, "cell.svg", "cell.png", "cell.gif", "alpha.svg", "alpha.png", "curves.svg", "curves.png")
+        _draw(folder)
     return {"genotype": result.genotype, "supernet_valid_perplexity": result.rows[-1]["perplexity"], "search_seconds": result.seconds,
             "rows": result.rows}
 
@@ -182,7 +182,7 @@ def _store(kept: Path, phase: str, identity: dict, keeping: Keeping) -> Checkpoi
 
 
 def _draw(folder: Path, *names: str) -> None:
-    """Pictures of what is in the folder. A picture that cannot be made is no reason to lose the run that it shows."""
+    """Pictures of what is in the folder, by default all. A picture that cannot be made is no reason to lose the run that it shows."""
     from .outputs.figures import draw
 
     try:

@@ -29,7 +29,7 @@ def tied(module: nn.Module, weights: Iterable[str]) -> list[int]:
 
 
 def original_gradient(loss: Loss, weights: Tensors, alphas: Tensors, train_batch, valid_batch, lr: float, weight_decay: float, clip: float,
-                      epsilon: float = 1e-2, valid_loss: Loss | None = None, tied: Sequence[int] = ()) -> AlphaGradient:
+                      valid_loss: Loss | None = None, tied: Sequence[int] = ()) -> AlphaGradient:
     """The estimate that quark0/darts `rnn/architect.py` computes, kept for reproduction and for comparison.
 
     It draws new masks in each pass, clips ∇w′ L_val before it becomes a direction, and multiplies by clip/‖g‖ even where that is above 1. Afterwards the random
@@ -43,15 +43,14 @@ def original_gradient(loss: Loss, weights: Tensors, alphas: Tensors, train_batch
     train_value = loss(leaves, alphas, train_batch)
     g = torch.autograd.grad(train_value, leaves, allow_unused=True)
     factor = float(clip / (norm(g) + 1e-6))
-    unrolled = [w.detach() if x is None or i in tied else (w - lr * (min(factor, 1.0) * x + weight_decay * w)).detach()
+    unrolled = [(w if x is None or i in tied else w - lr * (min(factor, 1.0) * x + weight_decay * w)).detach().requires_grad_()
                 for i, (w, x) in enumerate(zip(leaves, g))]
-    unrolled = [w.requires_grad_() for w in unrolled]
     valid_value = (valid_loss or loss)(unrolled, alphas, valid_batch)
     found = gradients(valid_value, [*alphas, *unrolled])
     direct, v = found[:len(alphas)], found[len(alphas):]
     shrink = min(float(clip / (norm(v) + 1e-6)), 1.0)
     v = [shrink * x for x in v]
-    plus, minus, scale = two_ends(leaves, v, epsilon)
+    plus, minus, scale = two_ends(leaves, v, 1e-2)  # the published r
     up, down = gradients(loss(plus, alphas, train_batch), alphas), gradients(loss(minus, alphas, train_batch), alphas)
     implicit = [lr * factor * (a - b) / scale for a, b in zip(up, down)]
     start.restore()

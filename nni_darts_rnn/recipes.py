@@ -17,7 +17,7 @@ ADAMS_LR = 0.1  # Adam moves every weight by about its rate in each step, and no
 MOST = 1e30  # of a number without a limit of its own: what it is multiplied by must find room in float32 too
 
 
-def _field(default, low=-math.inf, high=MOST, *, below=False, choices=None, optional=False, help=""):
+def _field(default, low=None, high=MOST, *, below=False, choices=None, optional=False, help=""):
     """A recipe's field: allowed from `low` to `high` (`below`: strictly below `high`), or one of `choices`; `optional` allows None."""
     return field(default=default, metadata=dict(low=low, high=high, below=below, choices=choices, optional=optional, help=help))
 
@@ -273,9 +273,8 @@ def _check(name: str, value, spec: dataclasses.Field):
         if text not in ("true", "false"):
             raise ValueError(f"{name}: {value!r} must be true or false")
         return text == "true"
-    what = "a whole number" if kind == "int" else "a number"
     low, high = meta["low"], meta["high"]
-    allowed = what + (f" of at least {low}" if low > -math.inf else "")
+    allowed = f"a {'whole ' if kind == 'int' else ''}number of at least {low}"
     allowed += "" if high == MOST else f" and {'below' if meta['below'] else 'at most'} {high}"
     try:
         if isinstance(value, bool):

@@ -6,6 +6,7 @@ import argparse
 import pytest
 import torch
 import torch.nn.functional as F
+from test_fused import needs_extension, switch  # noqa: F401 (switch is a fixture)
 from torch.overrides import TorchFunctionMode
 
 from nni_darts_rnn import bilevel, cell, compiled, extension, fused, supernet
@@ -13,14 +14,7 @@ from nni_darts_rnn.cross_entropy import linear_cross_entropy
 from nni_darts_rnn.genotype import DARTS_V1, DARTS_V2, Genotype
 from nni_darts_rnn.options import prepare_torch
 
-needs_extension = pytest.mark.skipif(not fused.available(), reason=f"no extension here: {fused.why_not()}")
 needs_tiles = pytest.mark.skipif(not fused.available() or not extension.State.loaded.rounds, reason="this processor or this compiler has no AMX")
-
-
-@pytest.fixture(autouse=True)
-def switch(monkeypatch):
-    monkeypatch.delenv(fused.SWITCH, raising=False)
-    monkeypatch.setattr(extension.State, "on", True)
 
 
 class RoundedProduct(torch.autograd.Function):

@@ -12,7 +12,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from nni.nas.evaluator.pytorch import DataLoader, Lightning, Trainer
-from torch import nn
+from test_bilevel import LossOf, double_precision  # noqa: F401 (double_precision is a fixture)
 
 from nni_darts_rnn import bilevel
 from nni_darts_rnn.evaluator import TRAIN, VALID, LanguageModelModule
@@ -46,13 +46,6 @@ def pytest_generate_tests(metafunc):
             metafunc.parametrize(kind, found.values(), ids=found.keys())
 
 
-@pytest.fixture(autouse=True)
-def double_precision():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 def error(ours, golden) -> float:
     """Relative error in the Euclidean norm."""
     ours, golden = torch.as_tensor(ours, dtype=torch.float64).detach(), torch.as_tensor(golden, dtype=torch.float64)
@@ -79,17 +72,6 @@ def batches(d: dict) -> dict:
     return {part: tuple(torch.tensor(d[f"{part}_{what}"]) for what in ("input", "target", "hidden")) for part in ("train", "valid")}
 
 
-class LossOf(nn.Module):
-    """nll of a batch as a `forward`, for `functional_call`."""
-
-    def __init__(self, lm):
-        super().__init__()
-        self.lm = lm
-
-    def forward(self, batch):
-        return self.lm.loss(*batch)[0]
-
-
 class Problem:
     """A search step of the reference as arguments of `bilevel`."""
 
@@ -103,7 +85,7 @@ class Problem:
 
     def loss(self, weights, alphas, batch):
         values = dict(zip(WEIGHTS, weights)) | {"rnn.alpha": alphas[0]}
-        return torch.func.functional_call(self.module, {"lm." + name: v for name, v in values.items()}, (batch,))
+        return torch.func.functional_call(self.module, {"lm." + name: v for name, v in values.items()}, batch)
 
     def gradient(self, mode, step=None, **kwargs):
         return bilevel.architecture_gradient(self.loss, self.weights, self.alphas, self.train, self.valid, step or self.step, mode, **kwargs)

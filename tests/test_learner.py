@@ -16,7 +16,7 @@ from nni_darts_rnn import extension, fused
 from nni_darts_rnn.checkpoints.store import Checkpoints, Every
 from nni_darts_rnn.corpus import EOS, UNK, Corpus, Vocabulary
 from nni_darts_rnn.fastai_lm import StatefulLM
-from nni_darts_rnn.fastai_streams import StreamLoader, torch_device
+from nni_darts_rnn.fastai_streams import StreamLoader
 from nni_darts_rnn.genotype import Genotype
 from nni_darts_rnn.learner import language_dls, lm_learner, retrain, search_learner
 from nni_darts_rnn.model import LanguageModel, perplexity
@@ -318,13 +318,6 @@ def test_a_search_of_so_many_steps(tmp_path):
     assert made.trainer.global_step in (3, 4)  # the steps of both optimizers count
     with pytest.raises(ValueError, match="search.anneal: 0.5 of the epochs needs their number; give max_epochs"):
         evaluator(anneal=0.5)
-
-
-def test_devices():
-    assert torch_device("cpu") == torch.device("cpu") and torch_device("auto").type in ("cpu", "cuda")
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="no CUDA device"):
-            torch_device("gpu")
 
 
 @pytest.mark.parametrize("fast, tiles", [(False, True), (False, False), (True, True), (True, False)])

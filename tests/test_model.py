@@ -241,7 +241,7 @@ def test_perplexity_leaves_no_trace():
     (lambda: perplexity(made(), text(3), 2, 5), "at least 4 tokens, this one has 3"),
     (lambda: perplexity(made(), text(30), 0, 5), "batch_size: 0"),
     (lambda: perplexity(made(), text(30), 2, 0), "bptt: 0"),
-    (lambda: choose_device("cuda"), "device: 'cuda' is none of auto, cpu, gpu"),
+    (lambda: choose_device("cdua"), "device: 'cdua' is none of auto, cpu, gpu"),
 ])
 def test_refusals(make, words):
     with pytest.raises(ValueError) as error:
@@ -250,7 +250,8 @@ def test_refusals(make, words):
 
 
 def test_a_device():
-    assert choose_device("cpu") == torch.device("cpu")
+    assert choose_device("cpu") == choose_device(torch.device("cpu")) == torch.device("cpu")
+    assert choose_device(None) == choose_device("auto")
     if torch.cuda.is_available():
         assert choose_device("gpu").type == choose_device("auto").type == "cuda"
     else:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import socket
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 import torch
 from nni.nas.evaluator import Evaluator
 from nni.nas.space import RawFormatModelSpace
+from nnictl import free_port
 from texts import write_texts
 
 ROOT = Path(__file__).parents[1]
@@ -129,12 +129,6 @@ def test_each_through_the_local_training_service(name, folder, tmp_path, monkeyp
     assert len(found) >= 2 and all(-math.log(V) < result < 0 and len(each) == 2 for _, result, each in found)
     trials = list(tmp_path.glob("*/environments/local-env/trials/*/genotype.json"))
     assert {Genotype.from_json(t.read_text()) for t in trials} == {cell for cell, *_ in found}
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @pytest.mark.skipif(NO_TIANSHOU, reason="tianshou>=0.4.8,<0.5 is not installed (the extra `rl`)")

@@ -9,8 +9,8 @@ from .arch_update import ArchParamUpdate, architecture_parameters, weight_parame
 from .averaging import NTASGD
 from .best_model import BestModel
 from .fit_only import FitOnly
-from .reports import EpochReport, MetricsCSV, NNIReporter, PerplexityInBar, PrintGenotype, report_to_nni
+from .reports import EpochReport, MetricsCSV, NNIReporter, PerplexityInBar, PrintGenotype
 from .step import ActivationRegularizer, AnnealLR, FiniteNumbers, ScaleLRByLength
 
 __all__ = ["ActivationRegularizer", "AnnealLR", "ArchParamUpdate", "BestModel", "EpochReport", "FiniteNumbers", "FitOnly", "MetricsCSV", "NNIReporter", "NTASGD",
-           "PerplexityInBar", "PrintGenotype", "ScaleLRByLength", "architecture_parameters", "report_to_nni", "weight_parameters"]
+           "PerplexityInBar", "PrintGenotype", "ScaleLRByLength", "architecture_parameters", "weight_parameters"]

@@ -7,7 +7,7 @@ from fastai.callback.rnn import RNNRegularizer
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.training import GradientClip
 
-from ..checks import number, whole_number
+from ..checks import fraction, whole_number
 from ..fastai_streams import already_trained
 from ..health import check_finite
 from ..model import activation_regularisation
@@ -34,7 +34,7 @@ class AnnealLR(FitOnly):
     order, run_valid = ParamScheduler.order, False
 
     def __init__(self, share: float):
-        if not number("share", share, high=1, below=False):
+        if not fraction("share", share, below=False):
             raise ValueError(f"share: {share!r} of a fit is none; leave AnnealLR out")
         self.share, self.full = share, []
 

@@ -127,16 +127,15 @@ def rebuild(skeleton: Any, tensors: dict[str, Tensor]) -> Any:
 def random_state() -> dict:
     """The state of every global random generator: Python's, numpy's, torch's on the CPU and on every CUDA device in use."""
     numpy: Any = np.random.get_state()  # a tuple; numpy's types before 2.5 do not tell it from the dictionary of another form
-    kind, keys, position, has_gauss, cached = numpy
+    kind, keys, *rest = numpy
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-    return {"python": random.getstate(), "numpy": (kind, keys.tolist(), position, has_gauss, cached), "torch": torch.get_rng_state(), "cuda": cuda}
+    return {"python": random.getstate(), "numpy": (kind, keys.tolist(), *rest), "torch": torch.get_rng_state(), "cuda": cuda}
 
 
 def restore_random_state(state: dict) -> None:
     """Puts the generators back to where `random_state` found them; CUDA's only where there are as many devices."""
     random.setstate(state["python"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from ..options import checked_recipe, checked_seed, corpus_words, keeping, open_corpus, prepare_torch, set_keys, set_words, without_search
+from ..options import checked_recipe, checked_seed, corpus_words, keeping, open_corpus, prepare_torch, set_words, settings, without_search
 from ..recipes import Recipe, RetrainRecipe, get_recipe
 from ..report.experiments import load_experiment
 from ..talk import Talk, answer
@@ -76,7 +76,7 @@ def evaluate(arguments) -> None:
     from ..text.baselines import bigram_perplexity, unigram_perplexity
     from ..trained import load_trained, read_description
 
-    for key in set_keys(arguments):
+    for key in settings(arguments):
         if key not in READING:
             raise ValueError(f"--set {key}: evaluating takes no other field of a recipe than {', '.join(READING)}" + did_you_mean(key, READING))
     extra = read_description(arguments.model).get("extra")

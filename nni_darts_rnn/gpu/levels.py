@@ -39,8 +39,7 @@ class Layout(NamedTuple):
 
 def layout(graph: Graph) -> Layout:
     """Of a cell where each node reads one state, or each reads all before it, which is a level a node: a level's edges from one slot are neighbours."""
-    arrays = {name: list(values) for name, values in graph.arrays.items()}
-    incoming = {0: [(-1, 0, 0)]}  # of each node: the node read (−1: h), its edge's place and op
+    arrays, incoming = graph.arrays, {0: [(-1, 0, 0)]}  # `incoming`: of each node: the node read (−1: h), its edge's place and op
     for node in range(1, graph.n_nodes + 1):
         incoming[node] = [(arrays["source"][e], arrays["slot"][e], arrays["op"][e]) for e in range(arrays["incoming"][node - 1], arrays["incoming"][node])]
     depth = {-1: -1}

@@ -107,10 +107,9 @@ class Plan:
         graph, B, H, N = key.graph, key.B, key.H, key.graph.n_nodes
         self.key, self.T, self.N = key, T, N
         new = dict(dtype=key.dtype, device=key.device)
-        arrays = {name: list(values) for name, values in graph.arrays.items()}
-        self.order = torch.tensor(arrays["order"], device=key.device)
+        self.order = torch.tensor(list(graph.arrays["order"]), device=key.device)
         nodes, self.levels, edges, ends, runs = layout(graph)
-        readers = [*zip(arrays["first"], arrays["count"]), (0, 0)]
+        readers = [*zip(graph.arrays["first"], graph.arrays["count"]), (0, 0)]
         self.readers = [(0, 1), *(readers[node] for node in nodes)]  # of each slot: first of its nodes in `order`, and how many; h's is node 0
         widths = [count * 2 * H for _, count in self.readers]
         self.pre = torch.empty(T * B * sum(widths), **new)

@@ -10,7 +10,7 @@ import torch
 from torch.export import Dim
 
 from ..files import whole
-from ..model import LanguageModel
+from ..model import LanguageModel, evaluating
 
 NAME = "model.onnx"
 
@@ -25,18 +25,14 @@ def check_onnx() -> None:
 def write_onnx(folder: str | Path, model: LanguageModel) -> Path:
     """Writes the language model as `folder`/model.onnx: tokens (T, B) and hidden (B, H) to logits, outputs and hidden; T and B are free."""
     check_onnx()
-    was_training, path = model.training, Path(folder) / NAME
+    path = Path(folder) / NAME
     hidden = model.init_hidden(2)
     tokens = torch.zeros(3, 2, dtype=torch.long, device=hidden.device)
     T, B = Dim("T", min=1), Dim("B", min=1)
-    model.eval()
-    try:
-        with warnings.catch_warnings(), whole(path) as temporary:
-            warnings.simplefilter("ignore")  # torch's exporter speaks of its own insides
-            torch.onnx.export(model, (tokens, hidden), str(temporary), dynamo=True, dynamic_shapes=({0: T, 1: B}, {0: B}), external_data=False,
-                              verbose=False)
-    finally:
-        model.train(was_training)
+    with evaluating(model), warnings.catch_warnings(), whole(path) as temporary:
+        warnings.simplefilter("ignore")  # torch's exporter speaks of its own insides
+        torch.onnx.export(model, (tokens, hidden), str(temporary), dynamo=True, dynamic_shapes=({0: T, 1: B}, {0: B}), external_data=False,
+                          verbose=False)
     return path
 
 

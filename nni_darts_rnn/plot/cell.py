@@ -23,10 +23,10 @@ def draw_cell(axes, genotype: Genotype, place: Layout, changed=()) -> None:
     from matplotlib.patches import FancyBboxPatch, PathPatch, Polygon
     from matplotlib.path import Path as Curve
 
-    def box(b: Box, fill, line, rounding, width=1.1, dashed=False, order=3, grow=0.0):
+    def box(b: Box, fill, line, rounding, width=1.1, dashed=False, grow=0.0):
         w, h = b.w + grow, b.h + grow
         axes.add_patch(FancyBboxPatch((b.x - w / 2, b.y - h / 2), w, h, boxstyle=f"round,pad=0,rounding_size={min(rounding, w / 2, h / 2)}",
-                                      facecolor=fill, edgecolor=line, linewidth=width, linestyle="--" if dashed else "-", zorder=order))
+                                      facecolor=fill, edgecolor=line, linewidth=width, linestyle="--" if dashed else "-", zorder=3))
 
     def text(b: Box, words, size, colour=INK, math=False, **kw):
         drop = 0.0 if math or kw.get("rotation") else 0.011  # these words have few descenders; centred by the font's box they look high

@@ -66,11 +66,11 @@ def _commands(trial: Trial) -> str:
 <p class="small">{same}</p>'''
 
 
-def folded(command: str, width: int = 100) -> str:
+def folded(command: str) -> str:
     """A long command over several lines, as a shell reads them: broken before options, not within a word."""
     lines = [""]
     for word in map(shlex.quote, shlex.split(command)):
-        if word.startswith("--") and len(lines[-1]) > width - 30:
+        if word.startswith("--") and len(lines[-1]) > 70:
             lines[-1] += " \\"
             lines.append("   ")
         lines[-1] += (" " if lines[-1] else "") + word

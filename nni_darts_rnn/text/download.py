@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from ..files import at_home, digest, hold
+from ..files import cache_folder, digest, hold
 
 logger = logging.getLogger(__name__)
 
@@ -51,12 +51,6 @@ _ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
 _LARGEST = 2 << 30  # bytes of one download or one text; WikiText-103's training text is 0.54e9
 _TRIES = 4
 _TIMEOUT = 30  # seconds without a byte
-
-
-def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/nni_darts_rnn/corpora`, by default under `~/.cache`. It may not exist yet."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else at_home("~/.cache", "XDG_CACHE_HOME")) / "nni_darts_rnn" / "corpora"
 
 
 @contextlib.contextmanager
@@ -115,7 +109,7 @@ def fetch(name: str, mirror: str) -> Path:
     `mirror` is the URL of a folder that holds the corpus's published files, or of an archive. Only https is taken, http from this
     machine itself, and file. Raises `ValueError` with one line; what was downloaded till then is kept and used by the next call.
     """
-    source, target, path = SOURCES[name], cache_folder() / name, urlsplit(check_url(mirror)).path
+    source, target, path = SOURCES[name], cache_folder("corpora") / name, urlsplit(check_url(mirror)).path
     if path.endswith(_ARCHIVES):
         file = PurePosixPath(unquote(path)).name
         wanted = {file: (mirror, source.files.get(file))}
