@@ -575,6 +575,7 @@ def test_a_search_stopped_and_resumed_is_the_whole_search(tmp_path):
     (lambda learn: setattr(learn, "splitter", lambda model: list(model.parameters())), "splitter=weight_parameters"),
     (lambda learn: setattr(learn, "opt_func", partial(learn.opt_func.func, opt=torch.optim.RMSprop)), "unrolls torch.optim.SGD, Adam and AdamW; not RMSprop"),
     (lambda learn: learn.add_cb(GradientAccumulation(8)), "no GradientAccumulation"),
+    (lambda learn: learn.add_cb(ArchParamUpdate(learn.dls.arch)), "two ArchParamUpdate"),
     (lambda learn: setattr(learn.gradient_clip, "norm_type", float("inf")), "norm_type=2"),
     (lambda learn: (setattr(learn.arch_param_update, "own_gradient", True), learn.add_cb(MixUp())), "own_gradient: the step would be unrolled before MixUp"),
     (lambda learn: (setattr(learn.arch_param_update, "reproduce_original", True), setattr(learn, "opt_func", partial(learn.opt_func.func, opt=partial(

@@ -5,7 +5,8 @@ Batches are fastai's: tokens and targets (B, T). A model answers `(decoded (B, T
 the step of that very rate. `SaveModelCallback` (61) saves what was validated before `NTASGD` (62) puts the weights of the iteration back.
 """
 
-from .arch_update import ArchParamUpdate, architecture_parameters, weight_parameters
+from .arch_passes import architecture_parameters, weight_parameters
+from .arch_update import ArchParamUpdate
 from .averaging import NTASGD
 from .best_model import BestModel
 from .fit_only import FitOnly

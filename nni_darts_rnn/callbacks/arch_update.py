@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 
 import torch
 from fastai.callback.mixup import MixHandler
-from fastai.callback.rnn import RNNCallback, RNNRegularizer
 from fastai.callback.training import GradientAccumulation, GradientClip
 from torch import Tensor, nn
 
 from ..auxiliary import Before
 from ..bilevel import EPSILON, AlphaGradient, RandomState, TrainingPass, is_first_order
 from ..health import check_finite
-from ..model import activation_regularisation, without_dropout
 from ..published import plain_sgd
 from ..step_settings import check_step, gradient_by
 from ..taken_step import ALMOST, UnrolledStep
 from ..weight_step import norm
+from .arch_passes import Passes, architecture_parameters, passes, weight_parameters
 from .fit_only import FitOnly
 from .step import ScaleLRByLength
 from .valid_stream import ValidStream
@@ -26,31 +24,20 @@ from .valid_stream import ValidStream
 logger = logging.getLogger(__name__)
 
 
-def architecture_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """α by name, in the order of the modules: every parameter whose own name is `alpha`."""
-    return {name: p for name, p in model.named_parameters() if name.rpartition(".")[2] == "alpha"}
-
-
-def weight_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """All trainable parameters but α: the `splitter` of a search Learner, so that its optimizer leaves α alone."""
-    architecture = {id(p) for p in architecture_parameters(model).values()}
-    return [p for p in model.parameters() if p.requires_grad and id(p) not in architecture]
-
-
 class ArchParamUpdate(FitOnly):
     """Moves α with every weight step, by the gradient of the validation loss after that step (DARTS, eq. 6–8).
 
-    Its gradient comes after the backward pass, whose gradient it unrolls, and α moves just before the weights take their step, unless that is cancelled; with `own_gradient`, before the forward
-    pass, as in the paper's Algorithm 1 (3 of 13 passes more).
+    Its gradient comes after the backward pass, whose gradient it unrolls, and α moves just before the weights take their step, unless that is
+    cancelled; with `own_gradient`, before the forward pass, as in the paper's Algorithm 1 (3 of 13 passes more).
 
     `valid_batches` yields (tokens (B, T), targets (B, T)) of a text that the weights do not learn, or any inputs and targets such as the Learner's own; it is read
-    from its beginning in each epoch, and again as often as the training text is longer. Hidden states (buffers named in the model's `carried`) run along the
+    from its beginning in each epoch, and again as often as the training text is longer. Other callbacks do not see these batches. Hidden states (buffers named in the model's `carried`) run along the
     validation stream here, apart from the training stream's. The weights' optimizer must be `OptimWrapper(opt=torch.optim.SGD)`, or with
     `Adam` or `AdamW`, without α (`splitter=weight_parameters`).
     The training loss is the weight step's: the Learner's `loss_func` plus the AR/TAR of its `RNNRegularizer`; its `GradientClip` is unrolled too.
     Other arguments: see `recipes.SearchRecipe`; `ValueError` with one line for what is not allowed. Weights, buffers, hidden states and random state
-    are left as if only the weight step had run. `ValueError` in the first step of a fit, but under autocast, too where the weights' gradients are not those of `loss_func` of the model on the batch, and in
-    any step whose gradients or settings a callback changes after they were unrolled.
+    are left as if only the weight step had run. `ValueError` in the first step of a fit, but under autocast, too where the weights' gradients are not
+    those of `loss_func` of the model on the batch, and in any step whose gradients or settings a callback changes after they were unrolled.
     """
 
     order, run_valid, _stateattrs = ScaleLRByLength.order + 1, False, ("stream", "valid_batches")
@@ -88,6 +75,8 @@ class ArchParamUpdate(FitOnly):
             return
         if self.valid_batches is None:
             raise ValueError("valid_batches: a copy of a Learner, or one from load_learner, comes without them; set them in its ArchParamUpdate")
+        if sum(isinstance(cb, ArchParamUpdate) for cb in self.learn.cbs) > 1:
+            raise ValueError("two ArchParamUpdate: one moves α, the other would move it again; the Learner of search_learner has one already")
         alphas = self._alphas()
         if not alphas:
             named = architecture_parameters(self.learn.model)
@@ -253,38 +242,8 @@ class ArchParamUpdate(FitOnly):
         self.valid_state = moved_on
         return result
 
-    def _passes(self):
-        """Weights and α by name, the training and the validation loss as functions of both, and the hidden states that the latter moves on."""
-        model = self.learn.model
-        alphas = architecture_parameters(model)
-        weights = {name: p for name, p in model.named_parameters() if p.requires_grad and name not in alphas}
-        regularizers = [cb for cb in self.learn.cbs if isinstance(cb, RNNRegularizer)]
-        triple = any(isinstance(cb, RNNCallback) for cb in self.learn.cbs)  # which takes it apart in the training pass
-        before = self.before or Before(model)
-
-        def run(at_weights, at_alphas, batch, carried, learning=True):
-            predicted, state = before.call(model, carried | dict(zip(weights, at_weights)) | dict(zip(alphas, at_alphas)), *batch[0])
-            decoded, raw, dropped = predicted if triple else (predicted, None, None)
-            now, self.learn.training = self.learn.training, learning  # else `MixUp` would mix the training batch's targets into another batch's loss
-            try:
-                return self.learn.loss_func(decoded, *batch[1]), raw, dropped, state
-            finally:
-                self.learn.training = now
-
-        def train_loss(at_weights, at_alphas, batch):
-            loss, raw, dropped, _ = run(at_weights, at_alphas, batch, {})
-            for regularizer in [] if self.reproduce_original else regularizers:
-                loss = loss + activation_regularisation(raw.transpose(0, 1), dropped.transpose(0, 1), regularizer.alpha, regularizer.beta)
-            return loss
-
-        def valid_loss(at_weights, at_alphas, batch):
-            with contextlib.nullcontext() if self.alpha_dropout else without_dropout(model):
-                loss, _, _, state = run(at_weights, at_alphas, batch, self.valid_state, learning=False)
-            moved_on.update({name: state[name] for name in self.valid_state})
-            return loss
-
-        moved_on: dict[str, Tensor] = {}
-        return weights, alphas, train_loss, valid_loss, moved_on
+    def _passes(self) -> Passes:
+        return passes(self.learn, self.before or Before(self.learn.model), self.valid_state, self.alpha_dropout, regularised=not self.reproduce_original)
 
     def state_dict(self) -> dict:
         """For resuming between epochs: Adam's moments and the number of epochs. α itself is the model's."""
