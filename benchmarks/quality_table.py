@@ -16,6 +16,10 @@ from nni_darts_rnn.files import write_csv
 from nni_darts_rnn.genotype import PRIMITIVES
 
 RESULTS = Path(__file__).parent / "results"
+RANDOM = ("one", "random")
+"""The arms whose cells nothing but chance, and a short training, has chosen."""
+AGAINST = ("random", "shared", "original", "one", "first-order, gumbel, α warm-up")
+"""The arms that others are compared with."""
 
 
 def save(rows: list[dict], stem: str) -> None:
@@ -98,7 +102,7 @@ def depth(recurrent: list) -> float:
 
 def traits(rows: list[dict]) -> dict:
     """What a cell's perplexity goes with: over all different cells, the rank correlation of the mean validation perplexity with the depth, and with how
-    many nodes have each op; with the p of no correlation."""
+    many nodes have each op; with the p of no correlation, were the cells independent, which those of one search are not."""
     cells = by_genotype(rows)
     valid = [mean(retrained, "valid") for retrained in cells.values()]
     recurrent = [json.loads(genotype)["recurrent"] for genotype in cells]
@@ -114,7 +118,7 @@ def traits(rows: list[dict]) -> dict:
 
 def summary(rows: list[dict]) -> dict:
     """By arm: seeds, mean and standard deviation of the cells' perplexities (a cell's is the mean of its retrainings), the best, how far the seeds'
-    cells agree, the test against `random` and `original` by seed; over all cells the rank correlation of short and long retraining."""
+    cells agree, the test against each of `AGAINST` by seed; over all cells the rank correlation of short and long retraining."""
     cells = by_cell(rows)
     means = {name: {seed: {k: mean(there, k) for k in ("short_valid", "valid", "test", "search_seconds")} for seed, there in seeds.items()}
              for name, seeds in cells.items()}
@@ -130,21 +134,25 @@ def summary(rows: list[dict]) -> dict:
                "best_genotype": cells[name][best][0]["genotype"], "search_seconds": float(np.mean([c["search_seconds"] for c in seeds.values()])),
                "supernet_valid": float(np.median(supernets)) if supernets else None, "agreement": agreement(genotypes),
                "ops": {op: count / sum(ops.values()) for op, count in sorted(ops.items())}, "depth": float(np.mean([depth(genotype) for genotype in genotypes]))}
-        for other in ("random", "shared", "original", "one"):
+        for other in AGAINST:
             both = sorted(seeds.keys() & means.get(other, {}).keys())
             if other != name and len(both) > 1:
-                differences = np.array([seeds[s]["valid"] - means[other][s]["valid"] for s in both])
-                arm[f"minus_{other}"], arm[f"p_{other}"] = differences.mean(), sign_flip(differences)
+                for suffix, what in (("", "valid"), ("_test", "test")):
+                    differences = np.array([seeds[s][what] - means[other][s][what] for s in both])
+                    arm[f"minus_{other}{suffix}"], arm[f"p_{other}{suffix}"] = differences.mean(), sign_flip(differences)
         found["arms"][name] = arm
     every = [cell for seeds in means.values() for cell in seeds.values()]
     n_nodes = len(json.loads(rows[0]["genotype"])["recurrent"])
     found["agreement_by_chance"] = float(np.mean([1 / ((len(PRIMITIVES) - 1) * node) for node in range(1, n_nodes + 1)]))
     found["short_long_rank_correlation"] = spearman(*(np.array([cell[k] for cell in every]) for k in ("short_valid", "valid")))
-    found["traits"] = traits(rows)
+    found["traits"], drawn_blindly = traits(rows), [row for row in rows if row["name"] in RANDOM]
+    if len(by_genotype(drawn_blindly)) > 3:
+        found["traits_of_random"] = traits(drawn_blindly)
     most = max(len(there) for seeds in cells.values() for there in seeds.values())
     again = np.array([[float(r["valid"]) for r in sorted(there, key=lambda r: int(r["retrain_seed"]))]
                       for seeds in cells.values() for there in seeds.values() if len(there) == most])  # (cells, retrainings)
     if most > 1:
+        found["cells_retrained_often"], found["most_retrainings"] = len(again), most
         found["sd_of_retrainings"] = float(np.sqrt(np.mean(np.var(again, axis=1, ddof=1))))
         # the same batches and first weights make all cells better or worse: without that, as in an analysis of variance in two ways
         left = again - again.mean(0) - again.mean(1, keepdims=True) + again.mean()

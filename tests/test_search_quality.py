@@ -131,6 +131,13 @@ def test_summary(tmp_path):
     assert arm["agreement"] == 1 and found["agreement_by_chance"] == 1 / 4
     assert found["short_long_rank_correlation"] == pytest.approx(1) and found["sd_of_retrainings"] == pytest.approx(0.5**0.5)
     assert found["sd_beside_retraining_seed"] == pytest.approx(0, abs=1e-6) and arm["supernet_valid"] is None
+    assert (found["cells_retrained_often"], found["most_retrainings"]) == (6, 2) and "traits_of_random" not in found
+    first_order = figures.summary([row | {"test": 2 * row["valid"], "name": row["name"].replace("random", "first-order, gumbel, α warm-up")} for row in rows])["arms"]["second-order"]
+    assert first_order["minus_first-order, gumbel, α warm-up"] == -2 and first_order["minus_first-order, gumbel, α warm-up_test"] == -4
+    ops = ["tanh", "relu", "sigmoid", "identity"]
+    blind = [row("one", s, 0, 50.0 + s) | {"genotype": json.dumps({"recurrent": [[ops[s], 0]]})} for s in range(4)]
+    found = figures.summary(blind + [row("second-order", 1, 0, 9.0) | {"genotype": json.dumps({"recurrent": [["relu", 0], ["relu", 0]]})}])
+    assert found["traits"]["cells"] == 5 and found["traits_of_random"] == figures.traits(blind)
     rows[0]["valid"] += 1.0  # one of 6 cells × 2: what is left is 1/4 in each way but for the means over 6
     left = figures.summary(rows)["sd_beside_retraining_seed"]
     assert left == pytest.approx((((1 - 1 / 6) ** 2 / 4 * 2 + 5 * (1 / 12) ** 2 * 2) / 5) ** 0.5)
