@@ -209,7 +209,7 @@ def lstm() -> str:
              f"{r['test_perplexity']:.2f}", f"{r['seconds']:.0f}" if "seconds" in r else "") for name, r in results.items()]
     return "\n".join([
         "## The example's cell beside nn.LSTM\n",
-        f"Penn Treebank, {found['recipe']['hidden_size']} units, {found['recipe']['epochs']} epochs, {found['threads']} thread, one seed. The cell: `{found['genotype']}`.\n",
+        f"Penn Treebank, {found['recipe']['hidden_size']} units, {found['recipe']['epochs']} epochs, {found['threads']} thread, one seed. The cell is of the example as it was then, two epochs of a mixture: `{found['genotype']}`.\n",
         table(("", "parameters", "validation", "test", "s"), rows), made(found)])
 
 
