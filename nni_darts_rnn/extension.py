@@ -192,7 +192,7 @@ def _compiler() -> list[str]:
 
 def _flags() -> list[str]:
     tuned = ["-march=native", "-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else ["-mcpu=native"]
-    return ["-O3", *tuned, "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC"]
+    return ["-O3", *tuned, "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-fPIC"]
 
 
 def _load() -> Library:

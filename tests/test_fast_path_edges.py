@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import platform
+import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +27,8 @@ from nni_darts_rnn.layer import DartsRNN
 from nni_darts_rnn.pipeline import take_fast_path
 from nni_darts_rnn.recipes import get_recipe
 
-from test_fused import each_engine, ends, engine, needs_extension, process, quick_compiler, switch, tensors  # isort: skip # noqa: F401 (fixtures)
+import test_fused  # isort: skip
+from test_fused import TOLERANCE, assert_close, both_mixed, each_engine, ends, engine, needs_extension, process, quick_compiler, switch, tensors  # isort: skip # noqa: F401 (fixtures)
 
 V = 40
 
@@ -368,3 +371,29 @@ def test_a_saved_tensor_of_another_dtype_is_refused():
         outputs = fused.discrete_cell(*inputs, Genotype((("tanh", 0), ("relu", 1))))
     with pytest.raises(RuntimeError, match="came back from its hook in another dtype|same dtype|expected m1 and m2"):
         outputs.sum().backward()
+
+
+@needs_extension
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have no such flags")
+@pytest.mark.parametrize("compiler, processor", [("g++", "x86-64"), ("clang++", "native"), ("clang++", "x86-64")])
+def test_other_compilers_and_processors_compute_the_same(compiler, processor, tmp_path, monkeypatch):
+    """Without AVX a tile is another one; clang calls OpenMP by other names than the library that torch brings has."""
+    if shutil.which(compiler) is None:
+        pytest.skip(f"{compiler} is not installed")
+    flags = [flag.replace("-march=native", f"-march={processor}") for flag in extension._flags()]
+    monkeypatch.setattr(extension, "_flags", lambda: flags)
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setattr(extension.State, "loaded", extension._compile(tmp_path, "cells-0"))
+    monkeypatch.setattr(extension.State, "on", True)
+    threads, cell3 = torch.get_num_threads(), Genotype((("tanh", 0), ("sigmoid", 1), ("relu", 1)))
+    try:
+        torch.set_num_threads(2)
+        for dtype in (torch.float64, torch.float32):
+            *inputs, mask = tensors(3, 19, 37, 3, dtype)
+            assert_close(*both_mixed(inputs, (True,) * 5, mask), TOLERANCE[dtype])
+            assert_close(*(test_fused.run(lambda x, h, W0, Ws, m, of=of: of(x, h, W0, Ws, cell3, m), inputs[:4], (True,) * 4, mask) for of in (fused.discrete_cell, cell.discrete_cell)),
+                         TOLERANCE[dtype])
+            *losses, targets = loss_inputs(dtype=dtype)
+            assert_close(*(test_fused.run(lambda d, w, b, _, of=of: of(d, w, b, targets), losses, (True,) * 3, None) for of in (linear_cross_entropy, readable)), TOLERANCE[dtype])
+    finally:
+        torch.set_num_threads(threads)

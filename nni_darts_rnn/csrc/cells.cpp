@@ -49,7 +49,7 @@ namespace {
 template <class T, class P> void run_forward(const Cell& d) {
   Team<T, P> team(d);
   together(team.threads(), [&](int64_t k) {
-    const typename P::Ready ready;
+    [[maybe_unused]] const typename P::Ready ready;
     Forward<T, P>(d, team, k).run();
   });
 }
@@ -59,7 +59,7 @@ template <class T, class P> void run_backward(const Cell& d) {
   const int64_t threads = team.threads(), pairs = d.nodes * (d.nodes + 1) / 2, width = (pairs * 5 + 15) / 8 * 8;  // no two threads in one cache line
   std::vector<double> sums(threads * width, 0.0);
   together(threads, [&](int64_t k) {
-    const typename P::Ready ready;
+    [[maybe_unused]] const typename P::Ready ready;
     const Backward<T, P> part(d, team, k, &sums[k * width]);
     part.run();
     team.meeting.wait();

@@ -174,7 +174,7 @@ template <class T, class P> int64_t cross_entropy(const LinearCrossEntropy& d) {
   Meeting meeting(threads);
   std::vector<T> q(cross_entropy_block());
   together(threads, [&](int64_t k) {
-    const typename P::Ready ready;
+    [[maybe_unused]] const typename P::Ready ready;
     Share<T, P>{d, meeting, q, threads, k}.run();
   });
   return -1;

@@ -38,8 +38,9 @@ template <class T> ALWAYS_INLINE Range<T> both_range() { return {Format<T>::both
 constexpr double inverse_factorial(int k) { return k < 2 ? 1.0 : inverse_factorial(k - 1) / k; }
 
 template <class T, int k> ALWAYS_INLINE T taylor(T r) {
-  if constexpr (k == Format<T>::degree) return T(inverse_factorial(k));
-  else return T(inverse_factorial(k)) + r * taylor<T, k + 1>(r);
+  constexpr T term = T(inverse_factorial(k));  // or clang computes it anew for every number
+  if constexpr (k == Format<T>::degree) return term;
+  else return term + r * taylor<T, k + 1>(r);
 }
 
 // x = n ln2 + r with |r| <= ln2/2 -> r, and 2^n in `scale`; branch-free so that loops over it vectorise. NaN stays NaN. x must be in range.

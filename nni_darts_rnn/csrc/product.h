@@ -18,8 +18,12 @@ constexpr int64_t NEAR = 1 << 18;  // bytes: a larger matrix is taken to have le
 template <class T> struct Tile {
 #if defined(__AVX512F__)
   static constexpr int bytes = 64, rows = 12;  // 24 of 32 registers hold the tile
-#else
+#elif defined(__AVX__)
   static constexpr int bytes = 32, rows = 6;   // 12 of 16
+#elif defined(__aarch64__)
+  static constexpr int bytes = 16, rows = 10;  // 20 of 32: GCC 12 takes ten more for the numbers of A
+#else
+  static constexpr int bytes = 16, rows = 6;   // 12 of 16
 #endif
   static constexpr int lanes = bytes / int(sizeof(T)), columns = 2 * lanes;
   typedef T Vector __attribute__((vector_size(bytes)));

@@ -7,8 +7,15 @@
 #include <thread>
 #include <vector>
 
-#include <omp.h>
 #include <sched.h>
+
+// Of the OpenMP library that torch has loaded: libgomp's names, which LLVM's and Intel's have too. What clang makes of `#pragma omp parallel` has other
+// names, which libgomp has not; Apple's and a clang without libomp make nothing of it.
+extern "C" {
+void GOMP_parallel(void (*)(void*), void*, unsigned threads, unsigned flags);
+int omp_get_thread_num();
+int omp_get_num_threads();
+}
 
 // All threads of a region wait here for the last one. Spins, as a node takes microseconds, but lets others run where there are more threads than cores.
 class Meeting {
@@ -38,11 +45,18 @@ class Meeting {
 // run f(k) on every thread k of a team that is there as a whole
 template <class F> void together(int64_t threads, const F& f) {
   if (threads == 1) return f(0);
-  bool complete = true;
-#pragma omp parallel num_threads(int(threads))
-  if (omp_get_num_threads() == threads) f(omp_get_thread_num());
-  else if (omp_get_thread_num() == 0) complete = false;  // OpenMP may give fewer than asked for
-  if (complete) return;
+  struct Region {
+    const F& f;
+    const int64_t threads;
+    bool complete;
+    static void run(void* region) {
+      Region& all = *static_cast<Region*>(region);
+      if (omp_get_num_threads() == all.threads) all.f(omp_get_thread_num());
+      else if (omp_get_thread_num() == 0) all.complete = false;  // OpenMP may give fewer than asked for
+    }
+  } region{f, threads, true};
+  GOMP_parallel(Region::run, &region, unsigned(threads), 0);
+  if (region.complete) return;
   std::vector<std::thread> team;
   for (int64_t k = 0; k < threads; k++) team.emplace_back(f, k);
   for (std::thread& thread : team) thread.join();
