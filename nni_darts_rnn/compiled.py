@@ -108,7 +108,7 @@ def by_units(batch: int, weights: int) -> bool:
 
 def room(parts: int, rows: int, columns: int) -> int:
     """Numbers for which a packed matrix needs room."""
-    return padded(columns) * (-(-parts * padded(rows) // 2) if parts else rows)
+    return padded(columns) * (parts * padded(rows) // 2 if parts else rows)
 
 
 def padded(columns: int) -> int:

@@ -63,7 +63,7 @@ class DeferredLogits:
 
 
 def _of_logits(name: str):
-    return lambda self, *others: getattr(self.logits, name)(*(other.logits if isinstance(other, DeferredLogits) else other for other in others))
+    return lambda self, *others: getattr(self.logits, name)(*others)  # of two answers the other comes to `__torch_function__`
 
 
 for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow", "neg", "abs", "matmul", "lt", "le", "gt", "ge"):  # Python asks the class for these

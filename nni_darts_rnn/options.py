@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
 def refusal(error: Exception) -> str:
     """What a command says of one of REFUSALS. A `RuntimeError` that tells of anything but memory is a fault of the program's own, and goes on."""
     if not isinstance(error, (MemoryError, RuntimeError)):
-        return str(error)
+        return " ".join(str(error).splitlines())  # a path may have a line break in it
     if isinstance(error, RuntimeError) and type(error).__name__ != "OutOfMemoryError" and not re.search("not enough memory|can't allocate memory", str(error)):
         raise error
     return f"out of memory ({one_line(error)[-120:] or type(error).__name__}); take fewer units, a smaller batch, or a shorter bptt"

@@ -25,8 +25,11 @@ def own_parameters() -> dict:
         return dict(drawn)
     if kept.exists():
         try:
-            nni.trial._params = json.loads(kept.read_text(encoding="utf-8"))  # with its number, so results reach the tuner as of this draw
-        except ValueError as error:
+            found = json.loads(kept.read_text(encoding="utf-8"))  # with its number, so results reach the tuner as of this draw
+            if not isinstance(found, dict) or not isinstance(found.get("parameters"), dict) or "parameter_id" not in found:
+                raise ValueError("expected an object with parameter_id and parameters")
+            nni.trial._params = found
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{kept}: damaged ({error}); the trial no longer knows what the tuner drew for it") from None
     else:
         write_json(kept, nni.trial._params)

@@ -22,6 +22,7 @@ WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 TIED = "decoder.weight"  # the same numbers as encoder.weight, stored once
 DROPOUTS = ("dropout", "dropout_i", "dropout_e")
 RNN_DROPOUTS = ("dropout_x", "dropout_h")
+DTYPES = {"torch.float64", "torch.float32", "torch.float16", "torch.bfloat16"}  # in which a cell can be computed
 
 
 def save_trained(folder: str | Path, model: LanguageModel, vocab_words, extra: dict | None = None) -> Path:
@@ -71,6 +72,8 @@ def load_trained(folder: str | Path) -> tuple[LanguageModel, list[str]]:
         N = genotype.n_nodes
         shapes = {"encoder.weight": (V, H), "decoder.bias": (V,), "rnn.W0": (2 * H, 2 * H), "rnn.Ws": (N, H, 2 * H)}
         found = {name: tuple(t.shape) for name, t in tensors.items()}
+        if kinds := {str(t.dtype) for t in tensors.values()} - DTYPES:
+            raise ValueError(f"expected weights of {', '.join(sorted(DTYPES))}, found {', '.join(sorted(kinds))}")
         if found != shapes:  # before a model of that size is made
             raise ValueError(f"expected weights of shapes {shapes}, found {found}")
         model = LanguageModel.from_genotype(V, H, genotype, **{name: described["dropouts"][name] for name in DROPOUTS + RNN_DROPOUTS})

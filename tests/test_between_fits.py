@@ -384,7 +384,7 @@ def even(learn):
 
 
 def test_a_summary_and_predictions_after_each_epoch(tmp_path, capsys):
-    for learn in (learner(tmp_path), learner(tmp_path, "search", relaxation="node")):
+    for learn in (learner(tmp_path), learner(tmp_path, "search", relaxation="node", epochs=2, warmup_epochs=1)):
         assert "Total params" in learn.summary()
     learn = learner(tmp_path)
     assert len(run(learn, cbs=FetchPredsCallback(dl=even(learn))).recorder.values) == 1

@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from fastai.callback.core import Callback, CancelEpochException, CancelTrainException
+from fastai.callback.core import Callback, CancelEpochException, CancelFitException, CancelTrainException
 from fastai.callback.mixup import MixUp
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.training import GradientAccumulation
@@ -15,6 +15,7 @@ from fastai.data.load import DataLoader
 from fastai.learner import Learner, ValueMetric
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD, OptimWrapper
+from fastai.text.data import TensorText
 
 from nni_darts_rnn import epoch_counts
 from nni_darts_rnn.bilevel import architecture_gradient
@@ -29,6 +30,7 @@ from nni_darts_rnn.callbacks import (
     ScaleLRByLength,
     weight_parameters,
 )
+from nni_darts_rnn.callbacks.valid_stream import ValidStream
 from nni_darts_rnn.corpus import EOS, UNK, Corpus, Vocabulary
 from nni_darts_rnn.epoch_counts import EpochCounts
 from nni_darts_rnn.genotype import Genotype
@@ -478,6 +480,34 @@ def test_reading_the_validation_text_draws_no_random_numbers(tmp_path, options):
     assert same(weights_of(found[0]), weights_of(found[1]))
 
 
+def test_batches_for_alpha_are_plain_tensors_again_and_again():
+    text = [(TensorText(torch.full((2, 3), float(k))), TensorText(torch.ones(2)), k) for k in range(2)]
+    stream = ValidStream(text, 0, [])
+    for k in (0, 1, 0):
+        inputs, targets = stream.next(1, "cpu")
+        assert len(inputs) == 1 and float(inputs[0][0, 0]) == k and targets[1] == k
+        assert type(inputs[0]) is type(targets[0]) is torch.Tensor
+
+
+def test_batches_for_alpha_that_come_to_an_end_are_refused():
+    one = (torch.ones(2, 3), torch.ones(2))
+    for batches, before in (([], 0), ((batch for batch in [one, one]), 2)):
+        stream = ValidStream(batches, 0, [])
+        for _ in range(before):
+            stream.next(1, "cpu")
+        with pytest.raises(ValueError, match="^valid_batches holds no batch, or none when it is read again"):
+            stream.next(1, "cpu")
+
+
+def test_batches_for_alpha_are_those_of_the_epoch(tmp_path):
+    for epoch in (0, 2):
+        alone, read = (language_dls(corpus(), SMALL.search, 3, "cpu", tmp_path).arch for _ in range(2))
+        alone.set_epoch(epoch)
+        wanted, stream = [x for x, _ in alone], ValidStream(read, epoch, [])
+        for expected in wanted + wanted:
+            assert torch.equal(stream.next(1, "cpu")[0][0], expected)
+
+
 @pytest.mark.parametrize("options, words", [
     ({"neumann_terms": -1}, "neumann_terms: -1 must be at least 0"), ({"neumann_terms": 2, "hvp": "first_order"}, "neumann_terms: 2 terms"),
     ({"reproduce_original": True, "hvp": "exact"}, "reproduce_original: the published code"), ({"unrolled_lr": -1}, "unrolled_lr: -1 must be at least 0"),
@@ -550,6 +580,17 @@ def test_warmup_epochs(tmp_path, caplog):
     assert [r.getMessage() for r in caplog.records] == ["search: α has not moved yet; it waits for warmup_epochs=1 epochs; 1 have been trained"]
     run(learn, 1)
     assert not torch.equal(learn.model.lm.rnn.alpha, start) and len(caplog.records) == 1
+
+
+def test_of_a_warm_up_that_there_is_not_nothing_is_said(tmp_path, caplog):
+    class Ends(Callback):
+        def before_batch(self):
+            raise CancelFitException
+
+    learn = search_learner(language_dls(corpus(), SMALL.search, 3, "cpu", tmp_path), SMALL.search, seed=3)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, cbs=Ends())
+    assert learn.arch_param_update.last is None and not caplog.records
 
 
 def test_a_search_stopped_and_resumed_is_the_whole_search(tmp_path):

@@ -29,7 +29,7 @@ from nni_darts_rnn.checkpoints.file import (
     restore_random_state,
     write_checkpoint,
 )
-from nni_darts_rnn.checkpoints.store import AnotherRun, Checkpoints
+from nni_darts_rnn.checkpoints.store import AnotherRun, Checkpoints, unfinished_search
 from nni_darts_rnn.files import remove_partial, sealed
 
 
@@ -281,3 +281,21 @@ def test_a_kill_leaves_nothing_that_the_next_run_does_not_remove(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
     remove_partial(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["of somebody else"]
+
+
+@pytest.mark.parametrize("state", [[], {}, 5, None, "text"], ids=str)
+def test_a_state_that_is_none(two, tmp_path, state):
+    """Whole by its checksums, and passed over all the same."""
+    store, old = two
+    path = next(path for path in files(tmp_path, 2) if path.suffix == ".json")
+    path.write_text(sealed(json.loads(path.read_text()) | {"state": state}))
+    assert same(store.load(), old | {"epoch": 0, "batch": 1})
+
+
+@pytest.mark.parametrize("identity", [{}, [], None, {"recipe": {"epochs": "many"}}], ids=str)
+def test_a_search_that_is_nobodys_is_not_waited_for(tmp_path, identity):
+    Checkpoints(tmp_path, "search", {"recipe": {"epochs": 3}}).save(0, 0, {"a": 1})
+    assert unfinished_search(tmp_path)
+    (path,) = tmp_path.glob("*.json")
+    path.write_text(sealed(json.loads(path.read_text()) | {"identity": identity}))
+    assert not unfinished_search(tmp_path)

@@ -220,6 +220,20 @@ def test_an_out_that_is_a_file_is_refused(place, capsys):
     assert out.read_text() == "mine"
 
 
+def test_a_page_takes_the_place_of_no_device_and_no_pipe(place, capsys):
+    pipe, page = place.parent / "pipe", "is a device or a pipe; give a file"
+    os.mkfifo(pipe)
+    (place.parent / "link").symlink_to(os.devnull)
+    for out in (pipe, place.parent / "link"):
+        refused(capsys, place, status(cli.main, "report", "abcd1234", "--out", out), page)
+    assert pipe.is_fifo() and (place.parent / "link").is_symlink()
+
+
+def test_a_path_with_a_line_break_is_refused_in_one_line(place, capsys):
+    for argv in (["plot", "a\nb"], ["evaluate", "a\nb", "--corpus", place.parent / "corpus"], ["retrain", "--genotype", "ENAS", "--corpus", "penn", "--corpus-folder", "a\nb"]):
+        refused(capsys, place, status(cli.main, *argv), "a b")
+
+
 def test_a_home_that_is_not_known_and_a_link_to_nothing(place, capsys):
     corpus, nobody = place.parent / "corpus", "~nobody-of-this-name/x"
     for argv in (["search", "--corpus", nobody], ["search", "--corpus", corpus, "--out", nobody], ["search", "--corpus", "penn", "--corpus-folder", nobody],

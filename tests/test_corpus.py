@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import struct
 import subprocess
 import sys
 import tarfile
@@ -557,6 +558,37 @@ def test_bad_archives(tmp_path, monkeypatch):
     monkeypatch.setattr(download, "_LARGEST", 10_000)
     path.write_bytes(packed({**GOOD, "wikitext/wiki.train.tokens": b"a " * 50_000}, "zip"))  # 100 kB in a few bytes
     assert "more than" in one_line(download.unpack, path, tmp_path)
+
+
+def test_archives_that_lie_about_themselves(tmp_path):
+    path = tmp_path / "archive"
+    cut = bytearray(packed({name: data * 20 for name, data in GOOD.items()}, "zip"))
+    at = cut.index(b"PK\1\2")
+    cut[at + 10:at + 12], cut[at + 20:at + 28] = bytes(2), struct.pack("<II", 10**5, 10**5)  # stored, and longer than the archive
+    cut[8:10] = bytes(2)
+    path.write_bytes(cut)
+    assert "no archive that can be read (EOFError)" in one_line(download.unpack, path, tmp_path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_BZIP2) as archive:
+        for name, data in GOOD.items():
+            archive.writestr(name, data)
+    flipped = bytearray(path.read_bytes())
+    flipped[flipped.index(b"wiki.train.tokens") + 17] ^= 0xFF
+    path.write_bytes(flipped)
+    assert "no archive that can be read (Invalid data stream)" in one_line(download.unpack, path, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_text_that_an_archive_has_twice(tmp_path):
+    with zipfile.ZipFile(tmp_path / "zip", "w") as archive:
+        for name in [*GOOD, *GOOD]:
+            archive.writestr(name, GOOD[name])
+    with tarfile.open(tmp_path / "tar", "w") as archive:
+        for name in [*GOOD, *GOOD]:
+            info = tarfile.TarInfo(name)
+            info.size = len(GOOD[name])
+            archive.addfile(info, io.BytesIO(GOOD[name]))
+    for kind in ("zip", "tar"):
+        assert "several files called" in one_line(download.unpack, tmp_path / kind, tmp_path)
 
 
 @pytest.fixture

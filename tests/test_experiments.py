@@ -184,6 +184,30 @@ def test_a_damaged_result_is_a_failed_trial(mixed, change):
     assert bad.status == "failed" and bad.note.startswith("result.json: ") and "\n" not in bad.note
 
 
+BIG = "1" + "0" * 400  # a whole number that no float holds
+
+
+def test_whole_numbers_that_no_float_holds(mixed, capsys):
+    folder = trial_folder(mixed, "bbbbb")
+    result, alpha = folder / "result.json", folder / "alpha.json"
+    whole = result.read_text()
+    result.write_text(whole.replace("70.0", BIG))
+    assert run("best", "abcd1234") == 0 and "best trial  aaaaa" in capsys.readouterr().out
+    result.write_text(whole.replace("163190", BIG))
+    assert run("best", "abcd1234") == 0 and "best trial  bbbbb" in capsys.readouterr().out
+    for text in (f'{{"primitives": ["tanh"], "alpha": [[[{BIG}]]]}}', f'{{"primitives": ["tanh"], "alpha": [[[1]]], "epochs": [{BIG}]}}',
+                 '{"primitives": ["\\ud800", "tanh"], "alpha": [[[0, 1]]]}'):
+        alpha.write_text(text)
+        assert run("plot", folder) == 0 and "not drawn: cell.gif, alpha.svg, alpha.png: " in capsys.readouterr().err
+        assert run("report", "abcd1234") == 0
+
+
+def test_a_columns_name_is_no_formula(tmp_path):
+    for name in ("$" + "{" * 3000 + "}" * 3000 + "$perplexity", r"$\frac{$ perplexity"):
+        (tmp_path / "retrain.csv").write_text(f"phase,epoch,{name}\nretrain,1,3\n")
+        assert figures.draw(tmp_path, ["curves.svg"])[1] == {}
+
+
 def test_unknown_experiments_are_refused_in_one_line(mixed, capsys):
     for command in (["best"], ["report"], ["retrain", "--from"]):
         assert run(*command, "abcd1235") == 2
@@ -199,6 +223,28 @@ def test_unknown_experiments_are_refused_in_one_line(mixed, capsys):
     assert run("best", mixed.parents[1] / "empty") == 2 and "not an NNI experiment's folder" in capsys.readouterr().err
     (mixed / "db" / "nni.sqlite").write_bytes(b"no database")
     assert run("best", "abcd1234") == 2 and "cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [
+    "update ExperimentProfile set params = '[1]'", "update ExperimentProfile set params = null", "update ExperimentProfile set params = '5'",
+    "update ExperimentProfile set params = replace(hex(zeroblob(50000)), '0', '[')", """update ExperimentProfile set params = '{"trialCommand": 5}'""",
+    "alter table ExperimentProfile drop column params", "update TrialJobEvent set trialJobId = null", "update TrialJobEvent set trialJobId = x'ff'",
+    "update TrialJobEvent set logPath = x'ff'"])
+def test_a_database_of_somebody_elses_is_refused_in_one_line(mixed, capsys, change):
+    with sqlite3.connect(mixed / "db" / "nni.sqlite") as database:
+        database.execute(change)
+    for command in ("best", "report"):
+        assert run(command, mixed) == 2
+        said = capsys.readouterr().err
+        assert "NNI's database cannot be read" in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("moment", ["9e300", "9e999", "99999999999999999", "-9e999"])
+def test_a_moment_that_no_calendar_has(mixed, moment):
+    (mixed.parent / ".experiment").unlink()
+    with sqlite3.connect(mixed / "db" / "nni.sqlite") as database:
+        database.execute(f"update ExperimentProfile set startTime = {moment}, endTime = {moment}")
+    assert run("report", mixed) == 0 and "<dt>Started</dt>" not in Path("report.html").read_text()
 
 
 def test_nothing_known_and_nothing_finished(home, capsys):
@@ -332,11 +378,45 @@ def test_what_ran_when_nnis_manager_was_killed_is_stopped(home):
         assert (found.status, found.trials[0].status) == expected
 
 
+def test_an_id_is_no_path(home, monkeypatch):
+    """An experiment's and a trial's are what a database says, which may be somebody else's."""
+    folder = write_experiment(home, {"aaaaa": ("SUCCEEDED", {"seed": 1})})
+    write_trial(trial_folder(folder, "aaaaa"), 80.0)
+    (folder.parent / ".experiment").unlink()
+    with sqlite3.connect(folder / "db" / "nni.sqlite") as database:
+        database.execute("update ExperimentProfile set id = 'x/../../../out'")
+        database.execute("update TrialJobEvent set trialJobId = '../../b', logPath = ?", (str(trial_folder(folder, "aaaaa")),))
+    shutil.move(trial_folder(folder, "aaaaa"), trial_folder(folder, "aaaaa").parents[1] / "moved")
+    with sqlite3.connect(folder / "db" / "nni.sqlite") as database:
+        database.execute("update TrialJobEvent set logPath = ?", (str(trial_folder(folder, "aaaaa").parents[1] / "moved"),))
+    made = []
+    monkeypatch.setattr("nni_darts_rnn.pipeline.retrain_phase", lambda *arguments: made.append(arguments[4]) or 1 / 0)
+    here = home / "deep" / "work"
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    with pytest.raises(ZeroDivisionError):
+        run("retrain", "--from", folder, "--recipe", "tiny")
+    assert [path.parent for path in made] == [Path("runs")] and made[0].resolve().parent == here / "runs"
+    assert all("../" not in command for command in load_experiment(folder).trials[0].commands())
+
+
 def test_variables_of_the_shell_in_a_trials_command(home, monkeypatch):
     monkeypatch.setenv("TEXTS", str(home / "texts"))
     write_experiment(home, {"aaaaa": ("RUNNING", {})}, "--corpus $TEXTS/one --corpus-folder ${TEXTS}")
     options = load_experiment("abcd1234").options
     assert (options.corpus, options.corpus_folder) == (str(home / "texts" / "one"), str(home / "texts"))
+
+
+def test_a_folder_from_elsewhere_reads_no_variable(home, monkeypatch):
+    """They may be secrets, and a command that it names may take them to a mirror."""
+    monkeypatch.setenv("SECRET", "hunter2")
+    folder = write_experiment(home, {"aaaaa": ("SUCCEEDED", {"seed": 1})}, "--corpus penn --corpus-mirror https://example.org/$SECRET")
+    write_trial(trial_folder(folder, "aaaaa"), 80.0)
+    elsewhere = home / "elsewhere" / "abcd1234"
+    shutil.copytree(folder, elsewhere)
+    assert load_experiment("abcd1234").options.corpus_mirror == "https://example.org/hunter2"
+    assert load_experiment(elsewhere).options.corpus_mirror == "https://example.org/$SECRET"
+    assert run("report", elsewhere) == 0 and "hunter2" not in (home / "report.html").read_text()
 
 
 def test_a_corpus_in_a_relative_folder_is_found_from_elsewhere(home):

@@ -267,6 +267,10 @@ def test_openmp_in_a_path_with_a_space(monkeypatch):
     maps = b"7f00-7f01 r-xp 00000000 fe:00 123   /opt/my env/torch/lib/libgomp.so.1\n7f02-7f03 rw-p 00000000 00:00 0 \n"
     monkeypatch.setattr(extension.Path, "read_bytes", lambda self: maps)
     assert extension._openmp() == ["/opt/my env/torch/lib/libgomp.so.1"]
+    maps = b"7f00-7f01 r-xp 00000000 fe:00 122   /lib/libgomp.so.1\n" + maps  # somebody else's too
+    assert extension._openmp() == ["/opt/my env/torch/lib/libgomp.so.1"]
+    maps = maps.replace(b"torch", b"other")
+    assert extension._openmp() == ["/lib/libgomp.so.1"]
 
 
 def test_a_cached_library_that_cannot_be_read_goes(tmp_path):

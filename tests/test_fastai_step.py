@@ -16,6 +16,7 @@ from test_callbacks import run
 from torch import nn
 
 from nni_darts_rnn.callbacks import ArchParamUpdate, weight_parameters
+from nni_darts_rnn.taken_step import UnrolledStep
 
 
 class Mixed(nn.Module):
@@ -211,3 +212,13 @@ def test_one_process():
 
     with pytest.raises(ValueError, match="ArchParamUpdate searches in one process"):
         run(mixed(model=Wrapped(Mixed())))
+
+
+def test_a_rate_that_is_a_tensor_may_not_change_in_place_either():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=torch.tensor(0.25))
+    step = UnrolledStep(optimizer)
+    step.check()
+    optimizer.param_groups[0]["lr"].mul_(2)
+    with pytest.raises(ValueError, match=r"^lr: 0\.5 in the weights' step, but 0\.25 when that was unrolled"):
+        step.check()
+    UnrolledStep(optimizer, 0.25).check()  # a rate of its own

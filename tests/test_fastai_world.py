@@ -9,12 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
-from fastai.learner import load_learner
+from fastai.callback.fp16 import MixedPrecision
+from fastai.learner import AvgSmoothLoss, load_learner
 from fastai.losses import CrossEntropyLossFlat, FocalLossFlat, LabelSmoothingCrossEntropyFlat
 from fastai.text.all import BaseTokenizer, SubwordTokenizer, TextDataLoaders, WordTokenizer, language_model_learner, set_seed, text_classifier_learner
 
 from nni_darts_rnn.callbacks import PrintGenotype
-from nni_darts_rnn.fastai_lm import DeferredLogits, SequenceLoss, TokenLoss, TokenPerplexity
+from nni_darts_rnn.fastai_lm import DeferredLogits, SequenceLoss, SmoothLoss, TokenLoss, TokenPerplexity
 from nni_darts_rnn.fastai_text import (
     AWD_DARTS,
     awd_darts_clas_config,
@@ -268,3 +269,27 @@ def test_tokens_that_the_loss_leaves_out_are_not_counted():
             given, wanted = decoded[rows], targets[rows]
             ours.accumulate(SimpleNamespace(loss_func=loss, yb=(wanted,), loss=loss(given, wanted), bs=len(wanted)))
         assert float(ours.value) == pytest.approx(float(whole(loss(decoded, targets))), rel=1e-6)
+
+
+def test_the_smoothed_loss_is_fastais():
+    ours, fastais = SmoothLoss(), AvgSmoothLoss()
+    for _ in range(2):  # as at the beginning of each training
+        for meter in (ours, fastais):
+            meter.reset()
+        for loss in (3.0, 5.0, 1.0):
+            for meter in (ours, fastais):
+                meter.accumulate(SimpleNamespace(loss=torch.tensor(loss)))
+            assert float(ours.value) == pytest.approx(float(fastais.value), rel=1e-6)
+
+
+def test_operators_of_fastais_mixed_precision_and_of_two_answers_find_logits():
+    torch.manual_seed(0)
+    one, other = (DeferredLogits(torch.rand(5, 3, 4), torch.rand(7, 4), torch.rand(7)) for _ in range(2))
+    precision = MixedPrecision()
+    precision.learn = SimpleNamespace(pred=one)
+    precision.after_pred()
+    assert precision.learn.pred is one and "logits" not in vars(one)  # not made: the loss takes its rows by parts
+    for operator in ("add", "sub", "mul", "truediv", "pow", "lt", "ge"):
+        function = getattr(torch.Tensor, f"__{operator}__")
+        assert torch.equal(getattr(one, f"__{operator}__")(other), function(one.logits, other.logits))
+        assert torch.equal(getattr(one, f"__{operator}__")(2.0), function(one.logits, 2.0))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from nni_darts_rnn import cell, compiled, cross_entropy, eager, extension, fused, supernet
 from nni_darts_rnn.genotype import DARTS_V1, DARTS_V2, ENAS, PRIMITIVES, Genotype
+from nni_darts_rnn.graph import discrete_graph
 from nni_darts_rnn.model import LanguageModel
 from nni_darts_rnn.supernet import MixedRNN
 
@@ -211,6 +212,15 @@ def test_what_threads_share(monkeypatch):
     assert not compiled.by_units(12, 2**22) and not compiled.by_units(1, 2**20)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert not compiled.by_units(1, 2**22)
+    monkeypatch.undo()
+    extension.State.on, threads, graph = True, torch.get_num_threads(), discrete_graph(Genotype((("tanh", 0), ("relu", 1))))
+    try:
+        torch.set_num_threads(2)
+        for dtype, least in ((torch.float32, 296), (torch.float64, 210)):  # three matrices of H x 2H numbers outgrow 2 MiB
+            runs = [compiled.run_forward(graph, *tensors(1, 3, H, 2, dtype)[:4], None, None, keep=False) for H in (least - 1, least)]
+            assert [run.by_units for run in runs] == [False, True]
+    finally:
+        torch.set_num_threads(threads)
 
 
 @needs_extension
@@ -357,6 +367,20 @@ def test_second_derivatives_go_through_the_readable_form():
     assert_close(mixed_derivative(fused.mixed_cell, inputs[2]), expected, 1e-10)
     with fused.reference():
         assert_close(mixed_derivative(fused.mixed_cell, inputs[2]), expected, 1e-10)
+
+
+def test_the_readable_form_runs_inside_only():
+    *inputs, p, mask = tensors(2, 4, 6, 2)
+
+    def form():
+        return fused.mixed_cell(*inputs, p.clone().requires_grad_(), mask).grad_fn.name()
+
+    outside = form()
+    with fused.reference():
+        with fused.reference():
+            assert form() != outside
+        assert form() != outside
+    assert form() == outside == "_CellFunctionBackward"
 
 
 def test_what_the_extension_does_not_cover_runs_all_the_same(monkeypatch):

@@ -10,13 +10,14 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
 from fastai.text.data import LMDataLoader
 
 from nni_darts_rnn import extension, fused
 from nni_darts_rnn.checkpoints.store import Checkpoints, Every
-from nni_darts_rnn.corpus import EOS, UNK, Corpus, Vocabulary
+from nni_darts_rnn.corpus import EOS, UNK, Corpus, LengthRule, Vocabulary
 from nni_darts_rnn.fastai_lm import StatefulLM
-from nni_darts_rnn.fastai_streams import StreamLoader
+from nni_darts_rnn.fastai_streams import StreamLoader, already_trained
 from nni_darts_rnn.genotype import Genotype
 from nni_darts_rnn.learner import language_dls, lm_learner, retrain, search_learner
 from nni_darts_rnn.model import LanguageModel, perplexity
@@ -120,6 +121,28 @@ def test_train_batches_are_views_whose_lengths_change_each_epoch(tmp_path):
     assert [x.shape[1] for x, _ in again.train] == lengths[2]
     assert [x.shape[1] for x, _ in dls.valid] == [x.shape[1] for x, _ in dls.valid] == [8, 8, 8, 1]
     assert isinstance(dls.valid.new(shuffle=False, drop_last=False), StreamLoader)
+
+
+def test_loaders_read_what_the_recipe_says(tmp_path):
+    recipe = TINY.retrain
+    dls = language_dls(corpus(), recipe, 5, "cpu", tmp_path)
+    assert dls.path == tmp_path and not hasattr(dls, "arch")
+    assert dls.train.dataset.rule == LengthRule(recipe.bptt, recipe.short_bptt_probability, recipe.bptt_std, recipe.min_bptt, recipe.bptt + recipe.max_bptt_above)
+    assert dls.train.dataset.seed == 5 and dls.valid.dataset.rule == LengthRule(recipe.bptt)
+    search = language_dls(corpus(), TINY.search, 5, "cpu", tmp_path)
+    assert search.train.dataset.rule == search.arch.dataset.rule == LengthRule(TINY.search.bptt, TINY.search.short_bptt_probability)
+    assert search.arch.dataset.seed != search.train.dataset.seed
+
+
+def test_a_loader_goes_on_in_the_middle_of_an_epoch(tmp_path):
+    whole, loader = (language_dls(corpus(), TINY.retrain, 0, "cpu", tmp_path).train for _ in range(2))
+    epochs = [[x for x, _ in whole] for _ in range(3)]
+    loader.go_on(1, 3)
+    assert len(loader) == len(epochs[1]) - 3 and already_trained(loader) == 3 and already_trained(DataLoader(range(4))) == 0
+    for expected in (epochs[1][3:], epochs[2]):
+        assert all(map(torch.equal, [x for x, _ in loader], expected))
+        assert already_trained(loader) == 0
+    assert len(loader) == len(loader.dataset)
 
 
 def test_validation_loss_and_perplexity_are_those_of_a_slow_reading(tmp_path):

@@ -294,9 +294,10 @@ def test_a_trial_that_is_started_again_has_its_own_parameters(channel, tmp_path,
     assert channel.sent == [("FINAL", 7, 0, 5.0)]
     monkeypatch.setenv("NNI_OUTPUT_DIR", str(tmp_path / "another"))
     assert own_parameters() == {"seed": 2}
-    (tmp_path / "another" / "parameters.json").write_text("{")
-    with pytest.raises(ValueError, match=r"parameters.json: damaged \(.*\); the trial no longer knows what the tuner drew for it"):
-        own_parameters()
+    for damaged in ("{", "[]", "{}", "5", '{"parameters": [1], "parameter_id": 0}', '{"parameters": {}}', "[" * 100_000):
+        (tmp_path / "another" / "parameters.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"parameters.json: damaged \(.*\); the trial no longer knows what the tuner drew for it"):
+            own_parameters()
 
 
 def test_hyperband_takes_its_own_names_of_trials(monkeypatch):

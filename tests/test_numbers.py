@@ -121,6 +121,17 @@ def test_the_smaller_rate_is_the_one_that_is_used(tmp_path, monkeypatch):
     assert state["rollbacks"] == 2
 
 
+def test_a_search_that_goes_on_knows_how_often_it_went_back_and_how_long_it_took(tmp_path, monkeypatch):
+    poison(monkeypatch, "search loss", [9, 10])
+    do_search(tmp_path)
+    store = Checkpoints(tmp_path / "checkpoint", "search", {}, Every())
+    state = store.load()
+    assert state["rollbacks"] == 2 and 0 < state["seconds"] < 60
+    store.save(state["epoch"], 0, state | {"seconds": 100.0})
+    do_search(tmp_path, epochs=3)
+    assert store.load()["rollbacks"] == 2 and 100 < store.load()["seconds"] < 160
+
+
 @pytest.mark.parametrize("where, run, name", [("search loss", do_search, "search"), ("retrain loss", do_retrain, "retrain")])
 def test_a_bounded_number_of_times(tmp_path, monkeypatch, caplog, where, run, name):
     poison(monkeypatch, where, list(range(1, 1000)))

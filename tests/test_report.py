@@ -16,7 +16,7 @@ from test_experiments import home, run, trial_folder, write_experiment, write_mi
 from nni_darts_rnn.files import write_csv, write_text
 from nni_darts_rnn.options import Parser, add_run_options
 from nni_darts_rnn.report.experiments import load_experiment
-from nni_darts_rnn.report.page import render, write_trial_report
+from nni_darts_rnn.report.page import render, write_report, write_trial_report
 from nni_darts_rnn.report.pictures import inline_svg
 from nni_darts_rnn.report.trial_section import folded
 
@@ -129,6 +129,15 @@ def test_whatever_files_say_is_escaped(home):  # noqa: F811
     assert len(bad) == 2
 
 
+def test_half_a_character_costs_no_page(home):  # noqa: F811
+    folder = write_experiment(home, {"aaaaa": ("SUCCEEDED", {"seed": 1, "\ud800": "\udfff"})})
+    write_trial(trial_folder(folder, "aaaaa"), 80.0)
+    result = trial_folder(folder, "aaaaa") / "result.json"
+    result.write_text(result.read_text().replace("2.14.1", "\\ud801"))
+    source = write_report(load_experiment("abcd1234"), home / "report.html").read_text(encoding="utf-8")
+    assert r"\ud800" in source and r"\udfff" in source and r"torch \ud801" in source
+
+
 def test_missing_and_damaged_sources_are_said(home):  # noqa: F811
     folder = write_experiment(home, {"aaaaa": ("SUCCEEDED", {"seed": 1}), "bbbbb": ("SUCCEEDED", {"seed": 2})})
     for trial in ("aaaaa", "bbbbb"):
@@ -177,6 +186,9 @@ def test_folded_commands_are_the_same_commands():
     lines = folded(command)
     assert len(lines.splitlines()) > 1 and max(map(len, lines.splitlines())) < 110
     assert shlex.split(lines.replace("\\\n", "")) == shlex.split(command)
+    assert all(line.startswith("    --set ") for line in lines.splitlines()[1:])
+    words = "w " * 100
+    assert folded(words) == words.strip() and folded(f"{words} --last") == f"{words}\\\n    --last"
 
 
 def test_ids_of_inline_pictures_do_not_meet():
@@ -206,3 +218,25 @@ def test_in_a_browser(browser, written, width, scheme):
     page, ink = browser.execute_script("const s = getComputedStyle(document.body); return [s.backgroundColor, s.color]")
     bright = [sum(map(int, re.findall(r"\d+", colour)[:3])) / 3 for colour in (page, ink)]
     assert (bright[0] > 200 and bright[1] < 60) if scheme == "light" else (bright[0] < 60 and bright[1] > 200)
+
+
+def sections(source: str) -> list[str]:
+    return source.split('<section class="trial"')[1:]
+
+
+def test_a_section_is_of_its_trial_and_the_first_lies_open(source):
+    first, second = sections(source)
+    assert [s.count("<details open>") for s in (first, second)] == [2, 0] and [s.count("<details>") for s in (first, second)] == [1, 3]
+    assert ["Cell of trial" in s for s in (first, second)] == [False, True]  # the best one's is at the top of the page
+    changed = [re.findall(r'<tr class=changed><th scope="row"><code>(\w+)<', s) for s in (first, second)]
+    assert changed == [["arch_lr", "clip"], []]
+    assert "<dt>Seed</dt><dd>2</dd>" in first and "<dt>Parameters</dt><dd>163,190</dd>" in first and "<dt>Seed</dt><dd>1</dd>" in second
+
+
+def test_what_a_result_does_not_say_is_a_dash(home):  # noqa: F811
+    path = write_trial(trial_folder(write_experiment(home, {"aaaaa": ("SUCCEEDED", {"seed": 1})}), "aaaaa"), 80.0) / "result.json"
+    said = json.loads(path.read_text())
+    path.write_text(json.dumps(said | dict.fromkeys(("test_perplexity", "parameters", "search_seconds", "recipe"))))
+    section, = sections(render(load_experiment("abcd1234")))
+    for name, value in (("Validation", "80.00"), ("Test", "–"), ("Seed", "1"), ("Search", "–"), ("Retraining", "30 s"), ("Parameters", "–")):
+        assert f"<dt>{name}</dt><dd>{value}</dd>" in section, name

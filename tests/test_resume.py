@@ -291,6 +291,18 @@ def test_whose_checkpoint_it_is(tmp_path):
         Checkpoints(tmp_path, "search", run_identity(other_text, RECIPE.search, 3)).load()
 
 
+def test_a_text_is_told_from_another_all_over_it():
+    for length, places in ((65535, (0, 65534)), (200_000, (0, 63 * 3125, 63 * 3125 + 1023))):
+        text = replace(corpus(), train=torch.arange(length) % 7)
+        mine = run_identity(text, RECIPE.search, 3)
+        assert run_identity(replace(text, train=text.train.clone()), RECIPE.search, 3) == mine
+        for place in places:
+            other = text.train.clone()
+            other[place] += 1
+            assert run_identity(replace(text, train=other), RECIPE.search, 3)["corpus"]["sha256"] != mine["corpus"]["sha256"]
+    assert Keeping().every == Every(seconds=300)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_begin_anew_or_must_go_on(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "_draw", lambda *args: None)

@@ -232,6 +232,22 @@ def test_a_resumed_experiment_goes_on_where_it_was(tmp_path, monkeypatch, stoppe
         assert resumed[1]["parameter_id"].rpartition("_")[0] == undisturbed[1]["parameter_id"].rpartition("_")[0]  # bracket and rung
 
 
+def test_an_experiment_is_resumed_again_and_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("NNI_CHECKPOINT_DIRECTORY", str(tmp_path))
+    advisor, sent = make_advisor(Hyperband, monkeypatch, 1)
+    advisor.process_command(CommandType.RequestTrialJobs, 1)
+    running = sent[0][1]
+    for value in (5.0, 4.0, 3.0):
+        advisor, sent = make_advisor(Hyperband, monkeypatch, 1, resume=True)
+        advisor.process_command(CommandType.AddCustomizedTrialJob, [running])
+        advisor.process_command(CommandType.ReportMetricData, metric(running["parameter_id"], value))
+        advisor.process_command(CommandType.TrialEnd, end(running["parameter_id"]))
+        advisor.process_command(CommandType.RequestTrialJobs, 1)
+        running = sent[-1][1]
+    bracket = json.loads((tmp_path / "hyperband.json").read_text())["brackets"]["0-2"]
+    assert bracket["num_finished_configs"] == [3] and len(bracket["configs_perf"][0]) == 3
+
+
 def test_an_experiment_without_its_state_is_not_gone_on_with(tmp_path, monkeypatch):
     monkeypatch.setenv("NNI_CHECKPOINT_DIRECTORY", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="there is no hyperband.json in .* to go on from; create the experiment again, with `--rungs`"):

@@ -3,6 +3,7 @@ import json
 import pickle
 
 import pytest
+import safetensors.torch
 import torch
 
 from nni_darts_rnn import trained
@@ -102,6 +103,16 @@ def test_changed_descriptions(tmp_path, key, value, match):
     del described[key]
     path.write_text(sealed(described))
     refused(tmp_path, "")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
+def test_numbers_in_which_no_cell_can_be_computed(tmp_path, dtype):
+    save_trained(tmp_path, model(), WORDS)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(safetensors.torch.save({name: t.to(dtype) for name, t in safetensors.torch.load(weights.read_bytes()).items()}))
+    described = json.loads((tmp_path / "model.json").read_text())
+    (tmp_path / "model.json").write_text(sealed(described | {"sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}))
+    refused(tmp_path, str(dtype))
 
 
 def test_files_of_two_saves_are_not_mixed(tmp_path):

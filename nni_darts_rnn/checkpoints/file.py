@@ -63,7 +63,10 @@ def read_state(path: Path, about: dict) -> dict:
     try:
         if digest(file) != about["sha256"]:
             raise ValueError("its SHA-256 is not the one in its JSON file, so it is damaged or of another checkpoint")
-        return rebuild(about["state"], safetensors.torch.load_file(file))
+        state = rebuild(about["state"], safetensors.torch.load_file(file))
+        if not isinstance(state, dict) or not state:
+            raise ValueError("its JSON file holds no state")
+        return state
     except OSError as error:
         raise ValueError(f"{file}: cannot be read ({error.strerror or error})") from None
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError, safetensors.SafetensorError) as error:
@@ -81,7 +84,7 @@ def flatten(state: Any) -> tuple[Any, dict[str, Tensor]]:
     def flat(value, where: str):
         if isinstance(value, Tensor):
             value = value.detach()
-            key = (value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() else (where,)
+            key = (value.data_ptr(), value.shape, value.stride(), value.dtype)
             if key not in names:
                 names[key] = where
                 tensors[where] = value.cpu().contiguous()
@@ -137,5 +140,5 @@ def restore_random_state(state: dict) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+    if len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -197,7 +197,7 @@ def unfinished_search(kept: Path) -> bool:
     newest = search._positions()[-1]
     try:
         return newest[0] < read_about(search._path(newest))["identity"]["recipe"]["epochs"]
-    except ValueError:  # damaged: nothing to wait for
+    except (KeyError, TypeError, ValueError):  # damaged: nothing to wait for
         return False
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 
 from ..options import checked_recipe, checked_seed, corpus_words, keeping, open_corpus, prepare_torch, set_words, settings, without_search
@@ -176,7 +177,7 @@ def _choose_cell(arguments) -> str | None:
     if arguments.experiment is not None:
         experiment = load_experiment(arguments.experiment)
         trial = experiment.best()
-        arguments.genotype, name = trial.result.genotype, f"{experiment.id}-{trial.id}"
+        arguments.genotype, name = trial.result.genotype, re.sub(r"[^\w.-]", "-", f"{experiment.id}-{trial.id}")  # ids of a database, which may hold anything
         how = ""
         if arguments.recipe is None:
             if trial.recipe is None:

@@ -57,6 +57,10 @@ def read_alpha(folder: Path) -> dict:
     primitives = data.get("primitives")
     if not isinstance(primitives, list) or not all(isinstance(name, str) for name in primitives) or "alpha" not in data:
         raise ValueError("alpha.json: expected the keys primitives and alpha")
+    try:
+        "".join(primitives).encode()
+    except UnicodeEncodeError:
+        raise ValueError("alpha.json: primitives: half a character is no name") from None
     epochs = data.get("epochs")
     if epochs is not None and not (isinstance(epochs, list) and all(isinstance(epoch, int) for epoch in epochs)):
         raise ValueError("alpha.json: epochs: expected a list of whole numbers")

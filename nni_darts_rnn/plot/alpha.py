@@ -10,6 +10,8 @@ from ..checks import one_of
 from ..genotype import PRIMITIVES, RELAXATIONS, derive, number_of_nodes
 from .canvas import GREY, mix, new_figure, op_colours, save, style, targets
 
+MOST = 10**9  # an epoch's number; among far larger ones floats do not tell one from the next
+
 
 def probabilities(history, primitives, relaxation: str = "edge") -> np.ndarray:
     """`history` as probabilities (epochs, E, K): as it is if it holds distributions already, otherwise their softmax, as `MixedRNN.relaxed` takes it: over
@@ -17,7 +19,7 @@ def probabilities(history, primitives, relaxation: str = "edge") -> np.ndarray:
     one_of("relaxation", relaxation, RELAXATIONS)
     try:
         a = np.asarray(history, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError("history: expected an array of numbers (epochs, E, K), each epoch of the same shape") from None
     if a.ndim != 3 or not a.size or a.shape[2] != len(primitives):
         raise ValueError(f"history has shape {a.shape}; expected (epochs, E, {len(primitives)}) for {', '.join(primitives)}")
@@ -38,6 +40,8 @@ def epoch_numbers(epochs, count: int) -> list[int]:
     numbers = list(range(1, count + 1)) if epochs is None else list(epochs)
     if len(numbers) != count or numbers != list(range(numbers[0], numbers[0] + count)):
         raise ValueError(f"epochs: {numbers} are not the numbers of {count} epochs in a row")
+    if not -MOST <= numbers[0] <= MOST:
+        raise ValueError(f"epochs: they have to lie between {-MOST} and {MOST}")
     return numbers
 
 

@@ -44,7 +44,7 @@ def plot_curves(rows, path) -> Path:
                 axes.plot(x[best], y[best], "o", color=colour, markersize=6, markeredgecolor="white", markeredgewidth=1, zorder=4)
             axes.set_yscale("log")
             axes.set_ylim(low / pad, high * pad)
-            axes.yaxis.set_major_locator(FixedLocator(_log_ticks(low, high)))
+            axes.yaxis.set_major_locator(FixedLocator(_log_ticks(low / pad, high * pad)))
             axes.yaxis.set_minor_locator(NullLocator())
             axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
             axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1, steps=(1, 2, 5, 10)))
@@ -61,16 +61,18 @@ def plot_curves(rows, path) -> Path:
             where = dict(loc="upper left", bbox_to_anchor=(-0.02, -0.16), borderaxespad=0) if below else dict(loc="upper right")
             legend = axes.legend(fontsize=9, framealpha=0.85, edgecolor="none", **where)
             legend.set_zorder(6)
+            for text in legend.get_texts():
+                text.set_parse_math(False)  # a column's name is no formula
         return save(figure, paths)
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers between `low` and `high`, evenly spread on a logarithmic scale: 1-2-5 steps, finer where these are too few."""
+    """Round numbers between `low` and `high`, the ends of the axis, evenly spread on a logarithmic scale: 1-2-5 steps, finer where these are too few."""
     for steps in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7), tuple(k / 10 for k in range(10, 100)), tuple(k / 100 for k in range(100, 1000))):
-        decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         ticks = [float(f"{s * 10.0 ** d:.6g}") for d in decades for s in steps]
-        ticks = [t for t in ticks if low / 1.02 <= t <= high * 1.02]
-        if len(ticks) >= 4:
+        ticks = [t for t in ticks if low <= t <= high]
+        if len(ticks) >= 3:
             spread = []
             for tick in ticks:  # equal steps crowd on a logarithmic scale: none closer to the last than a tenth of the axis
                 if not spread or math.log(tick / spread[-1]) >= math.log(high / low) / 10:

@@ -21,6 +21,7 @@ from .trial_folder import Trial, read_trial
 
 CELLS = "nni_darts_rnn.cell_trial"
 LATEST = 8  # experiments that a message names
+TEXTS = ("experimentName", "trialCommand", "trialCodeDirectory")  # of an experiment's profile
 OVER = ("STOPPED", "DONE", "ERROR")
 CORPUS_NAMES = ("pydoc", "penn", "wikitext-2", "wikitext-103")  # as `corpus.NAMES`, which would import torch
 
@@ -79,7 +80,7 @@ def load_experiment(name: str | Path) -> Experiment:
         folder = Path(entry.get("logDir") or Path.home() / "nni-experiments") / str(name)
         if not folder.is_dir():
             raise ValueError(f"experiment {name}: its folder {folder} is gone")
-        return read_experiment(folder, entry)
+        return read_experiment(folder, entry, own=True)
     if os.path.isdir(name):
         folder = Path(name).resolve()
         return read_experiment(folder, known.get(folder.name, {}))
@@ -88,8 +89,9 @@ def load_experiment(name: str | Path) -> Experiment:
     raise ValueError(f"experiment {str(name)!r} is neither an id nor a folder; {ids}" + did_you_mean(name, known))
 
 
-def read_experiment(folder: Path, entry: dict | None = None) -> Experiment:
-    """What an experiment's folder holds; `entry` is NNI's in its list of experiments. `ValueError` where it is no such folder."""
+def read_experiment(folder: Path, entry: dict | None = None, own: bool = False) -> Experiment:
+    """What an experiment's folder holds; `entry` is NNI's in its list of experiments, and the experiment one's own where it stands in it by that id: a folder
+    of somebody else's has no say in which variables of the environment are read. `ValueError` where it is no such folder."""
     entry = entry or {}
     jobs, profile = _database(folder / "db" / "nni.sqlite")
     folders = {path.name: path for path in sorted(folder.glob("environments/*/trials/*")) if path.is_dir()}
@@ -97,7 +99,7 @@ def read_experiment(folder: Path, entry: dict | None = None) -> Experiment:
         raise ValueError(f"{folder}: not an NNI experiment's folder (no database and no environments/*/trials in it)")
     params = profile.get("params") or {}
     status = _status(entry)
-    options = _trial_options(params.get("trialCommand"), params.get("trialCodeDirectory"))
+    options = _trial_options(params.get("trialCommand"), params.get("trialCodeDirectory"), own)
     trials = []
     for trial_id in dict.fromkeys([*jobs, *folders]):
         job = jobs.get(trial_id, {})
@@ -118,7 +120,9 @@ def _status(entry: dict) -> str:
 
 
 def _seconds(milliseconds) -> float | None:
-    return milliseconds / 1000 if isinstance(milliseconds, (int, float)) and not isinstance(milliseconds, bool) else None
+    """None also for what lies after the year 9999."""
+    possible = isinstance(milliseconds, (int, float)) and not isinstance(milliseconds, bool) and 0 <= milliseconds < 253_402_300_800_000
+    return milliseconds / 1000 if possible else None
 
 
 def _database(path: Path) -> tuple[dict, dict]:
@@ -132,13 +136,17 @@ def _database(path: Path) -> tuple[dict, dict]:
         with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=5)) as database:
             database.row_factory = sqlite3.Row
             for row in database.execute("select trialJobId, event, data, logPath from TrialJobEvent order by rowid"):
+                if not all(isinstance(row[key], (str, type(None))) for key in row.keys()) or row["trialJobId"] is None:
+                    raise ValueError("a trial of what is no text")
                 job = jobs.setdefault(row["trialJobId"], {})
                 job |= {key: row[key] for key in ("event", "data", "logPath") if row[key] is not None}
             row = database.execute("select * from ExperimentProfile order by revision desc limit 1").fetchone()
             if row is not None:
                 profile = dict(row)
                 profile["params"] = json.loads(profile["params"])
-    except (sqlite3.Error, ValueError) as error:
+                if not isinstance(profile["params"], dict) or not all(isinstance(profile["params"].get(key, ""), (str, type(None))) for key in TEXTS):
+                    raise ValueError("its profile is no experiment's")
+    except (sqlite3.Error, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: NNI's database cannot be read ({one_line(error)})") from None
     return jobs, profile
 
@@ -148,7 +156,7 @@ class _Quiet(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def _trial_options(command: str | None, code_folder: str | None):
+def _trial_options(command: str | None, code_folder: str | None, own: bool):
     """The options of a trial command of ours, `drawn` among them: whether its trials train a cell that the tuner draws; defaults where it is another command."""
     parser = _Quiet(add_help=False)
     add_run_options(parser)
@@ -158,7 +166,7 @@ def _trial_options(command: str | None, code_folder: str | None):
         options = parser.parse_known_args(words[ours[0] + 1:] if ours else [])[0]
         options.drawn = bool(ours) and words[ours[0]] == CELLS
         for name in ("corpus", "corpus_folder", "corpus_mirror"):  # NNI's shell has put these in place
-            if isinstance(getattr(options, name), str):
+            if own and isinstance(getattr(options, name), str):
                 setattr(options, name, os.path.expandvars(getattr(options, name)))
     except ValueError:
         options = parser.parse_args([])

@@ -84,7 +84,7 @@ def _ranking(ranking: list[Trial]) -> str:
     for place, trial in enumerate(ranking, start=1):
         r = trial.result
         cells = [f'<td class="n">{place}</td>', f'<th scope="row"><a href="#{anchor(trial)}">{esc(trial.id)}</a></th>',
-                 f'<td class="n">{esc("–" if trial.seed is None else trial.seed)}</td>',
+                 f'<td class="n">{esc(trial.seed)}</td>',
                  *(f'<td class="n wide">{esc(short(trial.parameters.get(key, "–")))}</td>' for key in opened),
                  f'<td class="n">{perplexity(r.valid_perplexity)}</td>', f'<td class="n">{perplexity(r.test_perplexity)}</td>',
                  f'<td class="n wide">{perplexity(r.supernet_valid_perplexity)}</td>', f'<td class="n wide">{span(r.search_seconds)}</td>',

@@ -8,9 +8,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import os
+import re
 import shlex
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from ..recipes import Recipe, get_recipe
 from ..rungs import BUDGET, recipe_fields
 
 RESULT = "result.json"
+MOST = sys.float_info.max
 _ENDED = {"SUCCEEDED": "failed", "FAILED": "failed", "USER_CANCELED": "stopped", "SYS_CANCELED": "stopped", "EARLY_STOPPED": "stopped"}
 
 
@@ -63,7 +65,7 @@ class Trial:
         """The `nni-darts-rnn` commands that do this trial again, with results in `out`; empty where its settings are not known."""
         if self.recipe is None or self.seed is None:
             return []
-        out = out or f"runs/{self.id}"
+        out = out or "runs/" + (re.sub(r"[^\w.-]|^\.+$", "-", self.id))
         shared = ["--recipe", self.recipe.name, "--seed", str(self.seed)]
         if self.options.threads:
             shared += ["--threads", str(self.options.threads)]  # sums of another number of threads differ in the last digits
@@ -146,7 +148,7 @@ def read_result(path: Path) -> tuple[Result, int, Recipe | None]:
 
 def _number(value) -> float | None:
     """A finite number, or None."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= MOST:  # also of whole numbers that no float holds
         return None
     return value
 

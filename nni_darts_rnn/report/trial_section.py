@@ -14,7 +14,7 @@ from .words import anchor, esc, facts, perplexity, span
 def trial_section(trial: Trial, place: int) -> str:
     r, key = trial.result, anchor(trial)
     known = [("Validation", perplexity(r.valid_perplexity)), ("Test", perplexity(r.test_perplexity)),
-             ("Seed", esc("–" if trial.seed is None else trial.seed)), ("Search", span(r.search_seconds)), ("Retraining", span(r.retrain_seconds)),
+             ("Seed", esc(trial.seed)), ("Search", span(r.search_seconds)), ("Retraining", span(r.retrain_seconds)),
              ("Parameters", "–" if r.parameters is None else f"{r.parameters:,}")]
     cell = "" if place == 1 else cell_picture(trial, key)  # the first one's is at the top of the page
     return f'''<section class="trial" id="{key}" aria-labelledby="{key}-h">

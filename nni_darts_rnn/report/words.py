@@ -11,7 +11,7 @@ from .trial_folder import Trial
 
 
 def esc(text) -> str:
-    return html.escape(str(text))
+    return html.escape(str(text)).encode("utf-8", "backslashreplace").decode()  # JSON may hold half a character, which no file can
 
 
 def facts(pairs) -> str:

@@ -236,26 +236,28 @@ def unpack(archive: Path, folder: Path) -> None:
     try:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as opened:
-                _pick(archive, folder, {i.filename: not i.is_dir() for i in opened.infolist()}, opened.open)
+                _pick(archive, folder, [(i.filename, not i.is_dir()) for i in opened.infolist()], opened.open)
         else:
             with tarfile.open(archive) as opened:
-                members = {m.name: m for m in opened}
-                links = [m.name for m in members.values() if not (m.isfile() or m.isdir())]
+                members = list(opened)
+                links = [m.name for m in members if not (m.isfile() or m.isdir())]
                 if links:
                     raise ValueError(f"{archive.name}: {links[0]!r} is a link or device; refused")
-                _pick(archive, folder, {name: m.isfile() for name, m in members.items()}, opened.extractfile)
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, RuntimeError, NotImplementedError) as error:
-        raise ValueError(f"{archive.name}: no archive that can be read ({str(error).splitlines()[0]})") from None
+                _pick(archive, folder, [(m.name, m.isfile()) for m in members], opened.extractfile)
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, RuntimeError, NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the disk: bz2's, of its data, has none
+            raise
+        raise ValueError(f"{archive.name}: no archive that can be read ({(str(error) or type(error).__name__).splitlines()[0]})") from None
 
 
-def _pick(archive: Path, folder: Path, members: dict[str, bool], opener) -> None:
-    """`members`: name -> whether it is a file."""
-    for name in members:
+def _pick(archive: Path, folder: Path, members: list[tuple[str, bool]], opener) -> None:
+    """`members`: names, and whether they are files."""
+    for name, _ in members:
         path = PurePosixPath(name.replace("\\", "/"))
         if path.is_absolute() or ".." in path.parts or re.match("[A-Za-z]:", name):
             raise ValueError(f"{archive.name}: it names {name!r}, a path outside the archive; refused")
     for split in SPLITS:
-        found = [name for name, is_file in members.items() if is_file and PurePosixPath(name).name in names(split)]
+        found = [name for name, is_file in members if is_file and PurePosixPath(name).name in names(split)]
         if len(found) != 1:
             raise ValueError(f"{archive.name}: {'several files' if found else 'no file'} called {' or '.join(names(split))}")
         with opener(found[0]) as source, open(folder / f"{split}.txt", "wb") as target:
