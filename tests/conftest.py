@@ -26,7 +26,7 @@ def pytest_addoption(parser):
 
 LONG = ("test_remote.py", "test_tuners.py", "test_nni_faults.py", "test_multi_trial.py", "test_memory.py", "test_many.py", "test_browser.py",
         "test_the_wheel_runs_the_main_job", "test_the_example_by_nnictl", "test_through_the_command_line", "test_nas_layers.py",
-        "test_two_trials_of_a_seed_at_once", "test_all_words_keeps")
+        "test_two_trials_of_a_seed_at_once", "test_all_words_keeps", "test_other_compilers")
 """Files and tests that `pytest` leaves out and `pytest --long` runs."""
 
 

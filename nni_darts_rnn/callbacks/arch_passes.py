@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from fastai.callback.rnn import RNNCallback, RNNRegularizer
 from torch import Tensor, nn
@@ -24,7 +24,8 @@ def weight_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad and id(p) not in architecture]
 
 
-class Passes(NamedTuple):
+@dataclass(frozen=True)
+class Passes:
     weights: dict[str, nn.Parameter]
     alphas: dict[str, nn.Parameter]
     train_loss: Callable[..., Tensor]
@@ -34,36 +35,36 @@ class Passes(NamedTuple):
     moved_on: dict[str, Tensor]
     """The hidden states that `valid_loss` leaves, once it has been called."""
 
+    @classmethod
+    def of(cls, learn, before: Before, valid_state: dict[str, Tensor], alpha_dropout: bool, regularised: bool) -> Passes:
+        """Those of `learn`, whose modules are as `before` found them. Validation begins with the hidden states `valid_state`, and has no dropout unless `alpha_dropout`;
+        training has the AR/TAR of the Learner's regularizers if `regularised`."""
+        model = learn.model
+        alphas = architecture_parameters(model)
+        weights = {name: p for name, p in model.named_parameters() if p.requires_grad and name not in alphas}
+        regularizers = [cb for cb in learn.cbs if isinstance(cb, RNNRegularizer) and regularised]
+        triple = any(isinstance(cb, RNNCallback) for cb in learn.cbs)  # which takes it apart in the training pass
 
-def passes(learn, before: Before, valid_state: dict[str, Tensor], alpha_dropout: bool, regularised: bool) -> Passes:
-    """Those of `learn`, whose modules are as `before` found them. Validation begins with the hidden states `valid_state`, and has no dropout unless `alpha_dropout`;
-    training has the AR/TAR of the Learner's regularizers if `regularised`."""
-    model = learn.model
-    alphas = architecture_parameters(model)
-    weights = {name: p for name, p in model.named_parameters() if p.requires_grad and name not in alphas}
-    regularizers = [cb for cb in learn.cbs if isinstance(cb, RNNRegularizer) and regularised]
-    triple = any(isinstance(cb, RNNCallback) for cb in learn.cbs)  # which takes it apart in the training pass
+        def run(at_weights, at_alphas, batch, carried, learning=True):
+            predicted, state = before.call(model, carried | dict(zip(weights, at_weights)) | dict(zip(alphas, at_alphas)), *batch[0])
+            decoded, raw, dropped = predicted if triple else (predicted, None, None)
+            now, learn.training = learn.training, learning  # else `MixUp` would mix the training batch's targets into another batch's loss
+            try:
+                return learn.loss_func(decoded, *batch[1]), raw, dropped, state
+            finally:
+                learn.training = now
 
-    def run(at_weights, at_alphas, batch, carried, learning=True):
-        predicted, state = before.call(model, carried | dict(zip(weights, at_weights)) | dict(zip(alphas, at_alphas)), *batch[0])
-        decoded, raw, dropped = predicted if triple else (predicted, None, None)
-        now, learn.training = learn.training, learning  # else `MixUp` would mix the training batch's targets into another batch's loss
-        try:
-            return learn.loss_func(decoded, *batch[1]), raw, dropped, state
-        finally:
-            learn.training = now
+        def train_loss(at_weights, at_alphas, batch):
+            loss, raw, dropped, _ = run(at_weights, at_alphas, batch, {})
+            for regularizer in regularizers:
+                loss = loss + activation_regularisation(raw.transpose(0, 1), dropped.transpose(0, 1), regularizer.alpha, regularizer.beta)
+            return loss
 
-    def train_loss(at_weights, at_alphas, batch):
-        loss, raw, dropped, _ = run(at_weights, at_alphas, batch, {})
-        for regularizer in regularizers:
-            loss = loss + activation_regularisation(raw.transpose(0, 1), dropped.transpose(0, 1), regularizer.alpha, regularizer.beta)
-        return loss
+        def valid_loss(at_weights, at_alphas, batch):
+            with contextlib.nullcontext() if alpha_dropout else without_dropout(model):
+                loss, _, _, state = run(at_weights, at_alphas, batch, valid_state, learning=False)
+            moved_on.update({name: state[name] for name in valid_state})
+            return loss
 
-    def valid_loss(at_weights, at_alphas, batch):
-        with contextlib.nullcontext() if alpha_dropout else without_dropout(model):
-            loss, _, _, state = run(at_weights, at_alphas, batch, valid_state, learning=False)
-        moved_on.update({name: state[name] for name in valid_state})
-        return loss
-
-    moved_on: dict[str, Tensor] = {}
-    return Passes(weights, alphas, train_loss, valid_loss, moved_on)
+        moved_on: dict[str, Tensor] = {}
+        return cls(weights, alphas, train_loss, valid_loss, moved_on)

@@ -16,7 +16,7 @@ from ..published import plain_sgd
 from ..step_settings import check_step, gradient_by
 from ..taken_step import ALMOST, UnrolledStep
 from ..weight_step import norm
-from .arch_passes import Passes, architecture_parameters, passes, weight_parameters
+from .arch_passes import Passes, architecture_parameters, weight_parameters
 from .fit_only import FitOnly
 from .step import ScaleLRByLength
 from .valid_stream import ValidStream
@@ -183,12 +183,12 @@ class ArchParamUpdate(FitOnly):
 
     def _check_pass(self, ran: TrainingPass) -> None:
         """`ValueError` where the training pass is not one that α's passes repeat."""
-        weights, alphas, train_loss, *_ = self._passes()
+        passes = self._passes()
         state = RandomState(self._alphas())
         ran.start.restore()
-        leaves = [w.detach().requires_grad_() for w in weights.values()]
+        leaves = [w.detach().requires_grad_() for w in passes.weights.values()]
         with torch.enable_grad():
-            grads = torch.autograd.grad(train_loss(leaves, [a.detach() for a in alphas.values()], self.batch), leaves, allow_unused=True)
+            grads = torch.autograd.grad(passes.train_loss(leaves, [a.detach() for a in passes.alphas.values()], self.batch), leaves, allow_unused=True)
         state.restore()
         apart = [a if b is None else -b if a is None else a - b for a, b in zip(grads, ran.grads)]
         if float(norm(apart)) > ALMOST * float(norm(ran.grads)) + 1e-12:
@@ -234,16 +234,16 @@ class ArchParamUpdate(FitOnly):
 
         `ran`: the training pass of this batch, where it has been run.
         """
-        weights, alphas, train_loss, valid_loss, moved_on = self._passes()
+        passes = self._passes()
         if self.reproduce_original and self.hvp != "first_order" and self._clip() is None:
             raise ValueError("reproduce_original: the published code always clips; the Learner needs GradientClip (the paper's is 0.25)")
-        result = gradient_by(self, self.learn.model, weights, list(alphas.values()), train_batch, valid_batch, train_loss, valid_loss, self._optimizer(), self._clip(),
-                             first=self.first, ran=ran)
-        self.valid_state = moved_on
+        result = gradient_by(self, self.learn.model, passes.weights, list(passes.alphas.values()), train_batch, valid_batch, passes.train_loss, passes.valid_loss,
+                             self._optimizer(), self._clip(), first=self.first, ran=ran)
+        self.valid_state = passes.moved_on
         return result
 
     def _passes(self) -> Passes:
-        return passes(self.learn, self.before or Before(self.learn.model), self.valid_state, self.alpha_dropout, regularised=not self.reproduce_original)
+        return Passes.of(self.learn, self.before or Before(self.learn.model), self.valid_state, self.alpha_dropout, regularised=not self.reproduce_original)
 
     def state_dict(self) -> dict:
         """For resuming between epochs: Adam's moments and the number of epochs. α itself is the model's."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 from pathlib import Path
 
 from ..options import checked_recipe, checked_seed, corpus_words, keeping, open_corpus, prepare_torch, set_words, settings, without_search
 from ..recipes import Recipe, RetrainRecipe, get_recipe
 from ..report.experiments import load_experiment
+from ..report.trial_folder import as_folder
 from ..talk import Talk, answer
 
 READING = ("retrain.bptt", "retrain.eval_batch_size", "retrain.test_batch_size")  # all that a recipe says of how a text is read to measure perplexity
@@ -177,7 +177,7 @@ def _choose_cell(arguments) -> str | None:
     if arguments.experiment is not None:
         experiment = load_experiment(arguments.experiment)
         trial = experiment.best()
-        arguments.genotype, name = trial.result.genotype, re.sub(r"[^\w.-]", "-", f"{experiment.id}-{trial.id}")  # ids of a database, which may hold anything
+        arguments.genotype, name = trial.result.genotype, as_folder(f"{experiment.id}-{trial.id}")
         how = ""
         if arguments.recipe is None:
             if trial.recipe is None:

@@ -24,7 +24,6 @@ from ..recipes import Recipe, get_recipe
 from ..rungs import BUDGET, recipe_fields
 
 RESULT = "result.json"
-MOST = sys.float_info.max
 _ENDED = {"SUCCEEDED": "failed", "FAILED": "failed", "USER_CANCELED": "stopped", "SYS_CANCELED": "stopped", "EARLY_STOPPED": "stopped"}
 
 
@@ -40,6 +39,11 @@ class Result:
     search_seconds: float | None
     retrain_seconds: float | None
     versions: dict
+
+
+def as_folder(name: str) -> str:
+    """An id, which in somebody else's database may be anything, as the name of a folder."""
+    return re.sub(r"[^\w.-]|^\.+$", "-", name)
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class Trial:
         """The `nni-darts-rnn` commands that do this trial again, with results in `out`; empty where its settings are not known."""
         if self.recipe is None or self.seed is None:
             return []
-        out = out or "runs/" + (re.sub(r"[^\w.-]|^\.+$", "-", self.id))
+        out = out or f"runs/{as_folder(self.id)}"
         shared = ["--recipe", self.recipe.name, "--seed", str(self.seed)]
         if self.options.threads:
             shared += ["--threads", str(self.options.threads)]  # sums of another number of threads differ in the last digits
@@ -148,7 +152,7 @@ def read_result(path: Path) -> tuple[Result, int, Recipe | None]:
 
 def _number(value) -> float | None:
     """A finite number, or None."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= MOST:  # also of whole numbers that no float holds
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:  # also of whole numbers that no float holds
         return None
     return value
 
