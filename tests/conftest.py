@@ -26,7 +26,9 @@ def pytest_addoption(parser):
 
 LONG = ("test_remote.py", "test_tuners.py", "test_nni_faults.py", "test_multi_trial.py", "test_memory.py", "test_many.py", "test_browser.py",
         "test_the_wheel_runs_the_main_job", "test_the_example_by_nnictl", "test_through_the_command_line", "test_nas_layers.py",
-        "test_two_trials_of_a_seed_at_once", "test_all_words_keeps", "test_other_compilers")
+        "test_two_trials_of_a_seed_at_once", "test_all_words_keeps", "test_other_compilers", "test_two_layers_both_ways_of_any_length",
+        "test_a_library_that_cannot_be_loaded", "test_a_backward_pass_that_alone_is_compiled[compiled]", "its_cell_retrains[Proxyless]",
+        "test_fastai_search_names_a_misspelt_recipe")
 """Files and tests that `pytest` leaves out and `pytest --long` runs."""
 
 

@@ -239,7 +239,7 @@ def test_a_database_of_somebody_elses_is_refused_in_one_line(mixed, capsys, chan
         assert "NNI's database cannot be read" in said and len(said.splitlines()) == 1
 
 
-@pytest.mark.parametrize("moment", ["9e300", "9e999", "99999999999999999", "-9e999"])
+@pytest.mark.parametrize("moment", ["9e999", "99999999999999999"])
 def test_a_moment_that_no_calendar_has(mixed, moment):
     (mixed.parent / ".experiment").unlink()
     with sqlite3.connect(mixed / "db" / "nni.sqlite") as database:
