@@ -28,7 +28,8 @@ LONG = ("test_remote.py", "test_tuners.py", "test_nni_faults.py", "test_multi_tr
         "test_the_wheel_runs_the_main_job", "test_the_example_by_nnictl", "test_through_the_command_line", "test_nas_layers.py",
         "test_two_trials_of_a_seed_at_once", "test_all_words_keeps", "test_other_compilers", "test_two_layers_both_ways_of_any_length",
         "test_a_library_that_cannot_be_loaded", "test_a_backward_pass_that_alone_is_compiled[compiled]", "its_cell_retrains[Proxyless]",
-        "test_fastai_search_names_a_misspelt_recipe")
+        "test_fastai_search_names_a_misspelt_recipe", "test_eleven_nodes_straight_to_onnx", "test_ctrl_c[command1",
+        "test_hub_convolutional_space[finite_difference-2]")
 """Files and tests that `pytest` leaves out and `pytest --long` runs."""
 
 
