@@ -414,7 +414,7 @@ def test_a_folder_from_elsewhere_reads_no_variable(home, monkeypatch):
     write_trial(trial_folder(folder, "aaaaa"), 80.0)
     elsewhere = home / "elsewhere" / "abcd1234"
     shutil.copytree(folder, elsewhere)
-    assert load_experiment("abcd1234").options.corpus_mirror == "https://example.org/hunter2"
+    assert load_experiment("abcd1234").options.corpus_mirror == load_experiment(folder).options.corpus_mirror == "https://example.org/hunter2"
     assert load_experiment(elsewhere).options.corpus_mirror == "https://example.org/$SECRET"
     assert run("report", elsewhere) == 0 and "hunter2" not in (home / "report.html").read_text()
 

@@ -72,25 +72,31 @@ def known_experiments() -> dict[str, dict]:
     return dict(sorted(entries.items(), key=lambda item: -(_seconds(item[1].get("startTime")) or 0)))
 
 
+def _folder(name: str, entry: dict) -> Path:
+    """Where NNI says that it keeps the experiment of that id."""
+    return Path(entry.get("logDir") or Path.home() / "nni-experiments") / name
+
+
 def load_experiment(name: str | Path) -> Experiment:
     """The experiment of an id, or of an experiment's folder. `ValueError` with one line, naming the latest known ids, for anything else."""
     known = known_experiments()
     if str(name) in known:
         entry = known[str(name)]
-        folder = Path(entry.get("logDir") or Path.home() / "nni-experiments") / str(name)
+        folder = _folder(str(name), entry)
         if not folder.is_dir():
             raise ValueError(f"experiment {name}: its folder {folder} is gone")
         return read_experiment(folder, entry, own=True)
     if os.path.isdir(name):
         folder = Path(name).resolve()
-        return read_experiment(folder, known.get(folder.name, {}))
+        entry = known.get(folder.name, {})
+        return read_experiment(folder, entry, own=bool(entry) and _folder(folder.name, entry).resolve() == folder)
     latest = ", ".join(list(known)[:LATEST]) + (f" and {len(known) - LATEST} older" if len(known) > LATEST else "")
     ids = f"known ids: {latest}" if known else "NNI knows no experiment on this machine"
     raise ValueError(f"experiment {str(name)!r} is neither an id nor a folder; {ids}" + did_you_mean(name, known))
 
 
 def read_experiment(folder: Path, entry: dict | None = None, own: bool = False) -> Experiment:
-    """What an experiment's folder holds; `entry` is NNI's in its list of experiments, and the experiment one's own where it stands in it by that id: a folder
+    """What an experiment's folder holds; `entry` is NNI's in its list of experiments, and the experiment one's own where it is the folder that stands there: one
     of somebody else's has no say in which variables of the environment are read. `ValueError` where it is no such folder."""
     entry = entry or {}
     jobs, profile = _database(folder / "db" / "nni.sqlite")
