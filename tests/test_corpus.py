@@ -567,7 +567,8 @@ def test_archives_that_lie_about_themselves(tmp_path):
     cut[at + 10:at + 12], cut[at + 20:at + 28] = bytes(2), struct.pack("<II", 10**5, 10**5)  # stored, and longer than the archive
     cut[8:10] = bytes(2)
     path.write_bytes(cut)
-    assert "no archive that can be read (EOFError)" in one_line(download.unpack, path, tmp_path)
+    # Python 3.13 sees it before it reads
+    assert re.search(r"no archive that can be read \((EOFError\)|Overlapped entries)", one_line(download.unpack, path, tmp_path))
     with zipfile.ZipFile(path, "w", zipfile.ZIP_BZIP2) as archive:
         for name, data in GOOD.items():
             archive.writestr(name, data)
