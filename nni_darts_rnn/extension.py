@@ -121,9 +121,14 @@ def on_gpu(tensor: Tensor) -> bool:
 
 
 def gpu_ready(tensor: Tensor) -> bool:
-    """Whether the GPU's kernels can be compiled, which takes some seconds in the first run on a machine. They need no `enable`: Triton comes with torch."""
+    """Whether the GPU's kernels can be compiled, which takes some seconds in the first run on a machine. They need no `enable`: Triton comes with torch.
+
+    Not within a CUDA graph that somebody records: its replays would write to a `Plan`'s memory, which by then is another pass's, or free.
+    """
     wanted = _switch() != "0" and State.on is not False
-    return wanted and _has_triton() and (not tensor.is_cuda or torch.cuda.get_device_capability(tensor.device) >= (7, 0))
+    if not (wanted and _has_triton()):
+        return False
+    return not tensor.is_cuda or (torch.cuda.get_device_capability(tensor.device) >= (7, 0) and not torch.cuda.is_current_stream_capturing())
 
 
 @functools.lru_cache(maxsize=1)

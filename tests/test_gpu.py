@@ -5,6 +5,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,17 +13,22 @@ import torch
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 COMPARE = """
+import math
+
 import torch
 from nni_darts_rnn import cell, fused, supernet
 from nni_darts_rnn.genotype import DARTS_V1, DARTS_V2, Genotype
-from nni_darts_rnn.gpu import sequence
+from nni_darts_rnn.gpu import plan, sequence
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.manual_seed(0)
 sequence.CHUNK = 3
+cuts = [plan.pieces(*sizes) for sizes in ((256, 4800, 300), (256, 600, 300), (256, 300, 600), (64, 1700, 850), (4096, 4800, 300), (1, 1700, 850))]
+assert cuts == [8, 3, 1, 5, 1, 1], cuts
+plan.pieces = lambda rows, inner, columns: math.gcd(inner, 3)  # at these sizes none is cut
 passes = []
-load = sequence.Plan.load_weights
-sequence.Plan.load_weights = lambda self, *rest: (passes.append(self), load(self, *rest))[1]
+load = plan.Plan.load_weights
+plan.Plan.load_weights = lambda self, *rest: (passes.append(self), load(self, *rest))[1]
 
 
 def inputs(T, B, H, N, dtype, masked):
@@ -79,12 +85,27 @@ again = torch.autograd.grad(first.sum(), Ws)[0]
 assert torch.equal(grads[0], grads[1]) and torch.equal(again, grads[1])
 x.data[0, 0, 7] = float("nan")
 assert fused.mixed_cell(x, h, W, Ws, p).isnan().any()
+with torch.no_grad():
+    fused.mixed_cell(x, h, W, Ws, p)  # in memory that the next pass has too
+x.data[0, 0, 7] = 0.0
+assert torch.autograd.grad(fused.mixed_cell(x, h, W, Ws, p).sum(), Ws)[0].isfinite().all()  # no NaN was left there
 single, genotype, before = inputs(3, 4, 16, 2, torch.float32, True), Genotype([("tanh", 0), ("relu", 1)]), len(passes)
 projected = single[0].bfloat16()  # as autocast leaves it; the kernels keep all digits of float32 from there on
 with torch.autocast(device, torch.bfloat16):
     half = fused.discrete_cell(projected, *single[1:4], genotype, single[5])
 assert half.dtype == torch.float32 and len(passes) == before + 1
 assert torch.allclose(half, cell.discrete_cell(projected.float(), *single[1:4], genotype, single[5]), atol=1e-5)
+before = len(passes)
+for _ in range(2):
+    for rows in (4, 3):  # of two kinds, of each more passes alive at once than kinds are kept
+        alive = [fused.mixed_cell(x[:, :rows], h[:rows], W, Ws, p) for _ in range(sequence.SPARE + 2)]
+        torch.autograd.grad(sum(o.sum() for o in alive), Ws)
+assert len(set(map(id, passes[before:]))) == 2 * (sequence.SPARE + 2)
+sequence.Spare.plans.clear()
+before = len(passes)
+for _ in range(4):
+    outputs = fused.mixed_cell(x, h, W, Ws, p)  # with a graph, and no backward pass: the one before is alive until this is done
+assert len(set(map(id, passes[before:]))) == 2
 fused.enable(False)
 before = len(passes)
 fused.mixed_cell(x, h, W, Ws, p)
@@ -106,3 +127,12 @@ def test_kernels_equal_the_readable_cells_when_interpreted():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_kernels_equal_the_readable_cells_on_a_gpu():
     assert run().split() == ["equal"]
+
+
+def test_no_kernels_within_somebodys_recording(monkeypatch):
+    from nni_darts_rnn import extension
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for recording in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda recording=recording: recording)
+        assert extension.gpu_ready(SimpleNamespace(is_cuda=True, device="cuda")) is not recording

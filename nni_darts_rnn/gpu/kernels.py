@@ -33,33 +33,38 @@ def tanh_sigmoid(z, DEGREE: tl.constexpr, LOW: tl.constexpr):
     return -m * up * up * q, q * both
 
 
+ALIGNED = tl.constexpr(16)  # `hidden` is a multiple of so many numbers: rows are read and written four at a time
+
 PLACE = ["t", "first", "last", "output"]  # numbers that differ from launch to launch: one kernel for all of them
 
 
 @triton.jit(do_not_specialize=PLACE)
 def level_forward(pre, states, masked, mask, scale, p, edges, ends, average, t, first, last, output, batch, hidden, plane, slots,
                   NORMALISE: tl.constexpr, EPS: tl.constexpr, MASKED: tl.constexpr, DEGREE: tl.constexpr, LOW: tl.constexpr,
-                  ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+                  UNROLLED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Slots first … last − 1 at step t; where `output` is 1 and not 0 they are the last level, one program has them all, and h' goes to slot 0 at t + 1.
 
     pre: the blocks of pre-activations; states (slots, T+1, B, H), `plane` = (T+1)BH; masked likewise, of what the products read; mask (B, H);
     scale (T+1, slots, H); p (E, 5): four probabilities and their sum; edges (E, 6): where c of row 0 and step 0 lies in pre, numbers from row to row,
     slot that is read, whether the backward pass meets that slot first here, the node's own slot, whether anything reads that; ends (slots): slot k has
-    the edges ends[k-1] … ends[k] − 1; average (slots).
+    the edges ends[k-1] … ends[k] − 1; average (slots). `UNROLLED` edges are read at once: one after the other, each waits for its row of `edges` and then
+    for what that points at.
     """
     u = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     b = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
     here = (b < batch) & (u < hidden)
     t, plane = t.to(tl.int64), plane.to(tl.int64)  # offsets beyond 2³¹ at sizes that fit a large card
     at = t * batch * hidden + b * hidden + u
+    if MASKED:  # now, as once states are written it would have to wait for them
+        kept = tl.load(mask + b * hidden + u, here, 0)
     h = tl.zeros((ROWS, COLUMNS), pre.dtype.element_ty)
     for k in range(1, tl.where(output != 0, first, 1)):
         h += tl.load(average + k) * tl.load(states + k * plane + at, here, 0)
     for slot in range(first + tl.program_id(2), last, tl.num_programs(2)):
         r = tl.zeros((ROWS, COLUMNS), pre.dtype.element_ty)
-        for e in range(tl.load(ends + slot - 1), tl.load(ends + slot)):
-            stride, source = tl.load(edges + 6 * e + 1), tl.load(edges + 6 * e + 2)
-            c_at = pre + tl.load(edges + 6 * e) + (t * batch + b) * stride + u
+        for e in tl.range(tl.load(ends + slot - 1), tl.load(ends + slot), loop_unroll_factor=UNROLLED):
+            place, stride, source = tl.load(edges + 6 * e), tl.load(edges + 6 * e + 1), tl.load(edges + 6 * e + 2)
+            c_at = pre + tl.multiple_of(place, ALIGNED) + (t * batch + b) * tl.multiple_of(stride, ALIGNED) + u
             c, z = tl.load(c_at, here, 0), tl.load(c_at + hidden, here, 0)
             carried = tl.load(p + 5 * e + 4) * tl.load(states + source * plane + at, here, 0)
             th, sg = tanh_sigmoid(z, DEGREE, LOW)
@@ -75,11 +80,11 @@ def level_forward(pre, states, masked, mask, scale, p, edges, ends, average, t, 
         tl.store(states + slot * plane + at, r, here)
         h += tl.load(average + slot) * r
         if MASKED:  # what the next products read; nothing reads the last level
-            tl.store(masked + slot * plane + at, r * tl.load(mask + b * hidden + u, here, 0), here & (output == 0))
+            tl.store(masked + slot * plane + at, r * kept, here & (output == 0))
     ends_here = here & (output != 0)
     tl.store(states + at + batch * hidden, h, ends_here)
     if MASKED:
-        tl.store(masked + at + batch * hidden, h * tl.load(mask + b * hidden + u, here, 0), ends_here)
+        tl.store(masked + at + batch * hidden, h * kept, ends_here)
 
 
 @triton.jit(do_not_specialize=PLACE)
@@ -108,7 +113,7 @@ def level_backward(pre, states, d_states, product, mask, d_h, d_outputs, scale, 
     tl.store(d_h + row, dh, ends)
     run = runs + first + tl.program_id(2)
     for e in range(tl.load(run), tl.load(run + 1)):
-        stride, source = tl.load(edges + 6 * e + 1), tl.load(edges + 6 * e + 2)
+        place, stride, source = tl.load(edges + 6 * e), tl.load(edges + 6 * e + 1), tl.load(edges + 6 * e + 2)
         slot, read = tl.load(edges + 6 * e + 4), tl.load(edges + 6 * e + 5) != 0
         mine = slot * batch * hidden + row
         came = tl.load(product + mine, here & read, 0)
@@ -121,7 +126,7 @@ def level_backward(pre, states, d_states, product, mask, d_h, d_outputs, scale, 
             mean, along = tl.sum(wide, 0)[None, :] / batch, tl.sum(wide * own, 0)[None, :] / batch
             spread = tl.load(scale + (t * slots + slot) * hidden + u, u < hidden, 0)
             dr = tl.where(here, spread * (wide - mean - own * along), 0).to(own.dtype)
-        c_at = pre + tl.load(edges + 6 * e) + (t * batch + b) * stride + u
+        c_at = pre + tl.multiple_of(place, ALIGNED) + (t * batch + b) * tl.multiple_of(stride, ALIGNED) + u
         c, z = tl.load(c_at, here, 0), tl.load(c_at + hidden, here, 0)
         s = tl.load(states + source * plane + at, here, 0)
         p_tanh, p_relu, p_sigmoid, p_identity = tl.load(p + 5 * e), tl.load(p + 5 * e + 1), tl.load(p + 5 * e + 2), tl.load(p + 5 * e + 3)
