@@ -32,9 +32,9 @@ def new_folder(text: str) -> Path:
 def new_file(text: str) -> Path:
     """A file that is there or can be made."""
     path = new_folder(str(Path(text).parent)) / Path(text).name
-    if text and path.exists() and not path.is_file() and not path.is_dir():  # a file in its place would be the end of, say, /dev/null
+    if text and os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):  # a file in its place would be the end of, say, /dev/null
         raise argparse.ArgumentTypeError(f"{text!r} is not possible: {path} is a device or a pipe; give a file")
-    if not text or path.is_dir():
+    if not text or os.path.isdir(path):
         raise argparse.ArgumentTypeError(f"{text!r} is not possible: {f'{path} is a folder' if text else 'it is empty'}; give a file")
     return path
 

@@ -39,6 +39,10 @@ def whole(path: str | Path):
         os.replace(temporary, path)
         if os.name == "posix":
             _to_disk(path.parent)  # the new name
+    except OSError as error:
+        if error.errno and error.filename is None:  # a write that fails does not tell of what
+            error.filename = str(path)
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -74,8 +78,9 @@ def hold(path: str | Path, wait: bool = True) -> BinaryIO:
     try:
         if fcntl:
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
+    except OSError as error:
         lock.close()
+        error.filename = str(path)  # some file systems have no locks; the system does not tell where
         raise
     return lock
 

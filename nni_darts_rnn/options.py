@@ -42,7 +42,9 @@ def refusal(error: Exception) -> str:
 
 
 def in_any_locale() -> None:
-    """What is printed has letters such as α; where a locale lacks them they are escaped."""
+    """What is printed has letters such as α; where a locale lacks them they are escaped. Without a standard error nobody hears what is said there."""
+    if sys.stderr is None:  # closed by who started it; `print` would take standard output
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 

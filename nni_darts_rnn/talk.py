@@ -21,13 +21,23 @@ class Talk:
 
     def __call__(self, text: str) -> None:
         if not self.silent:
-            print(text, file=sys.stderr, flush=True)
+            say(text)
 
     def epoch(self, row: dict) -> None:
         rate = f", {row['tokens_per_second']:,.0f} tokens/s" if row.get("tokens_per_second") else ""
         left = (self.epochs - row["epoch"]) * (row.get("seconds") or 0)
         remaining = f", {self.about} {duration(left)} left" if left else ""
         self(f"{row['phase']} epoch {row['epoch']}: validation perplexity {row['default']:.2f}{rate}{remaining}")
+
+
+def say(text: str) -> None:
+    """On standard error. A line for which a log has no room costs nothing but itself."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except BrokenPipeError:  # nobody reads on
+        raise
+    except OSError:
+        pass
 
 
 def duration(seconds: float) -> str:
@@ -70,4 +80,4 @@ def answer(arguments, data: dict, words: str, then: Sequence[object] = ()) -> No
         return
     print(words, flush=True)
     if command:
-        print(f"next: {command}", file=sys.stderr, flush=True)
+        say(f"next: {command}")

@@ -170,6 +170,13 @@ def test_a_disk_that_is_full_costs_a_checkpoint_and_not_the_run(two, caplog):
     assert store.save(0, 3, state(3)) and store.load()["batch"] == 3
 
 
+def test_tensors_whose_description_has_no_room_do_not_stay(two, monkeypatch):
+    store, _ = two
+    before = set(store.folder.iterdir())
+    monkeypatch.setattr(checkpoint_file, "write_text", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert store.save(0, 3, state(3)) is False and set(store.folder.iterdir()) == before
+
+
 def test_writing_leaves_the_old_file_or_the_new_one(two, tmp_path, monkeypatch):
     store, _ = two
     monkeypatch.setattr(safetensors.torch, "save_file", lambda *args, **kwargs: (_ for _ in ()).throw(OSError(28, "No space left on device")))

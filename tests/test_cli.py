@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from importlib.metadata import entry_points
+from pathlib import Path
 
 import nni
 import numpy as np
@@ -212,6 +213,17 @@ def test_a_standard_output_that_is_closed(monkeypatch):
     assert status(cli.main, "recipes") == 0
 
 
+def test_a_standard_error_that_is_closed_or_full(place, capsys, monkeypatch):
+    (place / "genotype.json").write_text(load_genotype("ENAS").to_json())
+    monkeypatch.setattr("sys.stderr", None)
+    assert status(cli.main, "plot", place, "--out", place.parent / "pictures") == 0
+    assert all(Path(line).is_file() for line in capsys.readouterr().out.splitlines())  # and no word that was for standard error
+    sys.stderr.close()
+    if os.path.exists("/dev/full"):
+        done = subprocess.run([sys.executable, "-m", "nni_darts_rnn.cli", "plot", str(place)], stdout=subprocess.PIPE, stderr=open("/dev/full", "w"), timeout=60)
+        assert done.returncode in (0, 120) and len(done.stdout.splitlines()) == 2  # 120: Python's own, of what it could not flush
+
+
 def test_an_out_that_is_a_file_is_refused(place, capsys):
     out = place.parent / "file"
     out.write_text("mine")
@@ -227,6 +239,10 @@ def test_a_page_takes_the_place_of_no_device_and_no_pipe(place, capsys):
     for out in (pipe, place.parent / "link"):
         refused(capsys, place, status(cli.main, "report", "abcd1234", "--out", out), page)
     assert pipe.is_fifo() and (place.parent / "link").is_symlink()
+
+
+def test_a_page_in_a_place_that_the_system_does_not_look_at(place, capsys):
+    refused(capsys, place, status(cli.main, "report", "abcd1234", "--out", "y" * 300), "abcd1234")  # as in a folder of somebody else's
 
 
 def test_a_path_with_a_line_break_is_refused_in_one_line(place, capsys):

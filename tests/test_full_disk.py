@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 
 import pytest
 import torch
@@ -48,3 +49,18 @@ def test_no_room_for_the_best_model(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", save)
     phase("retrain", tmp_path)
     assert not list(tmp_path.glob(".nni-darts-rnn-*"))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a file that is always full is Linux's")
+def test_what_could_not_be_written_is_named(tmp_path, monkeypatch):
+    """The system itself names no file where a write fails, or where a file system has no locks."""
+    with pytest.raises(OSError, match=r"No space left on device: '.*table.csv'"), files.whole(tmp_path / "table.csv"), open("/dev/full", "w") as full:
+        full.write("x")
+        full.flush()
+    if files.fcntl:
+        def no_locks(*_):
+            raise OSError(errno.ENOSYS, "Function not implemented")
+
+        monkeypatch.setattr(files.fcntl, "flock", no_locks)
+        with pytest.raises(OSError, match=r"Function not implemented: '.*lock'"):
+            files.hold(tmp_path / "lock")

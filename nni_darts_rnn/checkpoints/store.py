@@ -87,9 +87,12 @@ class Checkpoints:
         """Keeps what a run needs to go on with batch `batch` of epoch `epoch`, both from 0. False where the disk does not take it: a full disk
         costs this checkpoint and not the run, which says so and keeps the one before."""
         self.last, self.steps = time.monotonic(), 0
+        path = self._path((epoch, batch))
         try:
-            write_checkpoint(self._path((epoch, batch)), state, {"phase": self.phase, "epoch": epoch, "batch": batch, "identity": self.identity})
+            write_checkpoint(path, state, {"phase": self.phase, "epoch": epoch, "batch": batch, "identity": self.identity})
         except OSError as error:
+            if not path.with_suffix(DESCRIPTION).exists():
+                path.with_suffix(TENSORS).unlink(missing_ok=True)  # without it they are no checkpoint, and the disk is full
             kept = self._positions()
             logger.warning("%s: no checkpoint was written (%s); %s", self.folder, error.strerror or one_line(error),
                            f"the one before stays ({where(*kept[-1])})" if kept else "there is none yet")
