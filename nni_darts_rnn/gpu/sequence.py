@@ -24,13 +24,6 @@ CHUNK = 64  # time steps at a time where nothing is kept for a backward pass
 SPARE = 4  # kinds of plans kept for the next pass; a search or a retraining has one for training, and others for validation
 
 
-class Run(NamedTuple):
-    """What a forward pass leaves for the backward pass."""
-
-    outputs: Tensor | None  # (T, B, H)
-    lease: Lease
-
-
 class Spare:
     """Plans that no pass is using, the last used last."""
 
@@ -46,6 +39,13 @@ class Lease:
 
     def __del__(self, spare: list[Plan] = Spare.plans):  # also when Python ends, and `Spare` may be gone
         spare.append(self.plan)
+
+
+class Run(NamedTuple):
+    """What a forward pass leaves for the backward pass."""
+
+    outputs: Tensor | None  # (T, B, H)
+    lease: Lease
 
 
 def run_forward(graph: Graph, x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, p: Tensor | None, mask: Tensor | None, keep: bool,
