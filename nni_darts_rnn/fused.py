@@ -201,9 +201,10 @@ class _CellFunction(torch.autograd.Function):
 
 
 def readable_only(d_output: Tensor) -> bool:
-    """Whether a backward pass is to be differentiated again (`create_graph`), is of many gradients at once (`is_grads_batched`), or is itself transformed
-    or traced, though its forward pass was not."""
-    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(d_output) or not plain()
+    """Whether a backward pass is to be differentiated again (`create_graph`), is of many gradients at once (`is_grads_batched`), or is itself transformed,
+    traced or recorded, though its forward pass was not."""
+    recorded = d_output.is_cuda and torch.cuda.is_current_stream_capturing()  # as in `extension.gpu_ready`
+    return recorded or torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(d_output) or not plain()
 
 
 @torch.enable_grad()

@@ -214,8 +214,10 @@ class Plan:
                 graphs = [torch.cuda.CUDAGraph() for _ in range(self.T)]
                 for t, graph in enumerate(graphs):
                     graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-                    step(t)
-                    graph.capture_end()
+                    try:
+                        step(t)
+                    finally:  # one left open would refuse this process any other use of the GPU
+                        graph.capture_end()
                 torch._C._cuda_clearCublasWorkspaces()
                 self.recorded[step.__name__] = graphs
         torch.cuda.current_stream().wait_stream(stream)

@@ -80,16 +80,21 @@ def _on(tensor: Tensor):
 
 def _take(key: Key, T: int) -> Plan:
     with Spare.lock:
-        found = next((plan for plan in reversed(Spare.plans) if plan.key == key), None)
+        found = next((plan for plan in reversed(Spare.plans) if plan.key == key and plan.T >= T), None)
+        found = found or next((plan for plan in reversed(Spare.plans) if plan.key == key), None)
         if found is not None:
             Spare.plans.remove(found)
             if found.T >= T:
                 return found
             del found  # too short: its memory is for the longer one
         kinds: list[Key] = []  # the last used first; of one kind as many as were in use at once, as by the layers of a model
-        for plan in reversed(Spare.plans):
-            if plan.key not in kinds:
-                kinds.append(plan.key)
+        for kind in [plan.key for plan in reversed(Spare.plans)]:  # no name here holds a plan, whose memory may be for the new one
+            if kind not in kinds:
+                kinds.append(kind)
         Spare.plans[:] = [plan for plan in Spare.plans if plan.key in kinds[:SPARE]]
     with torch.inference_mode(False):  # a later pass may be one that such memory is not for
+        try:
+            return Plan(key, -(-T // 8) * 8)
+        except torch.OutOfMemoryError:  # other kinds may have it, or what a pass left that failed for want of it
+            Spare.plans.clear()
         return Plan(key, -(-T // 8) * 8)
