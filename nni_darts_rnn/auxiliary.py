@@ -1,4 +1,4 @@
-"""Passes over a user's modules that are no part of their training: each sees what was there before the training step, and leaves no trace."""
+"""Passes over a user's modules that are no part of their training: each sees the modules as they were before the training step, and leaves no trace."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .bilevel import RandomState
 
-OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # parameters, buffers, hooks: no attributes that a training step assigns
+OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # parameters, buffers, hooks: not the attributes that a training step assigns
 PLAIN = {str, bytes, int, float, bool, complex, type(None)}  # cannot be changed in place
 CONTAINERS = (list, dict, deque, Counter, OrderedDict, defaultdict, set)
 GENERATORS = {torch.Generator: (torch.Generator.get_state, torch.Generator.set_state), random.Random: (random.Random.getstate, random.Random.setstate),
@@ -24,7 +24,8 @@ GENERATORS = {torch.Generator: (torch.Generator.get_state, torch.Generator.set_s
 
 @dataclass(frozen=True)
 class Held:
-    """A container and what it held: values, with those that can be changed in place as copies. `plain`: none can; nor is what a set holds copied, which is told by what it is."""
+    """A container and the values it held; those that can be changed in place are copies. `plain`: there are no copies, because no value can be changed in
+    place, or because the container is a set, whose members are told apart by what they are."""
 
     container: Any
     contents: dict | list
@@ -32,29 +33,29 @@ class Held:
 
 
 class Before:
-    """What a module was before a training step: its `buffers` by name (copies), its modules' own attributes, and the random `generators`.
+    """A module as it was before a training step: its `buffers` by name (copies), its modules' own attributes, and the state of random `generators`.
 
-    Containers and generators keep their identity, as hooks and other modules may have them too: what they held is written back into them.
+    Containers and generators stay the same objects, as hooks and other modules may hold them too. Their former contents are written back into them.
     """
 
     def __init__(self, module: nn.Module):
         self.buffers = {name: b.clone() for name, b in module.named_buffers()}
         self.without = [(m, name) for m in module.modules() for name, b in m._buffers.items() if b is None]
         self.held: dict[int, Held | None] = {}
-        self.states: dict[int, tuple] = {}  # of generators that a module has for itself
+        self.states: dict[int, tuple] = {}  # of generators that are attributes of a module
         copies: dict[int, tuple] = {}
         self.attributes = [(m, {name: self._note(value, copies) for name, value in vars(m).items() if name not in OF_EVERY_MODULE}) for m in module.modules()]
         self.generators = RandomState(list(module.parameters()))
 
     def _note(self, value, copies: dict[int, tuple]):
-        """`value` as it is to be kept, which is a copy where a step may change it in place; containers are kept with what they hold."""
+        """`value` as it is to be kept: a copy if a step may change it in place. A container is kept itself, and its contents are noted in `held`."""
         if type(value) in GENERATORS:
             self.states[id(value)] = (value, GENERATORS[type(value)][0](value))
         elif type(value) in CONTAINERS and id(value) not in self.held:
             self.held[id(value)] = None  # it may hold itself
             contents = _contents(value)
             types = {type(held) for held in (contents.values() if isinstance(contents, dict) else contents)}
-            plain = type(value) is set or types <= PLAIN  # a vocabulary, say: not word by word
+            plain = type(value) is set or types <= PLAIN  # not item by item: it may be a vocabulary
             if not plain:
                 contents = _each(contents, lambda held: self._note(held, copies))
             self.held[id(value)] = Held(value, contents, plain)
@@ -63,16 +64,16 @@ class Before:
         return _copy(value, copies)
 
     def call(self, module: nn.Module, named: dict[str, Tensor], *args) -> tuple[Any, dict[str, Tensor]]:
-        """What `module` returns with `named` in the places of its tensors, as before the step and with copies of the buffers, which stay as they are;
-        and what it was called with, copies and all, as the pass left it."""
+        """Call `module` as it was before the step, with `named` in place of its tensors and with copies of the buffers, so that `buffers` do not change.
+        Returns the result, and the tensors that the module was called with (`named` and the copies) as the pass left them."""
         state = {name: b.clone() for name, b in self.buffers.items()} | named
         with self.again():
             return torch.func.functional_call(module, state, args), state
 
     @contextlib.contextmanager
     def again(self):
-        """Attributes that the modules assign in a step (counters, the states of torchmetrics) are at first what they were before it, and in the
-        end what they are now. Buffers are for `torch.func.functional_call` to replace."""
+        """Within the context, attributes that the modules assign in a step (counters, the states of torchmetrics) are what they were before it. Afterwards
+        they are again what they are now. Buffers are left to `torch.func.functional_call`, which replaces them."""
         attributes_now, buffers_now = [dict(vars(module)) for module, _ in self.attributes], [m._buffers[name] for m, name in self.without]
         held_now = [Held(h.container, h.contents if _same(h) else _contents(h.container), h.plain) for h in self.held.values()]
         states_now = [(generator, GENERATORS[type(generator)][0](generator)) for generator, _ in self.states.values()]
@@ -99,13 +100,13 @@ class Before:
 
 
 def _copy(value, copies: dict[int, tuple]):
-    """A tensor or an array as a copy, one for all that have it; anything else, such as a module, as it is."""
+    """A copy of a tensor or an array, the same one for all that refer to it; anything else, such as a module, is returned as it is."""
     if type(value) is tuple:
         return tuple(_copy(held, copies) for held in value)
     if type(value) is not Tensor and type(value) is not np.ndarray:
         return value
     if id(value) not in copies:
-        copies[id(value)] = (value, value.clone() if type(value) is Tensor else value.copy())  # with `value`, whose id is nobody else's as long as it lives
+        copies[id(value)] = (value, value.clone() if type(value) is Tensor else value.copy())  # with `value`: while it lives, nothing else has its id
     return copies[id(value)][1]
 
 
@@ -118,7 +119,7 @@ def _each(contents: dict | list, function) -> dict | list:
 
 
 def _same(held: Held) -> bool:
-    """Whether the container still holds that."""
+    """Whether the container still holds what it held."""
     now, then = held.container, held.contents
     if isinstance(then, dict) and list(now) != list(then):  # in another order too
         return False
@@ -130,7 +131,7 @@ def _same(held: Held) -> bool:
 
 
 def _fill(held: Held) -> None:
-    """Writes that into the container, which is left alone where it holds it already, as somebody may be going through it."""
+    """Write the held values back into the container. If it still holds them it is left alone, as somebody may be iterating over it."""
     container, contents = held.container, held.contents
     if _same(held):
         return

@@ -1,12 +1,12 @@
 """The architecture gradient of the unrolled validation loss, for any loss(weights, α, batch).
 
-With one weight step w′ = w + F(J(g)), g = ∇w L_train(w, α), J the clip (or the identity), F what the optimizer does, −ρ(J(g) + λw) for SGD (`weight_step.py`),
-the derivative of L_val(w′, α) is
+Let g = ∇w L_train(w, α), and let one weight step be w′ = w + F(J(g)). J is the clip (or the identity). F is what the optimizer does: −ρ(J(g) + λw) for SGD
+(`weight_step.py`). Then the derivative of L_val(w′, α) is
 
     ∇α L_val(w′, α) − ∇α [ ∇w L_train(w, α) · q ],   q = −J'ᵀ(F'∘∇w′ L_val(w′, α))                      (DARTS, eq. 7)
 
-and the second term is a central difference along q (eq. 8), or double backprop. Nothing here knows of NNI, fastai or recurrent cells.
-All passes of a step over its training batch draw the same random numbers, so that a difference of losses is a difference of weights and not of dropout masks.
+The second term is computed as a central difference along q (eq. 8), or by double backprop. Nothing here depends on NNI, fastai or recurrent cells.
+All passes of a step over its training batch draw the same random numbers. Two losses then differ because of the weights, not because of dropout masks.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from .weight_step import Linear, Tensors, WeightStep, norm
 
 MODES = ("finite_difference", "exact", "first_order")
 EPSILON = 3e-2
-"""Default r of the finite difference: least error in float32 over sizes and moments of training (`benchmarks/epsilon.py`).
+"""Default r of the finite difference. It has the least error in float32 over sizes and moments of training (`benchmarks/epsilon.py`).
 
-With relu each kink between w − r and w + r adds noise that falls with r, in float64 too; below 1e-4 float32's rounding comes on top. Curvature asks for a small r.
+Each kink of relu between w − r and w + r adds noise, which falls as r grows, in float64 too. Below 1e-4 float32's rounding adds to it. Curvature asks for a
+small r.
 """
 
 Loss = Callable[[Tensors, Tensors, object], Tensor]
@@ -54,7 +55,7 @@ class RandomState:
 
 @dataclass(frozen=True)
 class TrainingPass:
-    """A training pass at (w, α) that was just run: ∇w of its loss (None for a weight without one), its loss, and the generators before it."""
+    """A training pass that was just run at (w, α): ∇w of its loss (None for a weight without one), its loss, and the generators' state before it."""
 
     grads: Sequence[Tensor | None]
     loss: Tensor
@@ -62,7 +63,7 @@ class TrainingPass:
 
 
 class AlphaGradient(NamedTuple):
-    """`grads` = `direct` − `implicit`, each like α; the two losses (detached); ‖∇w L_train‖ and c of the weight step."""
+    """α's gradient: `grads` = `direct` − `implicit`, each shaped like α; the two losses (detached); ‖∇w L_train‖ and the clip factor c of the weight step."""
 
     grads: list[Tensor]
     direct: list[Tensor]
@@ -75,9 +76,9 @@ class AlphaGradient(NamedTuple):
 
 @contextlib.contextmanager
 def all_digits():
-    """float32 products to float32's precision, whatever the process allows elsewhere (cuDNN has TF32 by default), autocast included: the difference of two
-    gradients has not its digits."""
-    every = torch.backends  # torch's older, common setting cannot be read once one of these was set
+    """Compute float32 products in full float32 precision and without autocast, whatever the process allows elsewhere (cuDNN has TF32 by default). In a lower
+    precision the difference of two gradients would not keep enough digits."""
+    every = torch.backends  # torch's older setting for all of them cannot be read once one of these was set
     backends = (every.cuda.matmul, every.cudnn.conv, every.cudnn.rnn, every.mkldnn.matmul, every.mkldnn.conv, every.mkldnn.rnn)
     allowed = [backend.fp32_precision for backend in backends]
     for backend in backends:
@@ -94,7 +95,7 @@ def all_digits():
 
 
 def is_first_order(mode: str, lr: float | None) -> bool:
-    """Whether no step is unrolled: by `mode`, or because its learning rate ξ is 0 (None: the optimizer's own)."""
+    """Whether no step is unrolled: because of `mode`, or because the step's learning rate ξ, `lr`, is 0 (None: the optimizer's own)."""
     return mode == "first_order" or lr == 0
 
 
@@ -102,19 +103,19 @@ def architecture_gradient(loss: Loss, weights: Tensors, alphas: Tensors, train_b
                           mode: str = "finite_difference", epsilon: float = EPSILON, neumann_terms: int = 0,
                           valid_loss: Loss | None = None, same_masks: bool = True, reduce: Reduce = list,
                           ran: TrainingPass | None = None) -> AlphaGradient:
-    """∇α of valid_loss(w′(α), α) with w′ the weight step from (w, α) on the train batch.
+    """∇α of valid_loss(w′(α), α), where w′ is the result of the weight step from (w, α) on the train batch.
 
-    `loss(weights, alphas, batch)` returns a scalar and must leave nothing behind but draws from random generators; these are put back at
-    the end to where they stood, so that the weight step that follows draws the masks of the step that was unrolled.
+    `loss(weights, alphas, batch)` returns a scalar. It may draw from random generators, but must leave nothing else behind. At the end the generators are
+    put back to where they stood, so that the weight step that follows draws the masks of the unrolled step. Weights and α are only read.
     `valid_loss` defaults to `loss`. `mode`: "finite_difference" (`epsilon` is r: the weights move by r in all, eq. 8), "exact" (double
-    backprop; `loss` must allow it) or "first_order" (w′ = w; `step` and the train batch are not used), which a `step` of None is too.
-    `neumann_terms` K: in q, v = ∇w′ L_val becomes Σ_{k=0..K} (1 − decay − ∇w² L_train J'ᵀρ)ᵏ v (iDARTS, arXiv 2106.10784, eq. 9, for the step that is
-    taken, with its clip and decay): the derivative through K+1 such steps on the same batch, all with the curvature at w.
-    `same_masks=False` draws anew in every pass, as published code does. Weights and α are only read.
-    `ran`: the training pass, where the weight step's has been run already; 10 forward passes' worth of arithmetic are then the whole step's, and not 13.
-    The generators are put back to where that pass left them. Its gradients are those after `reduce`.
-    `reduce` is for processes that share a step, each with its own part of the batches and the same weights and α: it gives the mean over
-    the processes of each gradient (None stays None). All then get the gradient of the mean losses; the losses returned are their own.
+    backprop; `loss` must allow it) or "first_order" (w′ = w; `step` and the train batch are not used). A `step` of None means first order too.
+    `neumann_terms` K: in q, v = ∇w′ L_val becomes Σ_{k=0..K} (1 − decay − ∇w² L_train J'ᵀρ)ᵏ v. This is the derivative through K+1 such steps on the same
+    batch, all with the curvature at w (iDARTS, arXiv 2106.10784, eq. 9, here with the clip and the decay of the step that is taken).
+    `same_masks=False` draws new masks in every pass, as published code does.
+    `ran`: the weight step's training pass, if it has been run already. The whole step then costs the arithmetic of 10 forward passes, not 13. The
+    generators are put back to where that pass left them. Its gradients must already have gone through `reduce`.
+    `reduce` is for processes that share a step. Each has its own part of the batches, and all have the same weights and α. `reduce` gives the mean of each
+    gradient over the processes (None stays None). All then get the gradient of the mean losses, but each returns its own losses.
     """
     if mode not in MODES:
         raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}")
@@ -146,7 +147,7 @@ def architecture_gradient(loss: Loss, weights: Tensors, alphas: Tensors, train_b
             start.restore()
         return loss(at, at_alphas, train_batch)
 
-    # w′, with the graph behind it only where it is differentiated again
+    # w′; the graph of g is kept only where g is differentiated again
     exact = mode == "exact"
     leaves = [w.requires_grad_() for w in weights]
     if ran is None or exact:
@@ -181,16 +182,16 @@ def architecture_gradient(loss: Loss, weights: Tensors, alphas: Tensors, train_b
 
 
 def gradients(value: Tensor, inputs: Tensors) -> list[Tensor]:
-    """Gradients; zeros for what takes no part."""
+    """The gradients of `value` with respect to `inputs`; zeros for an input that takes no part."""
     if not value.requires_grad:
         return [torch.zeros_like(x) for x in inputs]
     return list(torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True))
 
 
 def two_ends(weights: Tensors, direction: Sequence[Tensor | None], epsilon: float) -> tuple[list[Tensor], list[Tensor], float]:
-    """w ± r·q/‖q‖ without a graph, and 2r/‖q‖, by which a difference of two gradients is divided; 0 where q is 0."""
+    """The points w ± r·q/‖q‖ without a graph, and 2r/‖q‖, the divisor for the difference of their gradients (0 where q is 0)."""
     length = float(norm(direction))
-    if length == 0 or math.isinf(length):  # squares beyond float32
+    if length == 0 or math.isinf(length):  # the squares are beyond float32's range
         length = float(norm([None if q is None else q.double() for q in direction]))
     if length == 0:
         return [], [], 0.0
@@ -201,8 +202,8 @@ def two_ends(weights: Tensors, direction: Sequence[Tensor | None], epsilon: floa
 
 
 def _neumann(train, weights, v, q, step, gd, c, terms, epsilon, g, reduce) -> list[Tensor | None]:
-    """Σ_{k=0..K} J'ᵀρ∘ (1 − decay − ∇w² L_train J'ᵀρ)ᵏ v; each product with ∇w² by a central difference of ∇w L_train, or exactly where the graph of g
-    is there."""
+    """Σ_{k=0..K} J'ᵀρ∘ (1 − decay − ∇w² L_train J'ᵀρ)ᵏ v. Each product with ∇w² is a central difference of ∇w L_train, or exact where g has its
+    graph."""
     total = list(q)
     for _ in range(terms):
         if g is not None:

@@ -28,17 +28,17 @@ ACTIVATIONS = {
 """How each primitive other than `none` is computed, element by element."""
 
 INIT_RANGE = 0.04
-"""Weights start uniform in ±this by default (quark0/darts `rnn/model.py`, at every size: 300 units in its search, 850 and 700 in its retrainings)."""
+"""By default weights start uniform in ± this (quark0/darts `rnn/model.py`, at every size: 300 units in its search, 850 and 700 in its retrainings)."""
 
 
 def usual_range(hidden_size: int) -> float:
-    """±INIT_RANGE at the 850 units that the paper trains, and wider where units are fewer: a product with such a matrix keeps the same share of its input's spread, where with
-    ±0.04 a small layer is almost silent at first."""
+    """The range of initial weights: ±INIT_RANGE at the 850 units that the paper trains, and wider for fewer units. A product with such a matrix then keeps
+    the same share of its input's spread at every size. With ±0.04 a small layer would be almost silent at first."""
     return INIT_RANGE * math.sqrt(850 / whole_number("hidden_size", hidden_size))
 
 
 def register_primitive(name: str, function) -> None:
-    """Add a nonlinearity: genotypes may name it, and spaces, supernets and layers given it in `primitives` compute it.
+    """Add a nonlinearity: genotypes may then name it, and spaces, supernets and layers that have it in `primitives` compute it.
 
     `function` maps a tensor to one of the same shape, element by element, and must be differentiable.
     """
@@ -51,7 +51,7 @@ def register_primitive(name: str, function) -> None:
 
 
 def checked_primitives(primitives) -> tuple[str, ...]:
-    """The primitives of an edge as a tuple; `ValueError` unless each is known and named once and one is not `none`."""
+    """The primitives of an edge as a tuple; `ValueError` unless each is known and named once, and at least one is not `none`."""
     names = tuple(primitives)
     if any(name != "none" and name not in ACTIVATIONS for name in names) or len(set(names)) != len(names) or set(names) <= {"none"}:
         raise ValueError(f"primitives {names}: each must be 'none' or one of {', '.join(ACTIVATIONS)}, named once, one not 'none'")
@@ -59,7 +59,7 @@ def checked_primitives(primitives) -> tuple[str, ...]:
 
 
 def cell_step(x: Tensor, h: Tensor, W0_h: Tensor, Ws: Sequence[Tensor], genotype: Genotype, mask: Tensor | None = None) -> Tensor:
-    """One time step: x (B, 2H), the input's share of [x∘m_x, h∘m_h] W0; h (B, H), the output before; Ws: N of (H, 2H) -> (B, H)."""
+    """One time step: x (B, 2H), the input's share of [x∘m_x, h∘m_h] W0; h (B, H), the previous output; Ws: N matrices (H, 2H) -> (B, H)."""
     masked = (lambda s: s) if mask is None else (lambda s: s * mask)
     c, z = (x + masked(h) @ W0_h).chunk(2, -1)  # (B, H) each
     states = [h + torch.sigmoid(c) * (torch.tanh(z) - h)]
@@ -71,12 +71,12 @@ def cell_step(x: Tensor, h: Tensor, W0_h: Tensor, Ws: Sequence[Tensor], genotype
 
 
 def discrete_cell(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, genotype: Genotype, mask: Tensor | None = None) -> Tensor:
-    """Run the cell over a sequence; the readable form, for any device, dtype and order of derivative.
+    """Run the cell over a sequence. This is the readable form, for any device, any dtype and derivatives of any order.
 
     x_proj (T, B, 2H): the input's share of [x∘m_x, h∘m_h] W0, for all time steps. h0 (B, H). W0_h (H, 2H): the rows of W0
     for h. Ws (N, H, 2H). mask (B, H): m_h, or None. Returns the outputs (T, B, H); the last is the next hidden state.
     """
-    h, outputs, matrices = h0, [], Ws.unbind(0)  # once: every cut has its own step in the backward pass
+    h, outputs, matrices = h0, [], Ws.unbind(0)  # once: every split has its own step in the backward pass
     for x in x_proj.unbind(0):
         h = cell_step(x, h, W0_h, matrices, genotype, mask)
         outputs.append(h)
@@ -84,15 +84,15 @@ def discrete_cell(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, genotype
 
 
 def scanned_cell(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, genotype: Genotype, mask: Tensor | None = None) -> Tensor:
-    """`discrete_cell` as one scan over time, which `torch.export` and ONNX keep as a loop: T may then differ from call to call. Without gradients."""
+    """`discrete_cell` as one scan over time, without gradients. `torch.export` and ONNX keep the scan as a loop, so T may differ from call to call."""
     from torch._higher_order_ops.scan import scan  # a prototype in torch 2.14, not yet under a public name
 
-    # torch 2.14's ONNX exporter fails on the scan of what needs a gradient, and its export on the scan of a detached view
+    # torch 2.14's ONNX exporter fails on a scan of tensors that need a gradient, and its torch.export on a scan of detached views
     x_proj, h0, W0_h, Ws = (t.detach().clone() for t in (x_proj, h0, W0_h, Ws))
 
     def step(h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         h = cell_step(x, h, W0_h, Ws.unbind(0), genotype, mask)
-        return h, h.clone()  # a scan's two results may not be one tensor
+        return h, h.clone()  # a scan's two results may not be the same tensor
 
     return scan(step, h0, x_proj)[1]
 
@@ -101,11 +101,11 @@ def variational_mask(like: Tensor, p: float, training: bool) -> Tensor | None:
     """A dropout mask (B, H) shaped like `like`, drawn once per sequence and scaled by 1/(1−p) (Gal & Ghahramani 2016); None if inactive."""
     if not training or p == 0:
         return None
-    return F.dropout(torch.ones_like(like), p)  # where bernoulli_ in place cannot: under torch.vmap
+    return F.dropout(torch.ones_like(like), p)  # works under torch.vmap, where the in-place bernoulli_ does not
 
 
 def check_rates(**rates: float) -> None:
-    """`ValueError` with one line for a dropout rate that is none."""
+    """`ValueError` with one line unless every rate is a valid dropout rate."""
     for name, rate in rates.items():
         fraction(name, rate)
 
@@ -132,7 +132,7 @@ class RecurrentWeights(nn.Module):
         nn.init.uniform_(self.Ws, -self.init_range, self.init_range)
 
     def project(self, x: Tensor, h0: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """What every kind of cell starts from: x (T, B, I) -> x_proj (T, B, 2H), h0 (B, H), W0_h (H, 2H), mask m_h (B, H) or None."""
+        """The inputs of every kind of cell: x (T, B, I) -> x_proj (T, B, 2H), h0 (B, H), W0_h (H, 2H), mask m_h (B, H) or None."""
         if x.dim() != 3 or x.shape[-1] != self.input_size or not x.shape[0]:
             raise ValueError(f"input has shape {tuple(x.shape)}; expected (T, B, {self.input_size}) with T of at least 1")
         h0 = x.new_zeros(x.shape[1], self.hidden_size) if h0 is None else h0
@@ -142,7 +142,7 @@ class RecurrentWeights(nn.Module):
         mask_h = variational_mask(h0, self.dropout_h, self.training)
         if mask_x is not None:
             x = x * mask_x
-        W0_x, W0_h = self.W0.split((self.input_size, self.hidden_size))  # in one: two slices would each fill a gradient of W0's size
+        W0_x, W0_h = self.W0.split((self.input_size, self.hidden_size))  # in one call: two slices would each fill a gradient of W0's size
         return x @ W0_x, h0, W0_h, mask_h  # one GEMM for all T·B rows
 
     def run_cell(self, x: Tensor, h0: Tensor | None, genotype: Genotype) -> Tensor:
@@ -172,11 +172,11 @@ class DiscreteRNN(RecurrentWeights):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if hasattr(destination, "_metadata"):  # beside the numbers: no key of its own, and nothing in a file of tensors alone
+        if hasattr(destination, "_metadata"):  # as metadata: it adds no key, and nothing to a file of tensors alone
             destination._metadata[prefix[:-1]]["genotype"] = self.genotype.to_json()
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs) -> None:
-        theirs = local_metadata.get("genotype")  # cells have matrices of the same shapes
+        theirs = local_metadata.get("genotype")  # shapes would not tell: different cells have matrices of the same shapes
         if theirs is not None and theirs != self.genotype.to_json():
             error_msgs.append(f"{prefix}genotype: the weights are of {theirs}, this layer is of {self.genotype.to_json()}; dict(state_dict) is taken unasked")
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)

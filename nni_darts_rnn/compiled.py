@@ -1,4 +1,4 @@
-"""Either cell over a whole sequence in C++ (`csrc/cells.cpp`): the buffers that it works on, and the two calls."""
+"""Either cell over a whole sequence in C++ (`csrc/cells.cpp`): the buffers that the C++ code works on, and the two calls."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from .graph import Graph
 from .workspace import give, take
 
 SECOND_CACHE = 2**21
-"""Bytes: processors have a half to two MiB for each core."""
+"""Bytes of second cache for each core: processors have a half to two MiB."""
 FEW_ROWS = 6
-"""Of the batch for a thread; fewer are a tile of csrc/product.h that is not full."""
+"""Rows of the batch for a thread; fewer do not fill a tile of csrc/product.h."""
 
 
 class Run(NamedTuple):
     """What a forward pass leaves: its results, and the buffers the backward pass reads."""
 
     graph: Graph
-    parts: int  # of the operands of products: see `parts`
-    by_units: bool  # what the threads share: see `by_units`
+    parts: int  # bfloat16 numbers for an operand of a product: see the function `parts`
+    by_units: bool  # how the threads divide the work: see the function `by_units`
     outputs: Tensor  # (T, B, H)
     workspace: Tensor  # the memory of the larger buffers
-    buffers: dict[str, Tensor | None]  # by the names that csrc/cell.h has for them
+    buffers: dict[str, Tensor | None]  # by their names in csrc/cell.h
 
 
 def run_forward(graph: Graph, x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, p: Tensor | None, mask: Tensor | None,
                 keep: bool, rounded: bool = False) -> Run:
-    """Run the cell on tensors without a graph; with `keep` the buffers hold every time step, for `run_backward`.
+    """Run the cell on tensors without a graph. With `keep` the buffers hold every time step, for `run_backward`.
 
-    x_proj, h0, W0_h, Ws and mask as in `supernet.mixed_cell`; p (E, 4), in the order of `graph.OPS`, for a mixed cell, None for a discrete one.
-    `rounded` asks for bfloat16 operands in the products of a float32 cell; they keep all digits on a processor that would gain nothing.
+    x_proj, h0, W0_h, Ws and mask are as in `supernet.mixed_cell`. p is (E, 4), in the order of `graph.OPS`, for a mixed cell, and None for a discrete one.
+    `rounded` asks for bfloat16 operands in the products of a float32 cell. On a processor that would not gain from that, they keep all digits.
     """
     (T, B, _), H, N, E = x_proj.shape, h0.shape[1], graph.n_nodes, graph.n_edges
     steps, new, units = (T if keep else 1), x_proj.new_empty, by_units(B, (N + 1) * 2 * H * H * x_proj.element_size())
@@ -61,7 +61,7 @@ def run_forward(graph: Graph, x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tens
 
 
 def run_backward(run: Run, d_outputs: Tensor, needs: tuple[bool, ...]) -> list[Tensor | None]:
-    """Gradients of x_proj, h0, W0_h, Ws where `needs` says so and d_p (N(N+1)/2, 5) or None. Uses up the buffers: pre-activations become their gradients."""
+    """Gradients of x_proj, h0, W0_h, Ws where `needs` is True, and d_p (N(N+1)/2, 5) or None. Uses up the buffers: gradients overwrite pre-activations."""
     N, (B, H), new = run.graph.n_nodes, d_outputs.shape[1:], d_outputs.new_empty
     d_h0, d_W0_h, d_Ws = (new(shape) if need else None for need, shape in zip(needs[1:4], ((B, H), (H, 2 * H), (N, H, 2 * H))))
     d_p = new(N * (N + 1) // 2, 5, dtype=torch.float64).zero_() if needs[4] else None
@@ -81,10 +81,10 @@ def _arguments(run: Run, keep: bool, **more: Tensor | None) -> CellStruct:
 
 
 def parts(dtype: torch.dtype, rounded: bool, smallest: int, rows: int) -> int:
-    """How many bfloat16 numbers the products of these numbers take each operand as (bfloat.h): 1 if it is to be rounded; 2 where torch may use fewer digits than float32's
-    (`torch.set_float32_matmul_precision`), 3 for all of them; 0, as it is, where a processor would not gain from that.
+    """How many bfloat16 numbers stand for each operand of a product (bfloat.h): 1 if operands are to be rounded, 2 where torch may use fewer digits than
+    float32's (`torch.set_float32_matmul_precision`), 3 for all digits; 0, the operand as it is, where a processor would not gain from that.
 
-    The smallest matrix has `smallest` rows or columns, and a thread about `rows` of what it multiplies.
+    The smallest matrix has `smallest` rows or columns. A thread multiplies about `rows` rows with a matrix.
     """
     if not State.loaded.rounds or dtype != torch.float32:
         return 0
@@ -96,21 +96,22 @@ def parts(dtype: torch.dtype, rounded: bool, smallest: int, rows: int) -> int:
 
 
 def by_units(batch: int, weights: int) -> bool:
-    """Whether the threads of a cell share its units and not the rows of its batch: of few rows, for `weights` bytes of matrices that outgrow a second cache.
+    """Whether a cell's threads divide its units, not the rows of its batch: for few rows, and matrices (`weights` bytes in all) too large for a second cache.
 
-    A thread that has all units reads every matrix at every time step, from the third cache or from memory; with half of them it reads half, and takes the other
-    thread's half of every state from that one's cache. With two threads the shorter time was measured up to a batch of 14, a forward pass of 1 row then taking
-    0.54 to 0.63 of the time at 300, 512 and 850 units, and of 8 rows 0.66 to 0.82; where the matrices fit the second cache (128 units) it took 1.6 times as long.
+    A thread that has all units reads every matrix at every time step, from the third cache or from memory. With half of the units it reads half of each, and
+    takes the other half of every state from the other thread's cache. With two threads this was measured to be faster up to a batch of 14. At 300, 512 and 850
+    units a forward pass of 1 row took 0.54 to 0.63 of the time, and of 8 rows 0.66 to 0.82. Where the matrices fit the second cache (128 units) it took 1.6
+    times as long.
     """
     threads = torch.get_num_threads()
     return threads > 1 and batch < FEW_ROWS * threads and weights > SECOND_CACHE
 
 
 def room(parts: int, rows: int, columns: int) -> int:
-    """Numbers for which a packed matrix needs room."""
+    """How many numbers a packed matrix needs room for."""
     return padded(columns) * (parts * padded(rows) // 2 if parts else rows)
 
 
 def padded(columns: int) -> int:
-    """Columns of a matrix in panels: at most 32 to a panel, whatever the machine's registers (product.h)."""
+    """The columns of a matrix with its last panel filled up: a panel has at most 32, whatever the machine's registers (product.h)."""
     return -(-columns // 32) * 32

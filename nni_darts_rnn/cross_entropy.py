@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear layer without its logits (R, V), by blocks of rows."""
+"""Cross-entropy of a linear layer by blocks of rows, without holding all its logits (R, V)."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .extension import State, enabled
 from .fused import autocast_dtype, differentiable, plain, readable_only, subclassed
 from .workspace import give, take
 
-_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}  # numbers in one block of logits: the CPU's cache, and enough for a GPU to be busy
-_FEW = 128  # rows from which packing the weights pays
+_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}  # numbers in one block of logits: what the CPU's cache holds, and enough to keep a GPU busy
+_FEW = 128  # packing the weights pays from this many rows on
 
 
 def linear_cross_entropy(dropped: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """F.cross_entropy(F.linear(dropped, weight, bias), targets) without the logits (R, V): mean nats per row.
+    """F.cross_entropy(F.linear(dropped, weight, bias), targets), the mean nats per row, without holding all logits (R, V).
 
-    dropped (R, H), weight (V, H), bias (V) or None, targets (R) of 0 … V−1. Logits are made for a block of rows at a time, and where a gradient
-    is wanted the block's share of it is computed at once, so nothing of size V is kept for a row. On any device, with or without the extension,
-    under autocast.
+    dropped (R, H), weight (V, H), bias (V) or None, targets (R) of 0 … V−1. Logits are made for a block of rows at a time. Where a gradient is
+    wanted, the block's share of it is computed at once, so nothing of size V is kept for a row. Works on any device, with or without the
+    extension, and under autocast.
     """
     if State.forced_off or not plain() or dropped.device.type not in ("cpu", "cuda") or not _fits(dropped, weight, bias, targets):
         return _readable_cross_entropy(dropped, weight, bias, targets)
@@ -34,13 +34,13 @@ def linear_cross_entropy(dropped: Tensor, weight: Tensor, bias: Tensor | None, t
 
 
 def _fits(dropped: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> bool:
-    """Whether these are plain tensors as above, in one place and of one dtype but for autocast. What does not fit is left to torch, and to its error messages."""
+    """Whether these are plain tensors as above, on one device and of one dtype (under autocast several). Others are left to torch and its error messages."""
     numbers = [dropped, weight, *([] if bias is None else [bias])]
     if subclassed([*numbers, targets]) or any(t.device != dropped.device or t.layout != torch.strided for t in (*numbers, targets)):
         return False
     if not (dropped.dim() == weight.dim() == 2 and targets.dim() == 1 and targets.dtype == torch.int64):
         return False
-    autocast = autocast_dtype(dropped) is not None  # which leaves float64 as it is
+    autocast = autocast_dtype(dropped) is not None  # autocast leaves float64 as it is
     if any(not t.is_floating_point() or (t.dtype == torch.float64 if autocast else t.dtype != dropped.dtype) for t in numbers):
         return False
     (R, H), V = dropped.shape, len(weight)
@@ -65,17 +65,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if readable_only(d_loss):
                 return differentiable(_readable_cross_entropy, ctx.saved_tensors, ctx.needs_input_grad, d_loss)
             grads, ctx.grads = ctx.grads, None  # they are the caller's from here on
-            if grads is None:  # of a graph that was retained
+            if grads is None:  # a second pass through a retained graph
                 grads = _cross_entropy(*ctx.saved_tensors, ctx.needs_input_grad)[1:]
-        if d_loss.device.type != "cpu" or d_loss != 1:  # on a GPU the question would wait for it; 1 for a loss that `backward` is called on
-            # a gradient scaler's factor is more than float16 has room for
+        if d_loss.device.type != "cpu" or d_loss != 1:  # on a GPU the comparison would wait for it; it is 1 for a loss that `backward` is called on
+            # a gradient scaler's factor may be beyond float16's range
             grads = [None if g is None else g.mul_(d_loss.to(g.dtype)) if g.dtype.itemsize >= 4 else (g.float() * d_loss).to(g.dtype) for g in grads]
         return (*grads, None)
 
 
 @torch.no_grad()
 def _cross_entropy(dropped: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, needs) -> list[Tensor | None]:
-    """The loss and its gradients with respect to dropped, weight and bias, each None where `needs` has False."""
+    """The loss and its gradients with respect to dropped, weight and bias, each None where `needs` is False."""
     device = dropped.device.type
     dtype = autocast_dtype(dropped) or dropped.dtype
     with torch.autocast(device, enabled=False):
@@ -110,19 +110,19 @@ def _compiled(x: Tensor, w: Tensor, b: Tensor | None, targets: Tensor, needs, ro
 
 
 def _by_blocks(x: Tensor, w: Tensor, b: Tensor | None, targets: Tensor, needs, x_dtype: torch.dtype, w_dtype: torch.dtype) -> list[Tensor | None]:
-    """Loss and gradients for x, w and b of the dtype to compute in; the gradients come in the dtypes of what those were made of.
+    """Loss and gradients for x, w and b in the dtype to compute in. The gradients have `x_dtype` and `w_dtype`, from which x, w and b were cast.
 
-    Can go once every torch that is allowed has `F.linear_cross_entropy`, as 2.14 has: in one process on two cores the shortest of four took 494 ms there and
-    508 here (8,960 rows, 300 units, 10,000 words).
+    This function can go once every supported torch has `F.linear_cross_entropy`, as 2.14 has. In one process on two cores the shortest of four runs took
+    494 ms there and 508 here (8,960 rows, 300 units, 10,000 words).
     """
     (R, H), V, dtype = x.shape, len(w), x.dtype
     rows = max(64, _CHUNK.get(x.device.type, _CHUNK["cuda"]) // V)
-    wide = dtype if dtype.itemsize >= 4 else torch.float32  # sums of many blocks
+    wide = dtype if dtype.itemsize >= 4 else torch.float32  # for sums over many blocks
     d_x = torch.empty_like(x, dtype=x_dtype) if needs[0] else None
     d_w = torch.zeros(H, V, dtype=wide, device=w.device) if needs[1] else None  # transposed, as w_t: MKL is up to a fifth faster that way round
     d_b = torch.zeros(V, dtype=wide, device=w.device) if needs[2] else None
     nats = torch.zeros((), dtype=torch.float64, device=x.device)
-    space = x.new_empty(min(rows, R), V)  # one block of logits, used again and again
+    space = x.new_empty(min(rows, R), V)  # one block of logits, reused for all blocks
     w_t = w.t().contiguous() if R >= _FEW else w.t()
     for start in range(0, R, rows):
         part, y = x[start:start + rows], targets[start:start + rows, None]

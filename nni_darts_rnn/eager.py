@@ -1,12 +1,12 @@
 """The mixed cell over a whole sequence in torch operations, with a backward pass written by hand: the fast path of a CPU where nothing was compiled.
 
-The description of a cell, the formulas, their derivatives and the names are those at the head of `csrc/cells.cpp`, as is what is kept for the backward
-pass: σ(c) and z where the products were, of node 0 σ(c) and tanh z, and the states. Everything has the batch as its last axis, so (H, B) for a state: products
-that way round are up to a third faster in MKL, and c and z of an edge are each one piece of memory. Against the readable forms, which autograd
-differentiates: one product for all edges that leave a state, no graph, no gradient that nobody asked for. (The discrete cell would gain nothing.)
+The description of a cell, the formulas, their derivatives and the names are those at the head of `csrc/cells.cpp`. So is what is kept for the backward pass:
+σ(c) and z in place of the products (of node 0, σ(c) and tanh z), and the states. The batch is the last axis of everything, so a state is (H, B). Products are
+up to a third faster in MKL that way round, and c and z of an edge are each one piece of memory. The readable forms leave the backward pass to autograd. Here
+there is one product for all edges that leave a state, no graph, and no gradient that nobody asked for. (The discrete cell would gain nothing.)
 
-torch's tanh takes five times as long as its σ on an AMD EPYC with AVX2. So where z comes from normalised states, tanh z is 2 σ(2z) − 1: off by 1e-7 at
-most in float32, which for small z would be too much, as those of a cell without normalisation can all be.
+torch's tanh takes five times as long as its σ on an AMD EPYC with AVX2. So where z comes from normalised states, tanh z is computed as 2 σ(2z) − 1, which is
+off by 1e-7 at most in float32. For small z that would be too much, and in a cell without normalisation every z can be small.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from . import supernet
 from .graph import Graph
 from .workspace import give, take
 
-GRAIN = 1 << 18  # numbers of one operand of an element-wise operation: some ten of those must find room in a cache
+GRAIN = 1 << 18  # numbers in one operand of an element-wise operation: some ten operands must fit a cache
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class Shares:
-    """Of n mixtures, (n, 1, 1) each: the primitives' shares, p."""
+    """The primitives' shares p in n mixtures, (n, 1, 1) each."""
 
     tanh: Tensor
     relu: Tensor
@@ -44,23 +44,23 @@ class Shares:
 
 @dataclass(frozen=True)
 class Group:
-    """n edges that leave one state, to neighbouring nodes, and are computed at once."""
+    """n edges from one state to neighbouring nodes, which are computed at once."""
 
     edges: list[int]  # rows of p
-    nodes: slice  # that they lead to
+    nodes: slice  # the nodes that they lead to
     shares: Shares
-    first: bool  # nothing has come to these nodes before
-    by_sigmoid: bool  # tanh z is taken from σ(2z)
-    c: tuple[Tensor, ...]  # of each step (n, H, B)
+    first: bool  # whether they are the first edges of these nodes
+    by_sigmoid: bool  # whether tanh z is computed from σ(2z)
+    c: tuple[Tensor, ...]  # for each step (n, H, B)
     z: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
 class Source:
-    """What leaves one of the states 0 … N−1."""
+    """All edges that leave one of the states 0 … N−1."""
 
     groups: list[Group]
-    rows: slice  # of its edges' weights, count·2H of the N·2H of all nodes
+    rows: slice  # its edges' weights: count·2H of the N·2H rows of all nodes
     block: Tensor  # (T, count·2H, B): pre-activations, or their gradients
 
 
@@ -79,7 +79,7 @@ class Run(NamedTuple):
 
 
 def _sources(graph: Graph, blocks: list[Tensor], p: Tensor, at_once: int) -> list[Source]:
-    """From the blocks (T, count·2H, B) of the states 0 … N−1, where state j has the edges to nodes j+1 … N."""
+    """The sources from the blocks (T, count·2H, B) of the states 0 … N−1. State j has the edges to nodes j+1 … N."""
     N, (T, width, B) = graph.n_nodes, blocks[-1].shape
     sources = []
     for state, block in enumerate(blocks):
@@ -95,7 +95,7 @@ def _sources(graph: Graph, blocks: list[Tensor], p: Tensor, at_once: int) -> lis
 
 
 def run_forward(graph: Graph, x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, p: Tensor, mask: Tensor | None, keep: bool, rounded: bool = False) -> Run:
-    """As `compiled.run_forward`, of a mixed cell, whose products are never rounded."""
+    """As `compiled.run_forward`, for a mixed cell. Its products are never rounded."""
     (T, B, _), H, N, new = x_proj.shape, h0.shape[1], graph.n_nodes, x_proj.new_empty
     steps, at_once = T if keep else 1, max(1, min(N, GRAIN // (B * H)))
     workspace, large = take("cell", {"states": (N + 1) * steps * H * B, **{str(j): steps * (N - j) * 2 * H * B for j in range(N)}}, x_proj.dtype)
@@ -156,7 +156,7 @@ def run_backward(run: Run, d_outputs: Tensor, needs: tuple[bool, ...]) -> list[T
             to.addcmul_(torch.mm(W, d_pre, out=masked), mask)
 
     def finish(ds: Tensor, dr: Tensor, state: Tensor, scale: Tensor) -> None:
-        if graph.normalise:  # torch's own, of the normalised: their mean is 0, their deviation 1, and the true one is a weight
+        if graph.normalise:  # torch's own, on the normalised states (mean 0, deviation 1), with `scale` as the weight
             dr.copy_(aten.native_batch_norm_backward(ds[None], state[None], scale, None, None, zeros, ones, True, 0.0, [True, False, False])[0][0])
 
     for t in reversed(range(T)):
@@ -196,19 +196,19 @@ def _masked(s: Tensor, mask: Tensor | None, out: Tensor) -> Tensor:
 
 
 def _tanh(group: Group, z: Tensor, out: Tensor) -> Tensor:
-    """σ(2z) or tanh z."""
+    """σ(2z) if the group is `by_sigmoid`, else tanh z."""
     return torch.add(z, z, out=out).sigmoid_() if group.by_sigmoid else torch.tanh(z, out=out)
 
 
 def _tanh_share(group: Group, f: Tensor, out: Tensor) -> Tensor:
-    """p tanh z from what `_tanh` gave."""
+    """p tanh z, from f, the result of `_tanh`."""
     if group.by_sigmoid:
         return torch.mul(f, 2 * group.shares.tanh, out=out).sub_(group.shares.tanh)
     return torch.mul(f, group.shares.tanh, out=out)
 
 
 def _edges_forward(group: Group, c: Tensor, z: Tensor, s: Tensor, r: Tensor, m: Tensor, spare: Tensor) -> None:
-    """r += P s + σ(c)∘(M − P s), or r = that where the group is its nodes' first. σ(c), z, r (n, H, B), s (H, B)."""
+    """Add P s + σ(c)∘(M − P s) to r; if the group is its nodes' first, write it to r instead. c is σ(c) already; c, z, r (n, H, B), s (H, B)."""
     share = group.shares
     _tanh_share(group, _tanh(group, z, spare), m)
     m.addcmul_(torch.sigmoid(z, out=spare), share.sigmoid).addcmul_(torch.clamp_min(z, 0, out=spare), share.relu).addcmul_(z, share.identity)
@@ -220,7 +220,7 @@ def _edges_forward(group: Group, c: Tensor, z: Tensor, s: Tensor, r: Tensor, m: 
 
 
 def _edges_backward(group: Group, c: Tensor, z: Tensor, s: Tensor, dr: Tensor, ds: Tensor, scratch: tuple[Tensor, ...], probabilities: bool) -> Tensor | None:
-    """σ(c), z (n, H, B) -> dc, dz in their places; ds (H, B) += P dr∘(1 − σ) of all n edges; with `probabilities` the sums (n, 5) for dp."""
+    """Overwrite σ(c), z (n, H, B) with dc, dz, and add P dr∘(1 − σ) of all n edges to ds (H, B). With `probabilities`, return the sums (n, 5) for dp."""
     (moved, left, m, f, g, spare), share = scratch, group.shares
     torch.sub(dr, torch.mul(dr, c, out=moved), out=left)  # dr∘σ, dr∘(1 − σ)
     ds.view(1, -1).addmm_(share.row, left.flatten(1))  # (1, n) (n, H·B)

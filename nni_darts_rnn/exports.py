@@ -1,4 +1,4 @@
-"""What the compiled extension exports, as Python sees it: the structs that its functions are given, and the functions."""
+"""What the compiled extension exports, as Python sees it: the structs that its functions take, and the functions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 class _Struct(ctypes.Structure):
     def hold(self, tensors: dict[str, torch.Tensor | None]):
-        """The struct with the addresses of these, and with the tensors themselves, which under torch.compile nothing else need hold until the call."""
+        """Set the struct's addresses to those of the tensors, and keep the tensors: under torch.compile nothing else need hold them until the call."""
         self.tensors = tensors
         for name, tensor in tensors.items():
             if tensor is not None:
@@ -19,7 +19,7 @@ class _Struct(ctypes.Structure):
 
 
 class CellStruct(_Struct):
-    """struct Cell of cell.h; shapes are given there."""
+    """struct Cell of cell.h, which gives the shapes."""
 
     _fields_ = ([(name, ctypes.c_int64) for name in ("steps", "batch", "hidden", "nodes", "edges", "threads", "normalise", "keep", "by_units", "parts")]
                 + [("eps", ctypes.c_double)]
@@ -31,7 +31,7 @@ class CellStruct(_Struct):
 
 
 class CrossEntropyStruct(_Struct):
-    """struct LinearCrossEntropy of cross_entropy.cpp; shapes are given there."""
+    """struct LinearCrossEntropy of cross_entropy.cpp, which gives the shapes."""
 
     _fields_ = ([(name, ctypes.c_int64) for name in ("rows", "hidden", "words", "threads", "parts")]
                 + [("scale", ctypes.c_double)]
@@ -39,8 +39,8 @@ class CrossEntropyStruct(_Struct):
 
 
 class Library:
-    """The loaded extension: `forward[dtype]`, `backward[dtype]`, `cross_entropy[dtype]`; `block`, the rows of logits that the last one needs;
-    `rounds`, whether there are tiles here, whose products of bfloat16 are faster than those of float32."""
+    """The loaded extension. `forward[dtype]`, `backward[dtype]` and `cross_entropy[dtype]` are its functions. `block` is the number of rows of logits that
+    `cross_entropy` needs. `rounds`: whether this processor has tiles, whose products of bfloat16 are faster than those of float32."""
 
     def __init__(self, path: Path):
         library = ctypes.CDLL(str(path))

@@ -1,7 +1,7 @@
 """The compiled extension, `csrc/`: when a process uses it, and how it is built, cached, loaded and checked.
 
-Which cells a process uses must not depend on what an earlier one left in the cache, so the extension is used only once `enable` or `prepare` was
-called, or with NNI_DARTS_RNN_FUSED=1; NNI_DARTS_RNN_FUSED=0 turns it off. It is compiled on first use (six seconds on new machines, up to twenty on older ones)
+Which cells a process uses must not depend on what an earlier process left in the cache. So the extension is used only after a call of `enable` or `prepare`,
+or with NNI_DARTS_RNN_FUSED=1; NNI_DARTS_RNN_FUSED=0 turns it off. It is compiled on first use (six seconds on new machines, up to twenty on older ones)
 and kept in the user's cache folder.
 """
 
@@ -31,7 +31,7 @@ from .files import cache_folder, digest, hold
 
 SOURCES = Path(__file__).with_name("csrc")
 BUILD_SECONDS = 12.0
-"""Between what a build costs on two new cores, 6 s, and on older ones, up to 20: what the fast path must save before `prepare` turns it on."""
+"""What the fast path must save before `prepare` turns it on. It lies between the cost of a build on two new cores, 6 s, and on older ones, up to 20."""
 
 SWITCH = "NNI_DARTS_RNN_FUSED"
 
@@ -39,35 +39,36 @@ SWITCH = "NNI_DARTS_RNN_FUSED"
 class State:
     """What this process has decided and loaded."""
 
-    on: bool | None = None  # what a user has said; None: nothing, then the GPU's kernels are used, and the extension where a run gains from it
-    gains = False  # whether the run at hand does
+    on: bool | None = None  # the user's choice; None, no choice: the GPU's kernels are used, and the extension where a run gains from it
+    gains = False  # whether the run at hand gains from the extension
     forced_off = 0  # depth of `reference()`
     loaded: Library | None = None
     problem: str | None = None  # why there is no library although one was asked for
-    told: set[str] = set()  # of what would make this process faster
-    loading = threading.RLock()  # held while it is looked for, built and checked, for which it is in `loaded` before all may have it
+    told: set[str] = set()  # hints and problems that the user has been told
+    loading = threading.RLock()  # held while the extension is looked for, built and checked: for the check it is in `loaded` already
 
 
 def enable(on: bool = True) -> bool:
-    """Use the extension from now on in this process, building it if need be (or neither it nor the GPU's kernels). Returns whether it is in use."""
+    """Use the extension from now on in this process, and build it if need be. With `on=False`, use neither the extension nor the GPU's kernels.
+    Returns whether the extension is in use."""
     State.on = bool(on)
     return enabled()
 
 
 def prepare(eager_seconds: float, device: torch.device | str = "cpu") -> bool:
-    """Use the extension from now on if a run that takes `eager_seconds` without it saves more than a build costs, else not: decided on that number alone, neither on
-    the cache nor on what ran before. After `enable` that stays as it is. Returns whether it is in use.
+    """Use the extension from now on if that saves a run of `eager_seconds` more than a build costs, else not. Returns whether it is in use.
 
-    A run on a GPU has no use for it.
+    That number alone decides, neither the cache nor what ran before. A choice made with `enable` stays. A run on a GPU has no use for the extension.
     """
-    State.gains = torch.device(device).type == "cpu" and eager_seconds * 0.3 > BUILD_SECONDS  # it takes a third less time at the paper's size, and half as much or less elsewhere
+    # with the extension a run takes a third less time at the paper's size, and half as much or less elsewhere
+    State.gains = torch.device(device).type == "cpu" and eager_seconds * 0.3 > BUILD_SECONDS
     return enabled()
 
 
 def eager_seconds(T: int, B: int, H: int, V: int, N: int, passes: float, edges: int | None = None) -> float:
-    """Seconds that `passes` forward passes' worth of work take without the extension on two cores, from sizes alone; for `prepare`.
+    """An estimate from sizes alone, for `prepare`: the seconds that the work of `passes` forward passes takes on two cores without the extension.
 
-    A training step is 3 of them (a search step: `SearchRecipe.passes`). `edges` defaults to the mixed cell's N(N+1)/2; a discrete cell has N.
+    A training step is 3 passes (a search step: `SearchRecipe.passes`). `edges` defaults to the mixed cell's N(N+1)/2; a discrete cell has N.
     """
     edges = N * (N + 1) // 2 if edges is None else edges
     flops = 4 * T * B * H * H * (edges + 2) + 2 * T * B * H * V
@@ -76,7 +77,7 @@ def eager_seconds(T: int, B: int, H: int, V: int, N: int, passes: float, edges: 
 
 @contextlib.contextmanager
 def reference():
-    """Inside, everything runs in its readable form, of which derivatives of any order exist."""
+    """Within the context, everything runs in its readable form, which has derivatives of any order."""
     State.forced_off += 1
     try:
         yield
@@ -85,14 +86,14 @@ def reference():
 
 
 def enabled() -> bool:
-    """Whether the extension is asked for and there."""
+    """Whether the extension is asked for and available."""
     switch = _switch()
     asked = State.gains if State.on is None else State.on
     return switch != "0" and (asked or switch == "1") and available()
 
 
 def _switch() -> str | None:
-    """What the environment says; `ValueError` with one line for what is neither on nor off."""
+    """The value of the environment variable, or None; `ValueError` with one line for a value that is neither on nor off."""
     switch = os.environ.get(SWITCH)
     if switch not in (None, "", "0", "1"):
         raise ValueError(f"{SWITCH}: {switch!r} must be 0 (off) or 1 (on)")
@@ -100,7 +101,7 @@ def _switch() -> str | None:
 
 
 def available() -> bool:
-    """Whether the extension is there, built now if need be."""
+    """Whether the extension is there. It is built now if need be."""
     if _switch() == "0":
         return False
     with State.loading:
@@ -116,14 +117,14 @@ def available() -> bool:
 
 
 def on_gpu(tensor: Tensor) -> bool:
-    """Whether the GPU's kernels are the ones for this tensor: also on a CPU where Triton interprets them."""
+    """Whether the GPU's kernels apply to this tensor: on a GPU, and on a CPU where Triton interprets them."""
     return tensor.is_cuda or (tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def gpu_ready(tensor: Tensor) -> bool:
-    """Whether the GPU's kernels can be compiled, which takes some seconds in the first run on a machine. They need no `enable`: Triton comes with torch.
+    """Whether the GPU's kernels can be used. They need no `enable`: Triton comes with torch. The first run on a machine compiles them, in some seconds.
 
-    Not within a CUDA graph that somebody records: its replays would write to a `Plan`'s memory, which by then is another pass's, or free.
+    They cannot be used while somebody records a CUDA graph: its replays would write to a `Plan`'s memory, which by then belongs to another pass, or is free.
     """
     wanted = _switch() != "0" and State.on is not False
     if not (wanted and _has_triton()):
@@ -137,7 +138,7 @@ def _has_triton() -> bool:
 
 
 def why_not(device: torch.device | str = "cpu", precision: str = "float32") -> str | None:
-    """One line that says what would make this process faster on `device`, or why that `precision` does not; None where nothing would."""
+    """One line that says what would make this process faster on `device`, or why this `precision` would not; None if there is nothing to say."""
     if _switch() == "0":
         return f"the fast path is turned off by {SWITCH}=0"
     if torch.device(device).type == "cuda":
@@ -148,8 +149,8 @@ def why_not(device: torch.device | str = "cpu", precision: str = "float32") -> s
 
 
 def rounds(device: torch.device | str) -> bool:
-    """Whether a training in bfloat16 has its products in it on `device`: on a GPU, and where the processor has tiles for them, without which they take longer than
-    float32's, whether compiled or torch's own."""
+    """Whether a training in bfloat16 computes its products in bfloat16 on `device`: on a GPU, and where the processor has tiles for them. Without tiles they
+    take longer than float32's, whether compiled or torch's own."""
     if torch.device(device).type != "cpu":
         return True
     return State.loaded.rounds if enabled() else "amx_bf16" in _processor().split()
@@ -162,7 +163,8 @@ class _Unavailable(Exception):
 
 
 def _openmp() -> list[str]:
-    """The OpenMP library that torch has loaded, linked by its path: a second one would bring a second pool of threads to fight over the cores."""
+    """Linker arguments for the OpenMP library that torch has loaded, by its path: a second library would bring a second pool of threads, and both would fight
+    over the cores."""
     try:
         maps = os.fsdecode(Path("/proc/self/maps").read_bytes())
     except OSError:
@@ -175,7 +177,7 @@ def _openmp() -> list[str]:
 
 @functools.lru_cache(maxsize=1)
 def _processor() -> str:
-    """What -march=native depends on."""
+    """The processor's features, on which -march=native depends."""
     with contextlib.suppress(OSError):
         for line in os.fsdecode(Path("/proc/cpuinfo").read_bytes()).splitlines():
             if line.startswith(("flags", "Features")):
@@ -215,14 +217,14 @@ def _load() -> Library:
             with hold(folder / f"{name}.lock"):
                 library = _cached(folder, name) or _compile(folder, name)  # another process may have built it while this one waited
         return library
-    except (OSError, ValueError):  # a folder that cannot be written, or no home: this process alone then
+    except (OSError, ValueError):  # the folder cannot be written, or there is no home: build for this process alone
         with tempfile.TemporaryDirectory(prefix="nni_darts_rnn-") as alone:
             return _compile(Path(alone), name)
 
 
 def _cached(place: Path, name: str) -> Library | None:
-    """The library of that name, if it is there and as it was when it was built: the rest of its name is the file's SHA-256. Loading a damaged one would
-    end the process. What is no good goes, and is built again."""
+    """The library of that name, if it is there and unchanged since it was built: the rest of the file's name is its SHA-256. Loading a damaged library would
+    end the process. A library that is no good is deleted, and is then built again."""
     for path in place.glob(f"{name}-*.so"):
         with contextlib.suppress(OSError, _Unavailable):
             if path.stem == f"{name}-{digest(path)[:16]}":
@@ -233,9 +235,9 @@ def _cached(place: Path, name: str) -> Library | None:
 
 
 def _compile(place: Path, name: str) -> Library:
-    """csrc/*.cpp, with what they include, as a library in `place`, which appears whole or not at all, and only once it was loaded and computes right."""
+    """Compile csrc/*.cpp, with what they include, to a library in `place`. It appears whole or not at all, and only after it was loaded and computed right."""
     compiler = _compiler()
-    for killed in place.glob(f".build-{name}-*"):  # while it compiled; who calls holds this name's lock
+    for killed in place.glob(f".build-{name}-*"):  # left by a process that was killed: the caller holds this name's lock
         shutil.rmtree(killed, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=f".build-{name}-", dir=place) as folder:
         linked, compiled = Path(folder, "cells.so"), {path: Path(folder, f"{path.stem}.o") for path in sorted(SOURCES.glob("*.cpp"))}
@@ -253,7 +255,7 @@ def _compile(place: Path, name: str) -> Library:
 
 
 def _run(command: list[str]) -> None:
-    """A command of the compiler's."""
+    """Run a command of the compiler."""
     try:
         run = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -269,7 +271,7 @@ def _last_line(text: str) -> str:
 
 
 def _checked(library: Library) -> Library:
-    """The library, once small cells come out of it right: a compiler that gets them wrong must not go unnoticed."""
+    """The library, after a check that it computes small cells correctly: a compiler that gets them wrong must not go unnoticed."""
     from . import cell, compiled  # here, since compiled imports this module
     from .genotype import Genotype
     from .graph import discrete_graph

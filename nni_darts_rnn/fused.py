@@ -1,9 +1,9 @@
 """The fast path: both cells over a whole sequence with a hand-written backward, in C++, in torch operations or on a GPU.
 
-`discrete_cell` and `mixed_cell` take and return what `cell.discrete_cell` and `supernet.mixed_cell` do, to rounding. For float32 and float64, built-in
-primitives and plain autograd they run `csrc/cells.cpp` on a CPU where the extension is in use, `eager.py` there for a mixed cell where it is not, and `gpu/`
-on a GPU; else the readable forms.
-A second derivative (`create_graph=True`) is taken through the readable form by itself; `reference()` avoids the detour where that is known before.
+`discrete_cell` and `mixed_cell` take and return the same as `cell.discrete_cell` and `supernet.mixed_cell`, up to rounding. For float32 and float64, built-in
+primitives and plain autograd, they run `gpu/` on a GPU. On a CPU they run `csrc/cells.cpp` where the extension is in use, and `eager.py` for a mixed cell
+where it is not. In all other cases they run the readable forms.
+A second derivative (`create_graph=True`) is taken through the readable form automatically; `reference()` avoids the detour where that is known before.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from .graph import OPS, Graph, discrete_graph, mixed_graph
 __all__ = ["SWITCH", "available", "discrete_cell", "drawn_cell", "eager_seconds", "enable", "enabled", "mixed_cell", "prepare", "reference", "why_not"]
 
 GPU_BATCH = 4096
-"""The largest batch for the GPU's kernels, of which one program normalises whole columns."""
+"""The largest batch for the GPU's kernels: one program of theirs normalises whole columns of it."""
 
 
 def discrete_cell(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, genotype: Genotype, mask: Tensor | None = None) -> Tensor:
-    """`cell.discrete_cell`, the fast way where it applies."""
+    """`cell.discrete_cell`, on the fast path where it applies."""
     compiled_or_gpu, half = on_gpu(x_proj) or enabled(), autocast_dtype(x_proj)
-    if half and compiled_or_gpu:  # states stay whole numbers; what autocast is for is done to the operands of products, where that gains something
+    if half and compiled_or_gpu:  # states keep all digits; only the operands of products are rounded, where that gains something
         x_proj, h0, mask = (t if t is None or t.dtype == torch.float64 else t.float() for t in (x_proj, h0, mask))
     if not (compiled_or_gpu and _applies(x_proj, h0, W0_h, Ws, mask) and len(Ws) == genotype.n_nodes and all(_built_in(op) for op, _ in genotype.recurrent)):
         return cell.discrete_cell(x_proj, h0, W0_h, Ws, genotype, mask)
@@ -39,7 +39,7 @@ def discrete_cell(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, genotype
 
 def mixed_cell(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, probabilities: Tensor, mask: Tensor | None = None,
                primitives=PRIMITIVES, normalise: bool = True) -> Tensor:
-    """`supernet.mixed_cell`, the fast way where it applies."""
+    """`supernet.mixed_cell`, on the fast path where it applies."""
     if not _applies_mixed(x_proj, h0, W0_h, Ws, mask, probabilities, primitives, normalise):
         return supernet.mixed_cell(x_proj, h0, W0_h, Ws, probabilities, mask, primitives, normalise)
     graph, places = mixed_graph(len(Ws), normalise), _places(primitives)
@@ -52,12 +52,12 @@ def drawn_cell(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, probabiliti
                primitives=PRIMITIVES) -> Tensor:
     """`supernet.mixed_cell` without BatchNorm where `probabilities` (E, K) are one-hot in each node's rows.
 
-    What runs is the one cell, backward too; a gradient of the probabilities costs the other edges' forward pass beside that.
+    Only that one discrete cell runs, forward and backward. If the probabilities need a gradient, the other edges run forward as well.
     """
-    if on_gpu(x_proj):  # there each cell would be recorded as steps of its own, more slowly than all edges run
+    if on_gpu(x_proj):  # recording steps for each drawn cell would take longer there than running all edges
         return mixed_cell(x_proj, h0, W0_h, Ws, probabilities, mask, primitives, normalise=False)
     genotype = supernet.one_hot_genotype(probabilities.detach(), primitives)
-    one_hot = genotype.n_nodes == len(Ws)  # not so where they are NaN
+    one_hot = genotype.n_nodes == len(Ws)  # False where they are NaN
     if one_hot and not _needs_graph(probabilities):
         return discrete_cell(x_proj, h0, W0_h, Ws, genotype, mask)
     if not (one_hot and enabled() and _applies_mixed(x_proj, h0, W0_h, Ws, mask, probabilities, primitives)):
@@ -77,7 +77,7 @@ def _places(primitives) -> tuple[tuple[int, int], ...]:
 
 def _applies_mixed(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, mask: Tensor | None, probabilities: Tensor, primitives,
                    normalise: bool = False) -> bool:
-    """`_applies`, and the primitives are the package's own, once each, with a row of probabilities for every edge."""
+    """Whether `_applies` holds, the primitives are the package's own, each named once, and every edge has a row of probabilities."""
     ops, n = [name for name in primitives if name != "none"], len(Ws)
     if autocast_dtype(x_proj) is not None or (normalise and len(h0) < 2):  # a batch of one has no variance
         return False
@@ -86,7 +86,7 @@ def _applies_mixed(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, mask: T
 
 
 def _built_in(op: str) -> bool:
-    """Whether `op` is computed as the package computes it, not by something registered under its name."""
+    """Whether `op` is computed by the package's own function, not by one registered under its name."""
     function = cell.ACTIVATIONS.get(op)
     return op in OPS and (function is getattr(torch, op, None) or getattr(function, "__module__", "") == cell.__name__)
 
@@ -109,13 +109,14 @@ def _applies(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, mask: Tensor 
 
 
 def subclassed(tensors: list[Tensor]) -> bool:
-    """Whether one of them may have arithmetic of its own, or no memory to point at: a distributed tensor, one without numbers, one that wraps others; or
-    memory with the numbers' negatives, as the imaginary part of a conjugate has."""
+    """Whether one of the tensors may have arithmetic of its own or no memory to point at (a distributed tensor, one without numbers, one that wraps others),
+    or holds the negatives of its numbers in memory, as the imaginary part of a conjugate does."""
     return any(type(t) not in (Tensor, torch.nn.Parameter) or t.is_neg() for t in tensors)
 
 
 def plain() -> bool:
-    """Not under torch.compile, a trace, a torch.func transform, forward-mode differentiation or a dispatch mode, which must see through what is computed."""
+    """Whether none of these is active, which must see every operation: torch.compile, a trace, a torch.func transform, forward-mode differentiation, a
+    dispatch mode."""
     if torch._C._get_tracing_state() is not None or torch.autograd.forward_ad._current_level >= 0 or torch._C._len_torch_dispatch_stack():
         return False
     return not torch.compiler.is_compiling() and not getattr(torch._C, "_are_functorch_transforms_active", lambda: False)()
@@ -134,13 +135,13 @@ def _mixture(probabilities: Tensor, places: tuple[tuple[int, int], ...]) -> Tens
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """What autocast computes products in on this tensor's device, or None where there is none."""
+    """The dtype in which autocast computes products on this tensor's device, or None without autocast."""
     device = tensor.device.type
     return torch.get_autocast_dtype(device) if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) else None
 
 
 def _engine(x_proj: Tensor):
-    """The module whose `run_forward` and `run_backward` are for this tensor."""
+    """The module whose `run_forward` and `run_backward` apply to this tensor."""
     if on_gpu(x_proj):
         from .gpu import sequence  # here, since it imports Triton
 
@@ -154,7 +155,7 @@ def _forward(graph: Graph, x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor,
 
 
 def _run(engine, graph: Graph, tensors, p: Tensor | None, mask: Tensor | None, keep: bool, rounded: bool):
-    """The engine's `run_forward`, whose products are its own affair and not autocast's."""
+    """Call the engine's `run_forward` with autocast off: the engine itself decides the precision of its products."""
     with torch.autocast(tensors[0].device.type, enabled=False):
         return engine.run_forward(graph, *(t.detach() for t in tensors), p, mask, keep=keep, rounded=rounded)
 
@@ -165,10 +166,10 @@ class _CellFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, graph, places, readable, rounded, *tensors):
         ctx.graph, ctx.places, ctx.readable, ctx.rounded, ctx.engine = graph, places, readable, rounded, _engine(tensors[0])
-        # hooks, such as a checkpointing's, are there to keep less: the backward pass then runs it again
+        # hooks, such as those of checkpointing, are there to keep less: the backward pass then runs the forward pass again
         hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         run = _CellFunction.run(ctx, tensors, keep=not hooked)
-        ctx.run = None if hooked else run._replace(outputs=None)  # saved with the other tensors, where a change in place is noticed and no cycle is made
+        ctx.run = None if hooked else run._replace(outputs=None)  # saved with the other tensors: autograd notices a change in place there, and no cycle is made
         ctx.save_for_backward(*tensors, run.outputs)
         ctx.set_materialize_grads(False)
         return run.outputs
@@ -189,7 +190,7 @@ class _CellFunction(torch.autograd.Function):
             raise RuntimeError("a tensor that was saved for the backward pass came back from its hook in another dtype")
         if readable_only(d_outputs):
             return (None,) * 4 + differentiable(ctx.readable, tensors, needs, d_outputs)
-        # a second backward pass through the same graph finds the buffers used up
+        # the first backward pass uses up the buffers, so a second one through the same graph runs the forward pass again
         run, ctx.run = ctx.run or _CellFunction.run(ctx, tensors), None
         *grads, d_p = ctx.engine.run_backward(run._replace(outputs=outputs), d_outputs.resolve_neg(), needs)
         d_probabilities = None
@@ -201,8 +202,8 @@ class _CellFunction(torch.autograd.Function):
 
 
 def readable_only(d_output: Tensor) -> bool:
-    """Whether a backward pass is to be differentiated again (`create_graph`), is of many gradients at once (`is_grads_batched`), or is itself transformed,
-    traced or recorded, though its forward pass was not."""
+    """Whether a backward pass needs the readable form: it is to be differentiated again (`create_graph`), is of many gradients at once (`is_grads_batched`),
+    or is itself transformed, traced or recorded, though its forward pass was not."""
     recorded = d_output.is_cuda and torch.cuda.is_current_stream_capturing()  # as in `extension.gpu_ready`
     return recorded or torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(d_output) or not plain()
 
@@ -210,7 +211,7 @@ def readable_only(d_output: Tensor) -> bool:
 @torch.enable_grad()
 def differentiable(function, tensors: list[Tensor | None], needs, d_output: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of `function(*tensors)` that can be differentiated again."""
-    # aliases, because one of the tensors may have been computed from another, and that path is not ours to follow
+    # aliases, because one of the tensors may have been computed from another, and autograd must not follow that path here
     aliases = [None if t is None else t.view_as(t) for t in tensors]
     wanted = [a for a, need in zip(aliases, needs) if need]
     grads = iter(torch.autograd.grad(function(*aliases), wanted, d_output, create_graph=True, allow_unused=True))

@@ -14,7 +14,7 @@ from .checks import did_you_mean
 
 PRIMITIVES = ("none", "tanh", "relu", "sigmoid", "identity")
 """Primitives of one edge of the supernet, in the order of α's columns (DARTS, section 3.2). `none` is never derived."""
-RELAXATIONS = ("edge", "node", "gumbel")  # what one softmax of α is over (supernet.py)
+RELAXATIONS = ("edge", "node", "gumbel")  # what one softmax of α runs over (supernet.py)
 
 _known_ops = set(PRIMITIVES) - {"none"}
 
@@ -41,7 +41,7 @@ def number_of_nodes(n_edges: int) -> int:
 class Genotype:
     """A discrete recurrent cell.
 
-    `recurrent[i-1] = (op, j)` says of node i ≥ 1 that it reads state j < i through the nonlinearity `op`
+    `recurrent[i-1] = (op, j)` means that node i ≥ 1 reads state j < i through the nonlinearity `op`
     (state 0 is made from the input and the previous hidden state). The output is the mean of the states named in `concat`
     (default: all nodes). Raises `ValueError` with one line when the cell cannot be built.
     """
@@ -93,13 +93,13 @@ class Genotype:
 
     @classmethod
     def from_dict(cls, data) -> Genotype:
-        """Of `{"recurrent": …, "concat": …}`, as JSON has it or the named tuple of published code; `ValueError` for anything else."""
+        """The genotype of `{"recurrent": …, "concat": …}`, as in JSON or in the named tuple of published code; `ValueError` for anything else."""
         if not isinstance(data, dict) or "recurrent" not in data or set(data) - {"recurrent", "concat"}:
             raise ValueError('genotype: expected {"recurrent": [[op, predecessor], …], "concat": [node, …]}')
         return cls(data["recurrent"], data.get("concat", ()))
 
     def to_sample(self) -> dict[str, str]:
-        """The NNI sample of `DartsRnnSpace` that is this cell. `ValueError` where `concat` is not all nodes, as the space has no such choice."""
+        """This cell as an NNI sample of `DartsRnnSpace`. `ValueError` if `concat` is not all nodes, as the space has no such choice."""
         if self.concat != tuple(range(1, self.n_nodes + 1)):
             raise ValueError(f"genotype: a sample of the space averages all nodes; concat here is {self.concat}")
         sample = {}
@@ -110,7 +110,7 @@ class Genotype:
 
     @classmethod
     def from_sample(cls, sample: dict) -> Genotype:
-        """The cell that an NNI sample stands for (labels `cell/node_<i>/input` and `cell/node_<i>/op`; others are left alone)."""
+        """The cell that an NNI sample stands for (labels `cell/node_<i>/input` and `cell/node_<i>/op`; others are ignored)."""
         n_nodes = sum(str(key).startswith("cell/node_") and str(key).endswith("/op") for key in sample)
         try:
             recurrent = [(sample[f"cell/node_{i}/op"], sample[f"cell/node_{i}/input"]) for i in range(1, n_nodes + 1)]
@@ -130,8 +130,8 @@ def _integer(value) -> int:
 def derive(probabilities, primitives=PRIMITIVES) -> Genotype:
     """The genotype of probabilities (E, K), by the paper's rule (section 2.4; quark0/darts `rnn/model_search.py: genotype`).
 
-    Per node: the edge whose strongest primitive other than `none` is strongest, then that primitive.
-    Ties go to the smaller predecessor, then to the earlier primitive. Monotone in each row only through softmax: give
+    Each node keeps the edge whose strongest primitive other than `none` is strongest, and that primitive.
+    Ties go to the smaller predecessor, then to the earlier primitive. Softmax is monotone only within a row: give
     probabilities, not α, when rows of α have different offsets. Raises `ValueError` for NaN or a wrong shape.
     """
     p = np.asarray(probabilities, dtype=np.float64)
@@ -161,14 +161,14 @@ ENAS = Genotype((("tanh", 0), ("tanh", 1), ("relu", 1), ("tanh", 3), ("tanh", 3)
 """ENAS, Penn Treebank (Pham et al. 2018, listed in quark0/darts `rnn/genotypes.py`); published test perplexity 58.6 as trained by the DARTS authors, 55.8 in its own paper."""
 
 DRAWN_V1 = Genotype((("relu", 0), ("relu", 0), ("tanh", 0), ("relu", 0), ("relu", 0), ("identity", 0), ("tanh", 0), ("identity", 0)))
-"""The best of eight cells that this package's search with drawn cells and ξ = 2 found at a small size of the Penn Treebank (2,000 words, 64 units): how, and
-what it reached beside other cells at that size, is in docs/results.md. At the paper's size it has not been trained."""
+"""The best of eight cells that this package's search with drawn cells and ξ = 2 found at a small size of the Penn Treebank (2,000 words, 64 units).
+docs/results.md says how, and what it and other cells reached at that size. It has not been trained at the paper's size."""
 
 NAMED = {"DARTS_V1": DARTS_V1, "DARTS_V2": DARTS_V2, "ENAS": ENAS, "DRAWN_V1": DRAWN_V1}
 
 
 def _printed(text: str) -> Genotype:
-    """The genotype that published code has printed. The text is read and never run."""
+    """The genotype from the text that published code prints. The text is parsed and never run."""
     try:
         call = ast.parse(text.strip(), mode="eval").body
         parts = {part.arg: part.value for part in call.keywords} if isinstance(call, ast.Call) and not call.args else {}
@@ -180,15 +180,15 @@ def _printed(text: str) -> Genotype:
         else:
             nodes = ast.literal_eval(named)
         recurrent = tuple(ast.literal_eval(parts["recurrent"]))
-        concat = tuple(nodes[:len(recurrent) + 1])  # one more than there can be is enough to be refused
+        concat = tuple(nodes[:len(recurrent) + 1])  # one node too many is enough for it to be refused
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         raise ValueError(f"genotype {text!r} is not as published code prints one: Genotype(recurrent=[(op, predecessor), …], concat=range(1, 9))") from None
     return Genotype(recurrent, concat)
 
 
 def load_genotype(source: Genotype | str | Path) -> Genotype:
-    """A genotype from itself, a name in `NAMED`, a JSON text, a dict or a file of it, a sample of NNI's, or what published code has: its named tuple, or that as it prints it,
-    `Genotype(recurrent=[('tanh', 0), …], concat=range(1, 9))`. `ValueError` otherwise, naming the nearest name."""
+    """A genotype from any of its forms: a `Genotype`, a name in `NAMED`, a JSON text, a dict or a file of it, a sample of NNI's, the named tuple of published
+    code, or that as printed, `Genotype(recurrent=[('tanh', 0), …], concat=range(1, 9))`. `ValueError` for anything else; it suggests the nearest name."""
     if isinstance(source, Genotype):
         return source
     if isinstance(source, tuple) and {"recurrent", "concat"} <= set(getattr(source, "_fields", ())):
@@ -196,7 +196,7 @@ def load_genotype(source: Genotype | str | Path) -> Genotype:
             return Genotype(tuple(source.recurrent), tuple(source.concat))
         except TypeError:
             raise ValueError(f"genotype {source!r}: recurrent and concat have to be lists, as published code has them") from None
-    if isinstance(source, dict):  # as JSON has it, or NNI's export
+    if isinstance(source, dict):  # from JSON, or NNI's export
         return Genotype.from_dict(source) if "recurrent" in source else Genotype.from_sample(source)
     if not isinstance(source, (str, os.PathLike)):
         raise ValueError(f"genotype: {source!r} is none of a Genotype, a name ({', '.join(NAMED)}), a JSON text, a path of one, a dict, or the named tuple of published code")
@@ -208,7 +208,7 @@ def load_genotype(source: Genotype | str | Path) -> Genotype:
     if text.lstrip().startswith("Genotype("):
         return _printed(text)
     path = Path(text)
-    if os.path.isdir(text):  # False for what is no path at all, where Path.is_dir raises
+    if os.path.isdir(text):  # False for text that cannot be a path, where Path.is_dir raises
         path = path / "genotype.json"
         if not path.is_file():
             raise ValueError(f"genotype {text!r}: that folder has no genotype.json")

@@ -1,4 +1,4 @@
-"""A recurrent cell as a graph of edges between states: the one description that all fast forms of it read."""
+"""A recurrent cell as a graph of edges between states: the one description that all fast forms read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ MIX = len(OPS)
 
 
 class Graph(NamedTuple):
-    """The edges of a cell: `incoming`, `source` and `op` as csrc/cell.h has them, and for gpu/ the places of the nodes that read one state side by side."""
+    """The edges of a cell. `arrays` has `incoming`, `source` and `op` as in csrc/cell.h. For gpu/ it also has an order in which the nodes that read the same
+    state are neighbours."""
 
     n_nodes: int
     normalise: bool
@@ -28,7 +29,7 @@ class Graph(NamedTuple):
 
     @classmethod
     def of(cls, edges: list[tuple[int, int, int]], order: list[int], concat: tuple[int, ...], n_nodes: int, normalise: bool) -> Graph:
-        """From edges (node, state it reads, op), node by node; `order` has the nodes that read one state side by side."""
+        """The graph of `edges` (node, state it reads, op), node by node. In `order`, the nodes that read the same state are neighbours."""
         columns = [sorted(order.index(node) for node, j, _ in edges if j == state) for state in range(n_nodes)]
         first = [c[0] if c else 0 for c in columns]
         integers = {
@@ -47,14 +48,14 @@ class Graph(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def mixed_graph(n_nodes: int, normalise: bool = True) -> Graph:
-    """Every node reads every earlier state, each through all nonlinearities."""
+    """The mixed cell's graph: every node reads every earlier state, each through all nonlinearities."""
     nodes = range(1, n_nodes + 1)
     return Graph.of([(i, j, MIX) for i in nodes for j in range(i)], list(nodes), tuple(nodes), n_nodes, normalise)
 
 
 @functools.lru_cache(maxsize=64)
 def discrete_graph(genotype: Genotype) -> Graph:
-    """One edge a node."""
+    """A discrete cell's graph: one edge a node."""
     edges = [(node, j, OPS.index(op)) for node, (op, j) in enumerate(genotype.recurrent, start=1)]
     order = sorted(range(1, genotype.n_nodes + 1), key=lambda node: (genotype.recurrent[node - 1][1], node))
     return Graph.of(edges, order, genotype.concat, genotype.n_nodes, False)

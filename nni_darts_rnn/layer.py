@@ -1,4 +1,4 @@
-"""`DartsRNN`: a genotype's cell as a layer that is called, and answers, like `nn.GRU`."""
+"""`DartsRNN`: a genotype's cell as a layer with the calls and results of `nn.GRU`."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from .genotype import Genotype, load_genotype
 
 
 class DartsRNN(nn.Module):
-    """Drop-in for `nn.GRU` built on a genotype's cell: `(output, h_n) = rnn(input, hx)`.
+    """A drop-in replacement for `nn.GRU`, built on a genotype's cell: `(output, h_n) = rnn(input, hx)`.
 
-    Arguments as in `nn.GRU`, after `genotype` (a `Genotype`, a name such as "DARTS_V2", or a file). The cell has no bias: `bias=True` is
-    refused. `dropout` acts between layers; `dropout_x` and `dropout_h` are the cell's variational rates (one mask a sequence). Weights start uniform in
-    ±`init_range`, by default `cell.usual_range(hidden_size)`.
-    `torch.export.export` and `torch.onnx.export(dynamo=True)` take the layer as it is, for inference, with any axis of x dynamic; time becomes a scan.
+    The arguments are those of `nn.GRU`, with `genotype` (a `Genotype`, a name such as "DARTS_V2", or a file) as the third. The cell has no bias, so
+    `bias=True` is refused. `dropout` acts between layers; `dropout_x` and `dropout_h` are the cell's variational rates (one mask a sequence). Weights start
+    uniform in ±`init_range`, by default `cell.usual_range(hidden_size)`.
+    `torch.export.export` and `torch.onnx.export(dynamo=True)` accept the layer as it is, for inference. Any axis of x may be dynamic; time becomes a scan.
     With D = 2 if bidirectional else 1 and L layers:
 
     input (T, B, I), or (B, T, I) with `batch_first`, or (T, I), or a `PackedSequence`; hx (L·D, B, H), or (L·D, H) for unbatched input, or None for zeros.
-    output (T, B, D·H) in the form of the input; h_n (L·D, B, H), for packed sequences at each sequence's own end.
+    output (T, B, D·H) in the form of the input; h_n (L·D, B, H), for packed sequences the state at each sequence's own end.
 
     Raises `ValueError` with one line for arguments or shapes that do not fit.
     """
@@ -50,7 +50,7 @@ class DartsRNN(nn.Module):
         self.bias = False
         self.directions = 2 if bidirectional else 1
         init_range = usual_range(hidden_size) if init_range is None else init_range
-        with contextlib.nullcontext() if device is None else torch.device(device):  # made there: not on the default device first, nor drawn where there are no numbers
+        with contextlib.nullcontext() if device is None else torch.device(device):  # made there, not on the default device first; on "meta" nothing is drawn
             self.layers = nn.ModuleList(
                 DiscreteRNN(input_size if layer == 0 else self.directions * hidden_size, hidden_size, self.genotype, dropout_x, dropout_h, init_range)
                 for layer in range(num_layers) for _ in range(self.directions))
@@ -61,10 +61,10 @@ class DartsRNN(nn.Module):
                 f"bidirectional={self.bidirectional}, genotype={self.genotype}")
 
     def flatten_parameters(self) -> None:
-        """Does nothing: `nn.GRU` has it for cuDNN, and code written for that calls it."""
+        """Do nothing: `nn.GRU` has this method for cuDNN, and code written for `nn.GRU` calls it."""
 
     def reset_parameters(self) -> None:
-        """Draws all weights anew."""
+        """Draw all weights anew."""
         for layer in self.layers:
             layer.reset_parameters()
 
@@ -75,7 +75,7 @@ class DartsRNN(nn.Module):
             padded, lengths = pad_packed_sequence(input)  # (T, B, I), (B,)
             padded = _repeated(padded, lengths.to(padded.device))
             output, h_n = self._run_by_length(padded, hx, lengths)
-            if input.sorted_indices is not None:  # back into the input's own order, in which sequences of one length may stand in any
+            if input.sorted_indices is not None:  # back into the input's own order, which for sequences of equal length may be any
                 output, lengths = output[:, input.sorted_indices], lengths[input.sorted_indices.cpu()]
             packed = pack_padded_sequence(output, lengths)
             return PackedSequence(packed.data, packed.batch_sizes, input.sorted_indices, input.unsorted_indices), h_n
@@ -91,9 +91,9 @@ class DartsRNN(nn.Module):
         return (output.transpose(0, 1) if self.batch_first else output), h_n
 
     def _run_by_length(self, x: Tensor, hx: Tensor | None, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """As `_run`; sequences that are much shorter than others are run apart, so that their padding costs nothing."""
+        """As `_run`, but sequences that are much shorter than others run separately, so that their padding costs nothing."""
         groups = _groups(lengths.tolist()) if x.device.type == "cpu" else []  # on a GPU a step takes as long for a few rows as for many
-        if len(groups) < 2 or (hx is not None and hx.shape != (self.num_layers * self.directions, x.shape[1], self.hidden_size)):  # refused as it came
+        if len(groups) < 2 or (hx is not None and hx.shape != (self.num_layers * self.directions, x.shape[1], self.hidden_size)):  # `_run` refuses such an hx
             return self._run(x, hx, lengths.to(x.device))
         ended = [self._run(x[:int(lengths[rows[0]]), rows], None if hx is None else hx[:, rows], lengths[rows]) for rows in groups]
         place = torch.tensor([row for rows in groups for row in rows], device=x.device).argsort()
@@ -121,15 +121,15 @@ class DartsRNN(nn.Module):
                 output = self.layers[index](inputs, None if hx is None else hx[index])  # (T, B, H)
                 finals.append(output[-1] if lengths is None else output[lengths - 1, torch.arange(x.shape[1], device=x.device)])
                 outputs.append(_reversed(output, lengths) if backwards else output)
-            x = torch.cat(outputs, -1)  # (T, B, D·H); a copy of one too: what the backward pass has kept is not the caller's to change
+            x = torch.cat(outputs, -1)  # (T, B, D·H); a copy even of one: the caller must not change what the backward pass has kept
             if self.dropout and layer + 1 < self.num_layers:
                 x = F.dropout(x, self.dropout, self.training)
         return x, torch.stack(finals)  # (L·D, B, H)
 
 
 def _groups(lengths: list[int], step: int = 40) -> list[list[int]]:
-    """The sequences, the longest first, in groups of which each is at most half as long as the one before it, where that is less work; a time step itself
-    costs as much as `step` rows of it."""
+    """The sequences, the longest first, in groups; each group is at most half as long as the one before. A new group begins only where that is less work: a
+    time step itself is taken to cost as much as `step` rows of it."""
     order, groups = sorted(range(len(lengths)), key=lambda row: -lengths[row]), []
     for done, row in enumerate(order):
         if groups:
@@ -142,14 +142,14 @@ def _groups(lengths: list[int], step: int = 40) -> list[list[int]]:
 
 
 def _repeated(x: Tensor, lengths: Tensor) -> Tensor:
-    """x (T, B, …) with each sequence begun again where it has ended: a cell that is stable on its inputs may not be so on zeros, and the overflow of
-    steps that nobody asked for would make NaN of their gradients, which are 0."""
+    """x (T, B, …) with each sequence repeated where it has ended, in place of zeros. A cell that is stable on its inputs may not be stable on zeros. If steps
+    beyond the end overflowed, their gradients, which are 0, would become NaN."""
     t = torch.arange(len(x), device=x.device).unsqueeze(1)  # (T, 1)
     return x.gather(0, (t % lengths).unsqueeze(-1).expand_as(x))
 
 
 def _reversed(x: Tensor, lengths: Tensor | None) -> Tensor:
-    """x (T, B, …) backwards in time, each sequence within its own length."""
+    """x (T, B, …) reversed in time, each sequence within its own length."""
     if lengths is None:
         return x.flip(0)
     t = torch.arange(len(x), device=x.device).unsqueeze(1)  # (T, 1)

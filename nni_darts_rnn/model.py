@@ -22,7 +22,7 @@ from .layer import DartsRNN
 
 
 class LMOutput(NamedTuple):
-    """What a language model answers: decoded (T, B, V) logits, raw (T, B, H) outputs, dropped (T, B, H) outputs after dropout, hidden (B, H)."""
+    """What a language model returns: decoded (T, B, V) logits, raw (T, B, H) outputs, dropped (T, B, H) outputs after dropout, hidden (B, H)."""
 
     decoded: Tensor
     raw: Tensor
@@ -33,7 +33,7 @@ class LMOutput(NamedTuple):
 class LanguageModel(nn.Module):
     """Predicts the next word from tokens (T, B) and a hidden state (B, H).
 
-    `rnn` is any module with `input_size == hidden_size`, `rnn(x (T, B, H), h0 (B, H)) -> outputs (T, B, H)`, whose last output is the next hidden state:
+    `rnn` is any module with `input_size == hidden_size` and `rnn(x (T, B, H), h0 (B, H)) -> outputs (T, B, H)`. Its last output is the next hidden state:
     `cell.DiscreteRNN` for retraining, `supernet.MixedRNN` for a search. Dropout rates: `dropout` on the outputs,
     `dropout_i` on the embedded words, `dropout_e` on whole words of the embedding. Weights are tied, so H is the embedding size too; they start
     uniform in ±`init_range`.
@@ -68,7 +68,7 @@ class LanguageModel(nn.Module):
         return self.encoder.weight.new_zeros(batch_size, self.hidden_size)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """tokens (T, B) -> (T, B, H), with words dropped whole (Merity et al. 2017, section 4.3) and then variational dropout."""
+        """tokens (T, B) -> (T, B, H), with dropout of whole words (Merity et al. 2017, section 4.3) and then variational dropout."""
         weight = self.encoder.weight
         if self.training and self.dropout_e > 0:
             keep = weight.new_empty(self.vocab_size, 1).bernoulli_(1 - self.dropout_e).div_(1 - self.dropout_e)
@@ -89,7 +89,7 @@ class LanguageModel(nn.Module):
         return LMOutput(self.decoder(dropped), raw, dropped, raw[-1])
 
     def loss(self, tokens: Tensor, targets: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Mean nats per predicted token, without keeping logits for the caller: (nll, raw, dropped, hidden)."""
+        """(nll, raw, dropped, hidden), where nll is the mean nats per predicted token. No logits are kept for the caller."""
         raw, dropped = self.encode(tokens, hidden)
         nll = linear_cross_entropy(dropped.flatten(0, 1), self.decoder.weight, self.decoder.bias, targets.flatten())  # (T·B, H), (T·B)
         return nll, raw, dropped, raw[-1]
@@ -97,7 +97,7 @@ class LanguageModel(nn.Module):
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module):
-    """The model in evaluation mode meanwhile; each of its modules is then in its own mode again."""
+    """Within the context, the model is in evaluation mode; afterwards each of its modules is in its former mode again."""
     training = [m for m in model.modules() if m.training]
     model.eval()
     try:
@@ -109,14 +109,14 @@ def evaluating(model: nn.Module):
 
 @contextlib.contextmanager
 def without_dropout(model: nn.Module):
-    """No dropout in the model's passes meanwhile, and all else as it is: in training a supernet still draws its cell, where `eval()` would settle it.
+    """Within the context, the model's passes have no dropout, and all else is as before: in training a supernet still draws its cell, unlike after `eval()`.
 
-    That of this package's modules, and of every module whose class is named …Dropout, as torch's and fastai's are.
+    The dropout is that of this package's modules, and of every module whose class is named …Dropout, as torch's and fastai's are.
     """
     dropping = [m for m in model.modules() if m.training and (
         isinstance(m, (LanguageModel, RecurrentWeights, DartsRNN)) or type(m).__name__.rstrip("123d").endswith("Dropout"))]
     for module in dropping:
-        module.training = False  # its own alone; `eval()` would change its parts too
+        module.training = False  # of this module alone; `eval()` would change its parts too
     try:
         yield
     finally:
@@ -136,10 +136,10 @@ def activation_regularisation(raw: Tensor, dropped: Tensor, ar: float, tar: floa
 
 @torch.no_grad()
 def perplexity(model, tokens: Tensor, batch_size: int, bptt: int) -> float:
-    """exp(nats per predicted token) of a text (n,) read in `batch_size` streams, the hidden state carried along; `model` in evaluation mode.
+    """Perplexity of `model`, in evaluation mode, on a text (n,): exp(nats per predicted token).
 
-    `model` is a `LanguageModel` or anything with its `loss` and `init_hidden`. Sums are kept in float64. `ValueError` where the text is
-    shorter than two tokens a stream.
+    The text is read in `batch_size` streams, and the hidden state is carried along. `model` is a `LanguageModel` or anything with its `loss` and
+    `init_hidden`. Sums are kept in float64. `ValueError` where the text is shorter than two tokens a stream.
     """
     hidden = model.init_hidden(batch_size)
     batches = BpttBatches(streams(tokens, batch_size).to(hidden.device), LengthRule(bptt))
@@ -153,18 +153,19 @@ def perplexity(model, tokens: Tensor, batch_size: int, bptt: int) -> float:
 
 
 def number_of_parameters(model: nn.Module) -> int:
-    """Trainable numbers, each shared (tied) tensor once."""
+    """The number of trainable parameters, with each shared (tied) tensor counted once."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def expected_parameters(vocab_size: int, hidden_size: int, n_nodes: int) -> int:
-    """Those of a language model of one cell: V·H of the embedding, V of the decoder, 2H·2H of W0, N·H·2H of the nodes."""
+    """The number of parameters of a language model of one cell: V·H of the embedding, V of the decoder, 2H·2H of W0, N·H·2H of the nodes."""
     V, H = vocab_size, hidden_size
     return V * H + V + 4 * H * H + 2 * n_nodes * H * H
 
 
 def choose_device(device: str | torch.device | None = "auto") -> torch.device:
-    """"auto" or None: CUDA where torch finds it, else the CPU; "gpu" is "cuda". `ValueError` for a name that is none, and where a GPU is asked for and there is none."""
+    """The torch device of a name. "auto" or None: CUDA where torch finds it, else the CPU; "gpu" is "cuda". `ValueError` for an unknown name, and where a GPU
+    is asked for but there is none."""
     there = torch.cuda.is_available()
     usual = {None: "cuda" if there else "cpu", "auto": "cuda" if there else "cpu", "gpu": "cuda"}
     try:

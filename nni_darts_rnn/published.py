@@ -12,7 +12,7 @@ from .weight_step import Tensors, norm, takes_step_of
 
 
 def plain_sgd(optimizer: torch.optim.Optimizer) -> dict:
-    """The only group of the optimizer that `original_gradient` unrolls; `ValueError` where it is another one than the published code has."""
+    """The only group of an optimizer that `original_gradient` can unroll; `ValueError` unless the optimizer is plain SGD, as in the published code."""
     optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper holds the real one
     group, *others = optimizer.param_groups
     if not takes_step_of(optimizer, torch.optim.SGD) or others or group["momentum"]:
@@ -22,7 +22,7 @@ def plain_sgd(optimizer: torch.optim.Optimizer) -> dict:
 
 
 def tied(module: nn.Module, weights: Iterable[str]) -> list[int]:
-    """Which of these weights of the module have a second name."""
+    """The indices of those `weights`, given by their names in the module, that have a second name."""
     names = {id(p): name for name, p in module.named_parameters()}
     twice = {names[id(p)] for name, p in module.named_parameters(remove_duplicate=False) if names[id(p)] != name}
     return [i for i, name in enumerate(weights) if name in twice]
@@ -32,10 +32,10 @@ def original_gradient(loss: Loss, weights: Tensors, alphas: Tensors, train_batch
                       valid_loss: Loss | None = None, tied: Sequence[int] = ()) -> AlphaGradient:
     """The estimate that quark0/darts `rnn/architect.py` computes, kept for reproduction and for comparison.
 
-    It draws new masks in each pass, clips ∇w′ L_val before it becomes a direction, and multiplies by clip/‖g‖ even where that is above 1. Afterwards the random
-    state is as before, so that the weights' step has the first pass's masks; the published one draws again.
-    `tied` are the indices of weights that have two names, the embedding that is the decoder's matrix too: its w′ leaves them at w, because
-    `_construct_model_from_theta` writes the new one into a state dict in which the old one, under its second name, is loaded last.
+    It draws new masks in each pass, clips ∇w′ L_val before using it as a direction, and multiplies by clip/‖g‖ even where that is above 1. Afterwards the
+    random state is as before, so the weights' step has the first pass's masks; the published code draws new ones there.
+    `tied` are the indices of weights that have two names: the embedding, which is the decoder's matrix too. In the published w′ they stay at w, because
+    `_construct_model_from_theta` writes the new matrix into a state dict in which the old one, under its second name, is loaded last.
     """
     start = RandomState([*weights, *alphas])
     alphas = [a.detach().requires_grad_() for a in alphas]

@@ -3,12 +3,12 @@
 With p = softmax(α[edge]) and the edge's c, z = (s_j∘m_h) W_i, primitive k contributes p_k (s_j + σ(c)∘(f_k(z) − s_j)) and
 `none` contributes zero. With P = Σ_k≠none p_k and m = Σ_k p_k f_k(z) the edge's sum is P s_j + σ(c)∘(m − P s_j).
 
-Three relaxations. "edge", the paper's: a softmax for each edge; node i then adds i sums, and every state is batch-normalised to hold it in range. The cell
-that is derived has neither the sums nor the BatchNorm. "node": one softmax over all primitives of all edges into a node, and no BatchNorm: the state
-is a convex combination, and with all of α's weight on one primitive of one edge of each node the mixed cell is the discrete cell. "gumbel": for each
-sequence one primitive of one edge into each node is drawn in proportion to that softmax, `none` left out; what runs is that discrete cell, and α has the
-gradient of the Gumbel softmax in its place (Jang, Gu, Poole 2017, "straight-through"; drawn so by Dong and Yang 2019, GDAS). With `draws` > 1 a batch is run in so
-many parts, of sizes that differ by one at most, and each part's sequences draw a cell of their own. In evaluation: the derived cell.
+There are three relaxations. "edge", the paper's: one softmax for each edge. Node i then adds i sums, and every state is batch-normalised to hold it in range.
+The derived cell has neither the sums nor the BatchNorm. "node": one softmax over all primitives of all edges into a node, and no BatchNorm. The state is a
+convex combination. With all of α's weight on one primitive of one edge of each node, the mixed cell is the discrete cell. "gumbel": each sequence draws one
+primitive of one edge into each node, in proportion to that softmax without `none`, and runs that discrete cell. α gets the gradient of the Gumbel softmax
+(Jang, Gu, Poole 2017, "straight-through"; drawn like this by Dong and Yang 2019, GDAS). With `draws` > 1 a batch is run in that many parts, whose sizes
+differ by one at most, and each part's sequences draw a cell of their own. In evaluation the derived cell runs.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ ALPHA_SCALE = 1e-3
 
 
 def drawn(logits: Tensor) -> Tensor:
-    """One-hot in the last axis, drawn in proportion to softmax(logits), with the gradient of the Gumbel softmax at temperature 1."""
+    """A one-hot draw along the last axis, in proportion to softmax(logits), with the gradient of the Gumbel softmax at temperature 1."""
     return F.gumbel_softmax(logits, hard=True)
 
 
 def strongest(logits: Tensor) -> Tensor:
-    """One-hot in the last axis, where softmax(logits) is largest as `MixedRNN.probabilities` has it; of equal ones the first."""
+    """One-hot along the last axis, at the largest of softmax(logits) as `MixedRNN.probabilities` computes it; among equal ones, at the first."""
     probabilities = logits.float().softmax(-1)
     largest = probabilities == probabilities.amax(-1, keepdim=True)
     return (largest & (largest.cumsum(-1) == 1)).to(logits.dtype)
 
 
 def one_hot_genotype(probabilities: Tensor, primitives=PRIMITIVES) -> Genotype:
-    """The cell of probabilities (E, K) that are one-hot in each node's rows."""
+    """The cell that probabilities (E, K) stand for, which must be one-hot in each node's rows."""
     entries = [divmod(place, len(primitives)) for place in probabilities.flatten().nonzero().flatten().tolist()]  # node by node
     every = edges(number_of_nodes(len(probabilities)))
     return Genotype(tuple((primitives[k], every[row][1]) for row, k in entries))
 
 
 def checked_draws(draws: int, relaxation: str) -> int:
-    """`draws`; `ValueError` with one line unless it is a whole number that `relaxation` has a use for."""
+    """`draws` itself; `ValueError` with one line unless it is a whole number that `relaxation` can use."""
     if whole_number("draws", draws) > 1 and relaxation != "gumbel":
         raise ValueError(f"draws: {draws} cells are drawn with relaxation 'gumbel' alone; with {relaxation!r} give 1")
     return draws
@@ -54,15 +54,15 @@ def checked_draws(draws: int, relaxation: str) -> int:
 
 def mixed_cell(x_proj: Tensor, h0: Tensor, W0_h: Tensor, Ws: Tensor, probabilities: Tensor, mask: Tensor | None = None,
                primitives=PRIMITIVES, normalise: bool = True) -> Tensor:
-    """Run the mixed cell over a sequence; the readable form, for any device, dtype and order of derivative.
+    """Run the mixed cell over a sequence. This is the readable form, for any device, any dtype and derivatives of any order.
 
-    x_proj (T, B, 2H), h0 (B, H), W0_h (H, 2H), Ws (N, H, 2H) and mask (B, H) as in `cell.discrete_cell`;
-    probabilities (E, K): rows node by node, predecessor by predecessor. With `normalise` every state passes a BatchNorm without affine
-    parameters, with the batch's own mean and biased variance at each time step. Returns the outputs (T, B, H).
+    x_proj (T, B, 2H), h0 (B, H), W0_h (H, 2H), Ws (N, H, 2H) and mask (B, H) are as in `cell.discrete_cell`. probabilities (E, K) has its rows
+    node by node, predecessor by predecessor. With `normalise` every state passes a BatchNorm without affine parameters, which uses the batch's own
+    mean and biased variance at each time step. Returns the outputs (T, B, H).
     """
     N = Ws.shape[0]
     columns = [(k, ACTIVATIONS[name]) for k, name in enumerate(primitives) if name != "none"]
-    nodes = []  # cut before the loop over time, as every cut has its own step in the backward pass
+    nodes = []  # split before the loop over time, as every split has its own step in the backward pass
     for W, rows in zip(Ws.unbind(0), probabilities[:, :, None, None].split(list(range(1, N + 1)))):  # (H, 2H), (i, K, 1, 1)
         p = [rows[:, k] for k, _ in columns]  # (i, 1, 1) each
         nodes.append((W, p, sum(p)))  # P = 1 − p_none is the sum of the rest
@@ -89,9 +89,9 @@ class MixedRNN(RecurrentWeights):
     """The supernet's recurrent layer: x (T, B, I), h0 (B, H) or None -> outputs (T, B, H); the last is the next hidden state.
 
     `alpha` (E, K) holds the architecture parameters; `softmax` turns it into probabilities once per sequence
-    (so a Gumbel softmax draws its noise once per sequence). With `relaxation="edge"` states are normalised with their batch's own statistics in
-    evaluation too: with running averages the recurrence is no longer held in range, and perplexity was measured to explode (39,000 where the
-    text's training perplexity was 317). So B has to be at least 2.
+    (so a Gumbel softmax draws its noise once per sequence). With `relaxation="edge"` states are normalised with their batch's own statistics, in
+    evaluation too. Running averages would no longer hold the recurrence in range: with them perplexity was measured to explode (39,000 where the
+    text's training perplexity was 317). So B must be at least 2 with this relaxation.
     """
 
     def __init__(self, input_size: int, hidden_size: int, n_nodes: int = 8, primitives=PRIMITIVES, dropout_x: float = 0.0,
@@ -112,7 +112,7 @@ class MixedRNN(RecurrentWeights):
         return self.relaxed(nn.Softmax(-1), self.alpha.detach().float())
 
     def relaxed(self, softmax, alpha: Tensor) -> Tensor:
-        """`softmax` of α (E, K), over an edge's primitives or over all those of a node's edges."""
+        """`softmax` of α (E, K), over the primitives of each edge, or over those of all edges into a node."""
         if self.relaxation == "edge":
             return softmax(alpha)
         if self.relaxation == "gumbel":
@@ -121,14 +121,14 @@ class MixedRNN(RecurrentWeights):
         return torch.cat([softmax(block.reshape(1, -1)).view_as(block) for block in blocks])
 
     def mixture(self) -> Tensor:
-        """The primitives' shares of each edge (E, K) in one sequence."""
+        """The shares of the primitives in each edge, (E, K), for one sequence."""
         if self.relaxation != "gumbel":
             return self.relaxed(self.softmax, self.alpha)
-        # the softmax's own mode, which `model.without_dropout` leaves as it is
+        # the mode of the softmax decides, not this module's: `model.without_dropout` changes only the latter
         return self.relaxed(drawn if self.softmax.training else strongest, self.alpha)
 
     def genotype(self) -> Genotype:
-        """The cell that the present α stands for."""
+        """The cell that the present α leads to."""
         return derive(self.probabilities().cpu().numpy(), self.primitives)
 
     def forward(self, x: Tensor, h0: Tensor | None = None) -> Tensor:

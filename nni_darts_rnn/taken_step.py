@@ -1,4 +1,4 @@
-"""Whether the weight step that is taken is the one that was unrolled: hooks and callbacks may change its rate or its gradients in between."""
+"""Checks that the weight step that is taken is the one that was unrolled: hooks and callbacks may change its rate or its gradients in between."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor
 from .weight_step import norm
 
 READ = {"lr", "momentum", "dampening", "weight_decay", "nesterov", "betas", "eps", "amsgrad", "decoupled_weight_decay", "maximize"}
-"""Of a group's settings those that `weight_step` reads."""
+"""The settings of a parameter group that `weight_step` reads."""
 ALMOST = 1e-2
-"""What a clip may do to the length of gradients by its rounding, in bfloat16 too."""
+"""Relative tolerance for the gradients' length: the rounding of a clip may change it, in bfloat16 too."""
 
 
 def gradient_length(optimizer: torch.optim.Optimizer) -> Tensor:
-    """Of the gradients of all weights that it moves, taken together."""
+    """The norm of the gradients of all weights that the optimizer moves, taken together."""
     return norm([p.grad for group in optimizer.param_groups for p in group["params"]])
 
 
 class UnrolledStep:
-    """The settings of `optimizer` when its step is unrolled, with the rate `lr` in place of its own where given, and, once the weights have their gradients,
-    how long these are after a clip."""
+    """The step that was unrolled: the optimizer's settings at that time and, once the weights have their gradients, the length of these after a clip.
+    Where the step was unrolled with a rate of its own, `lr`, the optimizer's rate is not compared."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, lr: float | None = None):
         self.optimizer, self.names = optimizer, READ - (set() if lr is None else {"lr"})
@@ -30,11 +30,11 @@ class UnrolledStep:
         self.settings = [self._settings(group) for group in optimizer.param_groups]
 
     def clipped_to(self, clip: float | None, length: float) -> None:
-        """The weights have their gradients, of that length, which are clipped next."""
+        """Call when the weights have their gradients, of this `length`, and before they are clipped."""
         self.length = length if clip is None else min(length, length * clip / (length + 1e-6))
 
     def check(self) -> None:
-        """Just before the weights move: `ValueError` with one line where it would be by another step. A change that keeps the gradients' length is not seen."""
+        """Call just before the weights move: `ValueError` with one line if their step would be another. A change that keeps the gradients' length is missed."""
         for was, group in zip(self.settings, self.optimizer.param_groups):
             for name, value in self._settings(group).items():
                 if value != was.get(name):

@@ -1,7 +1,7 @@
-"""The weight step that α's gradient is unrolled through: what an optimizer is about to do with a gradient, and the derivative of that.
+"""The weight step that α's gradient is unrolled through: what an optimizer is about to do with a gradient, and the derivative of that step.
 
-A step takes ∇w of the loss, g, and its clip c = min(1, clip/(‖g‖ + 1e-6)), as `torch.nn.utils.clip_grad_norm_` has it, to w′ = w + F(c·g), each number of w by
-itself. Its derivative takes a gradient at w′, v, back to g: q = −J'ᵀ(F'(c·g)∘v), J the clip.
+A step multiplies g = ∇w of the loss by the clip factor c = min(1, clip/(‖g‖ + 1e-6)), as `torch.nn.utils.clip_grad_norm_` does, and moves w to
+w′ = w + F(c·g), where F acts on each number of w by itself. Its derivative takes v, a gradient at w′, back to g: q = −J'ᵀ(F'(c·g)∘v), where J is the clip.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 Tensors = Sequence[Tensor]
 ADAMS = (torch.optim.Adam, torch.optim.AdamW)
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
-"""Those that a recipe may name."""
+"""The optimizers that a recipe may name."""
 
 
 def norm(tensors: Sequence[Tensor | None]) -> Tensor:
@@ -26,13 +26,15 @@ def norm(tensors: Sequence[Tensor | None]) -> Tensor:
 
 
 def takes_step_of(optimizer, *kinds: type[torch.optim.Optimizer]) -> bool:
-    """Whether the optimizer is of one of these classes, or of a subclass, such as `nni.trace` makes, with the same step."""
-    return any(isinstance(optimizer, kind) and inspect.unwrap(type(optimizer).step) is inspect.unwrap(kind.step) for kind in kinds)  # torch wraps it class by class
+    """Whether the optimizer is of one of these classes, or of a subclass with the same step, such as `nni.trace` makes."""
+    return any(isinstance(optimizer, kind) and inspect.unwrap(type(optimizer).step) is inspect.unwrap(kind.step) for kind in kinds)  # torch wraps each class's
 
 
 @dataclass(frozen=True)
 class Linear:
-    """SGD's step of one weight, which is linear in the gradient: w′ = w − rate·(c·g) − decay·w − offset; `offset`, like the weight, is what momentum carries over."""
+    """SGD's step of one weight, which is linear in the gradient: w′ = w − rate·(c·g) − decay·w − offset.
+
+    `offset`, shaped like the weight, is what momentum carries over."""
 
     rate: float
     decay: float = 0.0
@@ -40,7 +42,7 @@ class Linear:
 
     @classmethod
     def following(cls, state: dict, group: dict, rate: float) -> Linear:
-        """From what torch's SGD keeps of the weight, and its settings."""
+        """The step from the `state` that torch's SGD keeps of the weight, and the settings of its `group`."""
         momentum = group["momentum"]
         buffer = state.get("momentum_buffer") if momentum else None
         # torch.optim.SGD: d = c·g + λw;  b = d at first, then μb + (1−τ)d;  the step goes along b, or along d + μb (Nesterov)
@@ -66,7 +68,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Moments:
-    """Adam's step of one weight, and AdamW's (`decoupled`), after `steps` gradients, of which it holds the moments m and v (None: nothing yet)."""
+    """Adam's step of one weight, or AdamW's (`decoupled`), after `steps` gradients. m and v are the moments of those gradients (None: no gradient yet)."""
 
     rate: float
     beta1: float
@@ -80,7 +82,7 @@ class Moments:
 
     @classmethod
     def following(cls, state: dict, group: dict, rate: float) -> Moments:
-        """From what torch's Adam keeps of the weight, and its settings; `ValueError` for amsgrad."""
+        """The step from the `state` that torch's Adam keeps of the weight, and the settings of its `group`; `ValueError` for amsgrad."""
         if group["amsgrad"]:
             raise ValueError("Adam with amsgrad=True cannot be unrolled: its step has a kink wherever a second moment is as large as the largest before; use amsgrad=False")
         beta1, beta2 = map(float, group["betas"])
@@ -93,7 +95,7 @@ class Moments:
         return self.rate != 0
 
     def after(self, w: Tensor, clipped: Tensor):
-        """The gradient d that the moments take in, m̂ and √v̂ of the step to come, and the shares (1 − β)/(1 − β^t) that d and d² have in these."""
+        """For the step to come: the gradient d that the moments take in, m̂ and √v̂, and the shares (1 − β)/(1 − β^t) of d in m̂ and of d² in v̂."""
         d = clipped if self.decoupled else clipped + self.decay * w
         m, v, count = (1 - self.beta1) * d, (1 - self.beta2) * d.square(), self.steps + 1
         if self.m is not None:
@@ -102,15 +104,15 @@ class Moments:
         return d, m / whole1, (v / whole2).sqrt(), (1 - self.beta1) / whole1, (1 - self.beta2) / whole2
 
     def step(self, w: Tensor, clipped: Tensor) -> Tensor:
-        """w′, as `torch.optim.Adam` has it."""
+        """w′, as `torch.optim.Adam` computes it."""
         _, m, root, *_ = self.after(w, clipped)
         return (w * (1 - self.rate * self.decay) if self.decoupled else w) - self.rate * m / (root + self.eps)
 
     def slope(self, w: Tensor, clipped: Tensor) -> Tensor:
         """−∂w′/∂(c·g), number by number, with b = (1 − β)/(1 − β^t): rate·(b₁ − b₂ m̂ d/(√v̂ (√v̂+ε)))/(√v̂+ε).
 
-        0 where the gradient is 0, or too small for its square: what a mask or a relu cuts off is so for every α, and 1/ε, which Adam has where it never
-        met a gradient, would be all that a finite difference sees.
+        It is set to 0 where the gradient is 0, or so small that its square is 0. A number that a mask or a relu cuts off is cut off for every α. Where Adam
+        has never met a gradient, the slope has the factor 1/ε, and a finite difference would see nothing else.
         """
         d, m, root, share1, share2 = self.after(w, clipped)
         away = root + self.eps
@@ -119,7 +121,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class WeightStep:
-    """The step of all weights. `parts` has what one of them does each; `clip` is the largest norm of all gradients together, or None."""
+    """The step of all weights. `parts` has one step for each weight; `clip` is the largest norm of all gradients together, or None."""
 
     parts: tuple[Linear | Moments, ...]
     clip: float | None = None
@@ -131,10 +133,10 @@ class WeightStep:
 
     @classmethod
     def of(cls, optimizer: torch.optim.Optimizer, weights: Tensors, clip: float | None = None, lr: float | None = None) -> WeightStep:
-        """The step that `optimizer` is about to take on `weights`, with `lr` in place of every group's own if given.
+        """The step that `optimizer` is about to take on `weights`; `lr`, if given, replaces every group's own rate.
 
-        `torch.optim.SGD` with weight decay, momentum, dampening and Nesterov momentum; `Adam` and `AdamW`. Others are refused with `ValueError`, as are
-        weights that are in no group (of those, the step would be a guess).
+        The optimizer may be `torch.optim.SGD` with weight decay, momentum, dampening and Nesterov momentum, or `Adam` or `AdamW`. Others are refused with
+        `ValueError`. So are weights that are in no group, as their step would be a guess.
         """
         optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper holds the real one
         sgd = takes_step_of(optimizer, torch.optim.SGD)
@@ -159,18 +161,18 @@ class WeightStep:
         return any(part.moves for part in self.parts)
 
     def coefficient(self, grads: Sequence[Tensor | None]) -> Tensor | float:
-        """c, differentiable in the gradients."""
+        """The clip factor c, differentiable in the gradients."""
         if self.clip is None:
             return 1.0
         return (self.clip / (norm(grads) + 1e-6)).clamp(max=1.0)
 
     def apply(self, weights: Tensors, grads: Sequence[Tensor | None], c: Tensor | float) -> list[Tensor]:
-        """w′. A weight without a gradient stays where it is, as the optimizer leaves it."""
+        """w′ of all weights. A weight without a gradient does not move, as in the optimizer's own step."""
         return [w if g is None else part.step(w, c * g) for w, g, part in zip(weights, grads, self.parts)]
 
     @torch.no_grad()
     def pull_back(self, vector: Tensors, weights: Tensors, grads: Sequence[Tensor | None], c: Tensor | float) -> list[Tensor | None]:
-        """q. Where the clip is active J(g) = clip·g/(‖g‖ + δ), so J'ᵀu = c·(u − g (gᵀu)/(‖g‖(‖g‖ + δ)))."""
+        """q for v = `vector`. Where the clip is active, J(g) = clip·g/(‖g‖ + δ), so J'ᵀu = c·(u − g (gᵀu)/(‖g‖(‖g‖ + δ)))."""
         u = [None if g is None else part.slope(w, c * g) * v for v, w, g, part in zip(vector, weights, grads, self.parts)]
         if self.clip is None or float(c) >= 1:
             return u

@@ -17,7 +17,7 @@ template <class T, class P> struct Backward : Sequence<T, P> {
 
   double* const sums;                            // this thread's share of d_p
   mutable typename P::Buffer left, packed_rows;  // a weight gradient's operands
-  mutable std::vector<T> undrawn;                // (few(),2H): pre-activations of an edge that the drawn cell has not
+  mutable std::vector<T> undrawn;                // (few(),2H): pre-activations of an edge that the drawn cell does not have
 
   Backward(const Cell& cell, Team<T, P>& all, int64_t k, double* s)
       : Base(cell, all, k), sums(s), undrawn(d.d_p && d.edges == N ? few() * 2 * H : 0) {}
@@ -26,7 +26,7 @@ template <class T, class P> struct Backward : Sequence<T, P> {
     T *const carry = static_cast<T*>(d.carry), *const dh = static_cast<T*>(d.d_h);
     for (int64_t t = S - 1; t >= 0; t--) {
       for (int64_t i = N; i >= 0; i--) node_backward(i, t);
-      // what reaches h beside `carry`, which node 0 has written
+      // node 0 has written to `carry` what its gate lets through to h; here comes what reaches h through the weights
       for (int64_t b = lo; b < lo + n; b++)
         for (int64_t u = b * H + begin; u < b * H + begin + units; u++) carry[u] += mask ? dh[u] * mask[u] : dh[u];
     }
@@ -59,7 +59,7 @@ template <class T, class P> struct Backward : Sequence<T, P> {
       if (i && d.d_p && d.op[d.incoming[i - 1]] != MIX) drawn_sums(i, t, from, to, edges.front());
       for (size_t k = 0; k < edges.size(); k++) {
         const Edge& e = edges[k];
-        // what is taken up next, in memory since the forward pass and too short a piece for the processor to see it coming
+        // what the loop reads next: it lies in memory since the forward pass, and is too short a piece for the processor to prefetch by itself
         const T* const next = k + 1 < edges.size() ? edges[k + 1].pre + from * 2 * H : to < lo + n ? edges[0].pre + to * 2 * H : nullptr;
         for (int64_t b = from; b < to; b++) {
           T *const c = e.pre + b * 2 * H + begin, *const z = c + H, *const ds = e.d_state + b * H + begin;
@@ -80,11 +80,11 @@ template <class T, class P> struct Backward : Sequence<T, P> {
       }
     }
     if (!d.by_units) return;
-    team.meeting.wait();  // a product takes the gradients of all units
+    team.meeting.wait();  // a product needs the gradients of all units
     for (const Edge& e : edges) back(n, e.pre, e.packed_back, e.add, e.d_masked);
   }
 
-  // dr_i's row in ds_i's place
+  // Overwrites a row of ds_i with that of dr_i
   void normalise_row(int64_t i, int64_t t, int64_t b, T* __restrict dr) const {
     const T *__restrict s = state(i, t) + b * H, *__restrict across = mean.data(), *__restrict along = spread.data();
     const T* __restrict scale = static_cast<const T*>(d.scale) + (t * (N + 1) + i) * H;
@@ -92,7 +92,7 @@ template <class T, class P> struct Backward : Sequence<T, P> {
     for (int64_t u = begin; u < begin + units; u++) dr[u] = scale[u] * (dr[u] - across[u] - s[u] * along[u]);
   }
 
-  // dp of all pairs (j, i) and the rows from … to, from dr_i, in a cell whose one edge into node i is `drawn`
+  // Adds to dp of all pairs (j, i) what comes from the rows from … to of dr_i, in a cell whose one edge into node i is `drawn`
   void drawn_sums(int64_t i, int64_t t, int64_t from, int64_t to, const Edge& drawn) const {
     const T* const dr = static_cast<const T*>(d.d_states) + i * BH;
     for (int64_t j = 0; j < i; j++) {
@@ -107,13 +107,13 @@ template <class T, class P> struct Backward : Sequence<T, P> {
     }
   }
 
-  // ds_i's row complete, and for batch statistics its sums over the batch
+  // Completes a row of ds_i, and adds it to the sums over the batch if states are normalised
   void gather_row(int64_t i, int64_t t, int64_t b, double* __restrict mean, double* __restrict along) const {
     T* const d_states = static_cast<T*>(d.d_states);
     T* __restrict ds = d_states + i * BH + b * H;
     T* __restrict dh = static_cast<T*>(d.d_h) + b * H;
     const int64_t end = begin + units;
-    if (i == N) {  // a new time step: dh' is known, and no state has heard of it
+    if (i == N) {  // a new time step: dh' is known, and no state has a gradient yet
       const T *out = static_cast<const T*>(d.d_outputs) + t * BH + b * H, *carry = static_cast<const T*>(d.carry) + b * H;
       for (int64_t u = begin; u < end; u++) dh[u] = out[u] + carry[u];
       for (int64_t j = 0; j <= N; j++) std::fill_n(d_states + j * BH + b * H + begin, units, T(0));
@@ -138,9 +138,9 @@ template <class T, class P> struct Backward : Sequence<T, P> {
     }
   }
 
-  // this thread's share of the columns of all weight gradients, once every row is done
+  // Computes this thread's columns of all weight gradients, once every row is done
   void weight_gradients() const {
-    std::vector<bool> there(N + 1);  // in the mixed cell several states add to one matrix
+    std::vector<bool> there(N + 1);  // gradients already begun: in the mixed cell several states add to one
     if (T* dW = static_cast<T*>(d.d_W0_h)) {
       const Reader first{dW, pre0(0)};
       if (mask) add_gradients(S * B, static_cast<const T*>(d.previous), {first}, false);
@@ -163,14 +163,14 @@ template <class T, class P> struct Backward : Sequence<T, P> {
     }
   }
 
-  // A matrix that multiplies a state: its gradient (H,2H), and that of the pre-activations, G (m,2H)
+  // A matrix that multiplies a state: its gradient dW (H,2H), and G (m,2H), the gradient of the pre-activations
   struct Reader {
     T* dW;
     const T* G;
   };
 
-  // dW (H,2H) = [dW +] A^T G for all matrices that read the state A (m,H); `depth` rows are packed at a time, all of this thread's columns of a few of them
-  // after the other, as they lie in memory
+  // dW (H,2H) = [dW +] A^T G for all matrices that read the state A (m,H). `depth` rows are packed at a time: of a few rows after the other, all of this
+  // thread's columns, as they lie in memory
   void add_gradients(int64_t m, const T* A, const std::vector<Reader>& readers, bool add) const {
     constexpr int64_t C = P::columns, few = 32;
     constexpr int64_t least = P::narrowest;

@@ -1,9 +1,9 @@
-// Products of numbers taken as sums of bfloat16 numbers, whose sums are float32's, by the tiles of AMX: 16 rows of 64 bytes, of which one instruction multiplies
-// two, 16x32 numbers by 32x16, onto 16x16 sums (Intel, "Architecture Instruction Set Extensions Programming Reference", chapter 3). One number for an operand rounds
-// it to bfloat16; with two, x = x1 + x2, a product is a1 b1 + a1 b2 + a2 b1, good to 16 bits of its operands; three, in six products, have float32's 24 (Henry, Tang and
-// Heinecke 2019, "Leveraging the bfloat16 artificial intelligence datatype for higher-precision computations"). The names are those of `Whole` in product.h.
-// Numbers below 2^-126 count as zero, and in two or three parts an infinite operand makes nan.
-// Where a compiler or a processor has no AMX, `rounds()` is false and there is `Whole` alone.
+// Products whose operands are sums of bfloat16 numbers, added up in float32, by the tiles of AMX. A tile has 16 rows of 64 bytes. One instruction multiplies
+// two tiles, 16x32 numbers by 32x16, and adds to 16x16 sums (Intel, "Architecture Instruction Set Extensions Programming Reference", chapter 3).
+// One number for an operand rounds it to bfloat16. With two, x = x1 + x2, a product is a1 b1 + a1 b2 + a2 b1, good to 16 bits of its operands. Three numbers,
+// in six products, have float32's 24 bits (Henry, Tang and Heinecke 2019, "Leveraging the bfloat16 artificial intelligence datatype for higher-precision
+// computations"). Numbers below 2^-126 count as zero. With two or three numbers an infinite operand gives nan.
+// The names are those of `Whole` in product.h. Where a compiler or a processor has no AMX, `rounds()` is false and only `Whole` exists.
 
 #pragma once
 
@@ -37,7 +37,7 @@ template <int Parts> struct Tiles {
   static int64_t steps(int64_t k) { return (k + step - 1) / step; }
   static int64_t terms(int64_t k) { return steps(k) * step * Parts; }
 
-  // The eight tiles are whole ones for as long as this is there; then they are what they were to somebody else
+  // While this object lives, the eight tiles have their full size; afterwards they are configured as they were before
   class Ready {
     struct alignas(64) Shapes {
       uint8_t palette = 0, start = 0, reserved[14] = {};
@@ -58,7 +58,7 @@ template <int Parts> struct Tiles {
     Ready(const Ready&) = delete;
   };
 
-  // A (m,k) in tiles: 16 rows of all steps one after the other, zero beyond k. Rows beyond m may hold anything: nothing reads what comes of them
+  // A (m,k) in tiles: 16 rows of all steps one after the other, zero beyond k. Rows beyond m may hold anything: nothing reads their results
   struct Left {
     const Number* a;
     int64_t steps;
@@ -82,7 +82,8 @@ template <int Parts> struct Tiles {
     return {buffer.data(), all};
   }
 
-  // A panel: of each step and part two tiles, in which the terms 2j and 2j + 1 of a column lie side by side. W lies row after row (column = 1), or column after column (row = 1)
+  // A panel: for each step and part two tiles, in which the terms 2j and 2j + 1 of a column lie side by side. W lies row after row (column = 1), or column
+  // after column (row = 1)
   static void pack(int64_t k, int64_t n, const float* w, int64_t row, int64_t column, Number* panel) {
     for (int64_t s = 0; s < k; s += step, panel += 2 * group)
       for (int64_t v = 0; v < columns; v += 16) {
@@ -113,7 +114,7 @@ template <int Parts> struct Tiles {
   }
 
  private:
-  // n <= step numbers -> step of each part, `apart` from one to the next, zero from n on
+  // Rounds n <= step numbers to `step` numbers of each part, zero from n on; one part lies `apart` numbers after the other
   static void round(int64_t n, const float* from, Number* to, int64_t apart) {
     const auto there = [&](int64_t first) { return __mmask16(n >= first + 16 ? 0xffff : n > first ? (1u << (n - first)) - 1 : 0); };
     __m512 high = _mm512_maskz_loadu_ps(there(16), from + 16), low = _mm512_maskz_loadu_ps(there(0), from);
@@ -125,7 +126,7 @@ template <int Parts> struct Tiles {
       high = _mm512_sub_ps(high, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(rounded, 1)), 16)));
     }
   }
-  // terms <= step rows of `width` <= 16 numbers -> 16 pairs of rows of each part, zero beyond
+  // Rounds terms <= step rows of `width` <= 16 numbers to 16 pairs of rows of each part, zero beyond
   static void interleave(int64_t terms, int64_t width, const float* from, int64_t row, Number* to, int64_t apart) {
     const auto load = [&](int64_t u) { return u < terms ? _mm512_maskz_loadu_ps(__mmask16((1u << width) - 1), from + u * row) : _mm512_setzero_ps(); };
     const __m512i upper = _mm512_set1_epi32(int(0xffff0000)), turns = _mm512_add_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
@@ -147,7 +148,7 @@ template <int Parts> struct Tiles {
     __builtin_memcpy(&bits, &rounded, sizeof bits);
     return bits;
   }
-  // 16x16 pairs
+  // Transposes 16x16 pairs
   static void transpose(const Number* from, Number* to) {
     uint32_t pairs[tile / 2], turned[tile / 2];
     std::memcpy(pairs, from, sizeof pairs);
@@ -156,11 +157,12 @@ template <int Parts> struct Tiles {
     std::memcpy(to, turned, sizeof turned);
   }
 
-  // `high` rows and `wide` columns of C, at most 32 each; the lower half of A's rows lies `below` the upper one. A number of C is the same wherever its row lies.
+  // `high` rows and `wide` columns of C, at most 32 each. The lower half of A's rows lies `below` numbers after the upper one. A number of C comes out the same
+  // wherever its row lies.
   static void block(int64_t high, int64_t wide, int64_t steps, const Number* a, int64_t below, const Number* panel, bool add, float* c, int64_t ldc) {
     if (high % rows == 0 && wide == columns) return high > rows ? whole<2>(steps, a, below, panel, add, c, ldc) : whole<1>(steps, a, below, panel, add, c, ldc);
     alignas(64) float sums[2 * rows * columns];
-    for (int64_t r = 0; r < high && add; r++) std::copy_n(c + r * ldc, wide, sums + r * columns);  // what is added to comes first here too
+    for (int64_t r = 0; r < high && add; r++) std::copy_n(c + r * ldc, wide, sums + r * columns);  // as in `whole`, the sums start from what they are added to
     high > rows ? whole<2>(steps, a, below, panel, add, sums, columns) : whole<1>(steps, a, below, panel, add, sums, columns);
     narrow<float>(high, wide, sums, false, c, ldc);
   }
@@ -199,7 +201,7 @@ template <int Parts> struct Tiles {
     };
     for (int64_t s = 0; s < steps; s++, a += group, panel += 2 * group) {
       right(0);
-      for (int p = Parts - 1; p > 0; p--) {  // (Parts − 1, 0), (Parts − 2, 0), (Parts − 2, 1), (Parts − 3, 1) …: one new operand a product
+      for (int p = Parts - 1; p > 0; p--) {  // (Parts − 1, 0), (Parts − 2, 0), (Parts − 2, 1), (Parts − 3, 1) …: each product loads one new operand
         left(p), product();
         if (p < Parts - 1) right(Parts - 1 - p), product();
       }
@@ -217,7 +219,7 @@ template <int Parts> struct Tiles {
   }
 };
 
-// f(product) for the products of `parts` numbers an operand; 0: of operands as they are
+// Calls f(product) with the products of `parts` numbers for each operand; 0: operands as they are
 template <class F> void with_parts(int64_t parts, F f) {
   switch (parts) {
     case 1: return f(Tiles<1>{});

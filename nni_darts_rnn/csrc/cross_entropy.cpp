@@ -1,15 +1,15 @@
-// The cross-entropy of a linear layer and its gradients on the CPU, by blocks of rows; `cross_entropy.py` calls it, and what it must equal is torch's
-// F.cross_entropy(F.linear(x, w, b), y). Only a block's logits are ever there, and its share of the gradients is taken at once:
+// The cross-entropy of a linear layer and its gradients on the CPU, by blocks of rows. `cross_entropy.py` calls it. Its results must equal torch's
+// F.cross_entropy(F.linear(x, w, b), y). Only one block's logits exist at a time, and the block's share of the gradients is computed at once:
 //
 //   logits = x w^T + b     e_rv = exp(logits_rv − base_r), in the logits' place     nll_r = log Σ_v e_rv − log e_ry
 //   g_rv = e_rv − [v = y_r] Σ_v e_rv, in the same place     q_r = scale / Σ_v e_rv
 //   dx_r = q_r Σ_v g_rv w_v     dw_v = Σ_r q_r g_rv x_r     db_v = Σ_r q_r g_rv
 //
-// base_r is what a row's largest logit was when it had to be chosen: a few words of all rows are taken at a time, exponentials and all, while they are in cache
-// (Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"), and only where later ones are far above it are the earlier ones made smaller.
-// A thread owns a part of a block's rows for everything but dw and db, of which it owns words. Its logits lie in the order in which products make and read
-// them. dw is kept transposed, a panel of words after the other, until the end: the tile of product.h then
-// runs along the words, as the logits do.
+// base_r is the row's largest logit at the time when base_r was chosen. A few words of all rows are taken at a time, exponentials included, while they are in
+// cache (Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"). Only where later logits are far above base_r is it chosen anew, and the
+// earlier exponentials are scaled down.
+// A thread owns a part of a block's rows; of dw and db it owns some words instead. Its logits lie in the order in which products write and read them. dw is
+// kept transposed, a panel of words after the other, until the end: the tile of product.h then runs along the words, as the logits do.
 
 #include <algorithm>
 #include <cmath>
@@ -40,10 +40,10 @@ int64_t cross_entropy_block() { return 256; }
 
 namespace {
 
-constexpr int64_t GRAIN = 8192;  // logits for which another thread pays
-constexpr int HIGHER = 20;       // than `base` a logit may be: e^20 times as many words as there are is far from float's end
+constexpr int64_t GRAIN = 8192;  // logits for which another thread is worth its cost
+constexpr int HIGHER = 20;       // a logit may be this much above `base`: e^20 times the number of words is far below float's largest
 
-// n logits of a row get their bias -> the largest of them
+// Adds the bias to n logits of a row; returns the largest of them
 template <class T> T add_bias(int64_t n, T* __restrict x, const T* __restrict bias) {
   T top = std::numeric_limits<T>::lowest();
   if (bias)
@@ -55,7 +55,7 @@ template <class T> T add_bias(int64_t n, T* __restrict x, const T* __restrict bi
   return top;
 }
 
-// n logits of a row become exp(x − base) -> their sum
+// Overwrites n logits of a row with exp(x − base); returns their sum
 template <class T> T exponentials(int64_t n, T* __restrict x, T base) {
   T sum = 0;
   const Range<T> range = exp_range<T>();
@@ -94,7 +94,7 @@ template <class T, class P> struct Share {
     std::vector<T> panel(d_w || d_b ? block * C : 0);
     Buffer left, right;
     for (int64_t r = 0; r < R; r += block) {
-      // the same place for a thread's logits in every block: without dw and db nobody waits for the others
+      // a thread's logits have the same place in every block: without dw and db no thread waits for the others
       const int64_t m = std::min(block, R - r), lo = std::min(m, share * thread);
       rows(r, lo, std::min(m, lo + share) - lo, left);
       if (!d_w && !d_b) continue;
@@ -107,7 +107,7 @@ template <class T, class P> struct Share {
         for (int64_t u = 0; u < H; u++) d_w[k * H + u] = d_w_transposed[v * H + u * C + k - v];
   }
 
-  // logits, nll, q and dx of n rows from r + lo, of the block that starts at r
+  // Computes logits, nll, q and dx of n rows from r + lo on, in the block that starts at r
   void rows(int64_t r, int64_t lo, int64_t n, Buffer& left) const {
     if (!n) return;  // the last block has too few rows for all threads
     T* const own = logits + lo * V;
@@ -147,7 +147,7 @@ template <class T, class P> struct Share {
       for (int64_t u = 0; u < H; u++) dx[k * H + u] *= q[lo + k];
   }
 
-  // what rows r … r + m, `share` of them a thread, add to dw and db of this thread's words
+  // Adds to dw and db of this thread's words what comes from rows r … r + m, of which each thread had `share`
   void columns(int64_t r, int64_t m, int64_t share, T* panel, Buffer& left, Buffer& right) const {
     const auto transposed = P::columns_of(d_w ? H : 0, m, x + r * H, H, left);
     for (int64_t v = first; v < last; v += C) {

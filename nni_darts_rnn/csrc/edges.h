@@ -6,7 +6,7 @@
 
 #include "elementary.h"
 
-#define ALONE __attribute__((noinline))  // among a caller's loops the constants of the functions would not all stay in registers
+#define ALONE __attribute__((noinline))  // inlined among a caller's loops, the functions' constants would not all stay in registers
 
 namespace {
 
@@ -14,7 +14,7 @@ enum Op : int64_t { TANH, RELU, SIGMOID, IDENTITY, MIX };
 
 template <class T> struct Mix { T tanh, relu, sigmoid, identity, P; };
 
-// Where the functions of an edge are taken: the exponentials of a mixture are multiplied
+// The range of an edge's functions: narrower than exp's but for the sigmoid, because a mixture multiplies exponentials
 template <class T, int64_t OP> ALWAYS_INLINE Range<T> argument() {
   return OP == SIGMOID ? exp_range<T>() : both_range<T>();
 }
@@ -40,8 +40,8 @@ template <class T, int64_t OP> ALWAYS_INLINE T mixture(T z, const Mix<T>& p, con
   }
 }
 
-// Units of a row that are taken a whole register at a time. With masks (AVX-512) the others are one more register, where a compiler would take them in
-// pieces and one by one: 12 of 300 were as long as 64.
+// The number of units of a row that fill whole registers. With masks (AVX-512) the others are one more register. A compiler would take them in pieces and
+// one by one: the last 12 of 300 took as long as 64.
 #if defined(__AVX512F__)
 template <class T> constexpr int64_t LANES = 64 / sizeof(T);
 template <class T> constexpr T lane[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -63,7 +63,7 @@ ALONE void edge_forward(int64_t n, T* __restrict c, const T* __restrict z, const
   };
   const int64_t whole = whole_registers<T>(n);
 #pragma omp simd
-  for (int64_t u = 0; u < whole; u++) open(u);  // apart from what follows: the processor then has more numbers under way
+  for (int64_t u = 0; u < whole; u++) open(u);  // in a loop of its own: the processor then has more numbers in flight
 #pragma omp simd
   for (int64_t u = 0; u < whole; u++) add(u);
   if (whole == n) return;
@@ -72,7 +72,7 @@ ALONE void edge_forward(int64_t n, T* __restrict c, const T* __restrict z, const
     if (lane<T>[u] < T(n - whole)) open(whole + u), add(whole + u);
 }
 
-// `unit(u, stay, st, sr, ss, si)` for n units, with what they add to the five sums
+// Calls `unit(u, stay, st, sr, ss, si)` for n units, and adds their terms to the five sums
 template <class T, class F> ALWAYS_INLINE void add_up(int64_t n, const F& unit, double* sums) {
   T stay = 0, st = 0, sr = 0, ss = 0, si = 0;
   const int64_t whole = whole_registers<T>(n);
@@ -85,7 +85,7 @@ template <class T, class F> ALWAYS_INLINE void add_up(int64_t n, const F& unit, 
   if (sums) sums[0] += stay, sums[1] += st, sums[2] += sr, sums[3] += ss, sums[4] += si;
 }
 
-// σ(c), z -> dc, dz; ds += dr P (1 − σ); with PROB the sums for dp
+// Overwrites σ(c), z with dc, dz; ds += dr P (1 − σ); with PROB also adds to the sums for dp
 template <class T, int64_t OP, bool PROB>
 ALONE void edge_backward(int64_t n, T* __restrict c, T* __restrict z, const T* __restrict s, const T* __restrict dr, Mix<T> p,
                          T* __restrict ds, double* sums) {
@@ -107,7 +107,7 @@ ALONE void edge_backward(int64_t n, T* __restrict c, T* __restrict z, const T* _
   }, PROB ? sums : nullptr);
 }
 
-// edge_backward's sums for dp alone; `OPEN`: σ(c) is in c's place already
+// Only the sums for dp of edge_backward; `OPEN`: c holds σ(c) already
 template <class T, bool OPEN> ALONE void edge_sums(int64_t n, const T* __restrict c, const T* __restrict z, const T* __restrict s, const T* __restrict dr, double* sums) {
   const Range<T> range = argument<T, MIX>(), gates = exp_range<T>();
   add_up<T>(n, [&](int64_t u, T& stay, T& st, T& sr, T& ss, T& si) INLINED {

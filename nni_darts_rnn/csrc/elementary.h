@@ -5,14 +5,14 @@
 #include <cstdint>
 #include <type_traits>
 
-#define INLINED __attribute__((always_inline))  // or loops over these are not vectorised
+#define INLINED __attribute__((always_inline))  // otherwise loops over these are not vectorised
 #define ALWAYS_INLINE inline INLINED
 
 template <class T> struct Format;
 template <> struct Format<float> {
   using Bits = uint32_t;
   static constexpr int degree = 7, bias = 127, shift = 23;  // of the Taylor polynomial on |r| <= ln2/2; of the number format
-  static constexpr float low = -87.f, both = -29.f;         // where exp and σ stay as they are, and where the two do that tanh_sigmoid multiplies: no overflow
+  static constexpr float low = -87.f, both = -29.f;         // ends of the arguments' ranges, against overflow: for exp and σ, and for the product in tanh_sigmoid
 };
 template <> struct Format<double> {
   using Bits = uint64_t;
@@ -20,8 +20,8 @@ template <> struct Format<double> {
   static constexpr double low = -700., both = -230.;
 };
 
-// An argument's range, made before a loop. Its ends are hidden from the compiler, which would carry them through the arithmetic as constants, in many
-// instructions where a minimum and a maximum do (GCC 12).
+// An argument's range, made before a loop. Its ends are hidden from the compiler. GCC 12 would otherwise carry them through the arithmetic as constants, in
+// many instructions, where a minimum and a maximum are enough.
 template <class T> class Range {
   T low, high;
 
@@ -38,22 +38,22 @@ template <class T> ALWAYS_INLINE Range<T> both_range() { return {Format<T>::both
 constexpr double inverse_factorial(int k) { return k < 2 ? 1.0 : inverse_factorial(k - 1) / k; }
 
 template <class T, int k> ALWAYS_INLINE T taylor(T r) {
-  constexpr T term = T(inverse_factorial(k));  // or clang computes it anew for every number
+  constexpr T term = T(inverse_factorial(k));  // constexpr, or clang computes it anew for every number
   if constexpr (k == Format<T>::degree) return term;
   else return term + r * taylor<T, k + 1>(r);
 }
 
-// x = n ln2 + r with |r| <= ln2/2 -> r, and 2^n in `scale`; branch-free so that loops over it vectorise. NaN stays NaN. x must be in range.
+// Returns r, where x = n ln2 + r with |r| <= ln2/2, and 2^n in `scale`. Branch-free, so that loops over it vectorise. NaN stays NaN. x must be in range.
 template <class T> ALWAYS_INLINE T reduce(T x, T& scale) {
   using F = Format<T>;
-  constexpr T whole = T(int64_t(3) << (F::shift - 1));  // 1.5 · 2^shift: what is added to it is rounded to a whole number, which the lowest bits then hold
+  constexpr T whole = T(int64_t(3) << (F::shift - 1));  // 1.5 · 2^shift: a number added to it is rounded to a whole one, which the lowest bits then hold
   const T sum = x * T(1.4426950408889634074) + whole, n = sum - whole;
   typename F::Bits bits;
   __builtin_memcpy(&bits, &sum, sizeof bits);
   bits = (bits + F::bias) << F::shift;
   __builtin_memcpy(&scale, &bits, sizeof scale);
 #ifdef __FP_FAST_FMAF
-  if constexpr (std::is_same<T, float>::value) return __builtin_fmaf(n, T(-0.6931471805599453), x);  // float's ln2 is off by 2e-9, the result by n times that: no digit to |x| = 20
+  if constexpr (std::is_same<T, float>::value) return __builtin_fmaf(n, T(-0.6931471805599453), x);  // float's ln2 is off by 2e-9, the result by n times that, which changes no digit up to |x| = 20
 #endif
   const T high = std::is_same<T, float>::value ? T(0.693359375) : T(6.93145751953125e-1);
   const T rest = std::is_same<T, float>::value ? T(-2.12194440054690581e-4) : T(1.42860682030941723e-6);

@@ -64,10 +64,11 @@ template <class T, class P> struct Forward : Sequence<T, P> {
     }
     if (d.normalise) statistics(r, share, static_cast<T*>(d.scale) + (kept(t) * (N + 1) + i) * H);
     for (int64_t b = lo; b < lo + n; b++) finish_row(i, t, b);
-    if (d.by_units) team.meeting.wait();  // a product takes all units of a state
+    if (d.by_units) team.meeting.wait();  // a product needs all units of a state
   }
 
-  // `mean` and 1/√(v + eps) in `spread`, of the whole batch: each thread's mean and its squares about that (Chan, Golub and LeVeque 1979, eq. 2.1)
+  // Computes `mean` and, in `spread`, 1/√(v + eps) of the whole batch, from each thread's mean and sum of squares about that mean (Chan, Golub and LeVeque
+  // 1979, eq. 2.1)
   void statistics(const T* r, Share& share, T* scale) const {
     for (int64_t u = begin; u < begin + units; u++) share.first[u] /= double(n);
     for (int64_t b = lo; b < lo + n; b++) {
@@ -97,7 +98,7 @@ template <class T, class P> struct Forward : Sequence<T, P> {
     if (lo == 0) std::copy_n(spread.data() + begin, units, scale + begin);
   }
 
-  // what becomes of a state's row: normalised, masked for the product, added to the output
+  // Finishes a state's row: normalises it, masks it for the product, adds it to the output
   void finish_row(int64_t i, int64_t t, int64_t b) const {
     T* __restrict row = state(i, t) + b * H;
     T* __restrict out = output(t) + b * H;
@@ -123,7 +124,7 @@ template <class T, class P> struct Forward : Sequence<T, P> {
     }
   }
 
-  // this thread's share of the panels of all W
+  // Packs this thread's share of the panels of all W
   void pack_weights() const {
     constexpr int64_t C = P::columns;
     const int64_t width = d.by_units ? H : 2 * H;

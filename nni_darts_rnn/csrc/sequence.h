@@ -14,14 +14,14 @@
 
 namespace {
 
-constexpr int64_t ROWS = 4;          // of the batch for which another thread pays
-constexpr int64_t GRAIN = 4096;      // numbers for which another thread pays
+constexpr int64_t ROWS = 4;          // rows of the batch for which another thread is worth its cost
+constexpr int64_t GRAIN = 4096;      // numbers for which another thread is worth its cost
 constexpr int64_t CACHED = 1 << 17;  // bytes: a quarter of a second cache
 constexpr int64_t LARGE = 1 << 20;   // bytes of a matrix that a second cache has no room for
 
-// What threads tell each other of a node: two numbers a unit, and of how many rows. Two of these are used in turn, so that one thread may write
-// the next node's while another still reads this one's. In double precision, as torch's BatchNorm sums: Σ dr = 0 over the batch must hold to more digits
-// than the terms have, since a sigmoid near 1/2 multiplies it into α's gradient.
+// What threads tell each other about a node: two numbers for each unit, and how many rows they cover. Two of these are used in turn, so that one thread may
+// write the next node's while another still reads this one's. Sums are in double precision, as in torch's BatchNorm: Σ dr = 0 over the batch must hold to more
+// digits than the terms have, since a sigmoid near 1/2 multiplies it into α's gradient.
 struct Share {
   int64_t rows = 0;
   std::vector<double> first, second;  // (H) each
@@ -45,13 +45,14 @@ template <class T, class P> struct Team {
   }
   static int64_t size(const Cell& d) {
     const int64_t edges = d.d_p ? d.nodes * (d.nodes + 1) / 2 : d.edges, meetings = d.normalise || d.by_units ? d.steps : 1;
-    const int64_t rows = d.by_units ? std::max(d.batch, P::rows) : d.batch;  // a row alone takes as long as a tile of them: the weights pass by once
+    const int64_t rows = d.by_units ? std::max(d.batch, P::rows) : d.batch;  // a single row takes as long as a tile of rows: the weights pass by once
     const int64_t work = rows * d.hidden * (1 + d.hidden / 64) * edges / d.nodes * d.steps / meetings;
     return std::max<int64_t>(1, std::min({d.threads, d.by_units ? panels<P>(d.hidden) : d.batch / ROWS, work / GRAIN}));
   }
 };
 
-// What one thread of a team knows: the cell, and what it owns, the rows lo … lo + n of the batch and of these the units begin … begin + units. P: `Whole<T>` or `Tiles<…>`.
+// What one thread of a team knows: the cell, and its own part, which is the units begin … begin + units of the batch's rows lo … lo + n.
+// P: `Whole<T>` or `Tiles<…>`.
 template <class T, class P> struct Sequence {
   using Number = typename P::Number;
   const Cell& d;
@@ -62,7 +63,7 @@ template <class T, class P> struct Sequence {
   mutable int64_t turn = 0;
   mutable std::vector<T> mean, spread;        // (H) each: of the node at hand, over the whole batch
   mutable std::vector<double> first, second;  // (H) each: the shares added up
-  mutable std::vector<Share> whole;     // one, of a thread that has all rows
+  mutable std::vector<Share> whole;     // one share, of a thread that has all rows
   mutable typename P::Buffer operand;   // of a product
   std::vector<int64_t> last_reader;     // (N+1): the last node that reads a state; 0: none
 
@@ -74,8 +75,8 @@ template <class T, class P> struct Sequence {
       for (int64_t e = d.incoming[i - 1]; e < d.incoming[i]; e++) last_reader[d.source[e]] = i;
   }
 
-  // Rows whose pre-activations stay in the second cache between a product and its edge: whole tiles. A matrix that has no room there itself is read again
-  // for all of these, so that there are more of them.
+  // The number of rows whose pre-activations stay in the second cache between a product and its edge, in whole tiles. A matrix that does not fit that cache is
+  // read again for every so many rows, so the number is then larger.
   int64_t few() const {
     const bool large = numbers<P>(H, 2 * units) * int64_t(sizeof(Number)) > LARGE;
     return std::max<int64_t>(1, (large ? 4 : 1) * CACHED / (P::rows * 2 * units * int64_t(sizeof(T)))) * P::rows;
@@ -101,13 +102,13 @@ template <class T, class P> struct Sequence {
     T* pre;                              // c, and z H later
     const T *state, *masked;             // what the gate lets through, and what W multiplies
     const Number *packed, *packed_back;  // W
-    T *d_state, *d_masked;               // what the two hear of this node
-    bool add;                            // another node has written to d_masked
+    T *d_state, *d_masked;               // gradients that the two get from this node
+    bool add;                            // another node has written to d_masked before
     Mix<T> p;
     int64_t op;
   };
   std::vector<Edge> edges_into(int64_t i, int64_t t) const {
-    if (i == 0)  // reads h, and has x in its pre-activations
+    if (i == 0)  // node 0 reads h, and has x in its pre-activations
       return {{pre0(t), before(t), masked_before(t), packed(0), packed_back(0), static_cast<T*>(d.carry), static_cast<T*>(d.d_h), false, {1, 0, 0, 0, 1}, TANH}};
     std::vector<Edge> edges;
     for (int64_t e = d.incoming[i - 1]; e < d.incoming[i]; e++) {
@@ -122,19 +123,19 @@ template <class T, class P> struct Sequence {
   Number* packed(int64_t i) const { return static_cast<Number*>(d.packed) + i * 2 * numbers<P>(H, H); }
   Number* packed_back(int64_t i) const { return static_cast<Number*>(d.packed_back) + i * numbers<P>(2 * H, H); }
 
-  // Of m rows, this thread's units of c and z, pre (m,2H) = [pre +] A W for A (m,H) and a packed W (H,2H)
+  // Computes this thread's units of c and z for m rows: pre (m,2H) = [pre +] A W for A (m,H) and a packed W (H,2H)
   void forth(int64_t m, const T* a, const Number* packed, bool add, T* pre) const {
     const auto left = P::rows_of(m, H, a, H, operand);
     const int64_t width = d.by_units ? units : 2 * H;
     for (int64_t v = begin; v < (d.by_units ? 2 * H : H); v += H, packed += numbers<P>(H, H))
       P::multiply(m, width, left, packed + begin * P::terms(H), P::columns * P::terms(H), add, pre + v, 2 * H);
   }
-  // and of what the gradient of c and z, dpre (m,2H), sends back to A, d_a (m,H) = [d_a +] dpre W^T
+  // Likewise, what the gradient of c and z, dpre (m,2H), sends back to A: d_a (m,H) = [d_a +] dpre W^T
   void back(int64_t m, const T* dpre, const Number* packed_back, bool add, T* d_a) const {
     P::multiply(m, units, P::rows_of(m, 2 * H, dpre, 2 * H, operand), packed_back + begin * P::terms(2 * H), P::columns * P::terms(2 * H), add, d_a + begin, H);
   }
 
-  // `mine` filled in by every thread -> the shares of all that have rows of this thread's units
+  // Once every thread has filled in `mine`: the shares of all threads that have rows of this thread's units
   const std::vector<Share>& exchange() const {
     if (d.by_units) return whole;
     team.meeting.wait();

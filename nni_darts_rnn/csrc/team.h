@@ -9,15 +9,15 @@
 
 #include <sched.h>
 
-// Of the OpenMP library that torch has loaded: libgomp's names, which LLVM's and Intel's have too. What clang makes of `#pragma omp parallel` has other
-// names, which libgomp has not; Apple's and a clang without libomp make nothing of it.
+// Functions of the OpenMP library that torch has loaded, by libgomp's names, which LLVM's and Intel's libraries have too. Clang compiles `#pragma omp parallel`
+// to other names, which libgomp does not have; Apple's clang, and a clang without libomp, make nothing of it.
 extern "C" {
 void GOMP_parallel(void (*)(void*), void*, unsigned threads, unsigned flags);
 int omp_get_thread_num();
 int omp_get_num_threads();
 }
 
-// All threads of a region wait here for the last one. Spins, as a node takes microseconds, but lets others run where there are more threads than cores.
+// All threads of a region wait here for the last one. They spin, as a node takes microseconds, but let others run where there are more threads than cores.
 class Meeting {
   const int64_t threads;
   alignas(64) std::atomic<int64_t> arrived{0};
@@ -42,7 +42,7 @@ class Meeting {
   }
 };
 
-// run f(k) on every thread k of a team that is there as a whole
+// Runs f(k) on every thread k of a team, all of them at the same time
 template <class F> void together(int64_t threads, const F& f) {
   if (threads == 1) return f(0);
   struct Region {

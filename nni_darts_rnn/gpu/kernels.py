@@ -1,10 +1,10 @@
 """The nodes of one level of either cell at one time step, forward and backward, as Triton kernels.
 
-The description of a cell, its formulas and their derivatives are those of `csrc/cells.cpp`. Here a state has a *slot*: slot 0 is h, the output of the
-step before, and the others are the nodes' states, node 0's first, so that node 0 is a node like the others, with one edge, from slot 0, through tanh.
-A *level* has the nodes whose longest way from h is equally long: they do not read each other and have neighbouring slots. A program has `COLUMNS` units
-and, where states are normalised, the whole batch of them, so that no two programs need each other; a level's nodes or edges are shared out along the
-grid's third axis.
+The description of a cell, its formulas and their derivatives are those of `csrc/cells.cpp`. Here a state has a *slot*. Slot 0 is h, the output of the
+previous step. The other slots are the nodes' states, node 0's first. So node 0 is a node like the others: it has one edge, from slot 0, through tanh.
+A *level* has the nodes whose longest way from h is equally long. They do not read each other and have neighbouring slots. A program has `COLUMNS` units
+and, where states are normalised, the whole batch of them, so that no two programs need each other. A level's nodes or edges are divided along the grid's
+third axis.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def gate(c):
 
 @triton.jit
 def tanh_sigmoid(z, DEGREE: tl.constexpr, LOW: tl.constexpr):
-    """Both from one exp: with e = exp(−z), σ = 1/(1+e) and tanh = (1−e)(1+e)/(1+e²), where 1−e must not cancel near 0; e³ must not overflow."""
+    """tanh z and σ(z) from one exp: with e = exp(−z), σ = 1/(1+e) and tanh = (1−e)(1+e)/(1+e²), where 1−e must not cancel near 0; e³ must not overflow."""
     x = -tl.where(z < LOW, LOW, z)
     series = x * 0 + 1
     for k in tl.static_range(DEGREE, 1, -1):
@@ -33,29 +33,29 @@ def tanh_sigmoid(z, DEGREE: tl.constexpr, LOW: tl.constexpr):
     return -m * up * up * q, q * both
 
 
-ALIGNED = tl.constexpr(16)  # `hidden` is a multiple of so many numbers: rows are read and written four at a time
+ALIGNED = tl.constexpr(16)  # `hidden` is a multiple of this many numbers, so that four numbers of a row are read and written at a time
 
-PLACE = ["t", "first", "last", "output"]  # numbers that differ from launch to launch: one kernel for all of them
+PLACE = ["t", "first", "last", "output"]  # arguments that differ from launch to launch: one kernel serves all values
 
 
 @triton.jit(do_not_specialize=PLACE)
 def level_forward(pre, states, masked, mask, scale, p, edges, ends, average, t, first, last, output, batch, hidden, plane, slots,
                   NORMALISE: tl.constexpr, EPS: tl.constexpr, MASKED: tl.constexpr, DEGREE: tl.constexpr, LOW: tl.constexpr,
                   UNROLLED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Slots first … last − 1 at step t; where `output` is 1 and not 0 they are the last level, one program has them all, and h' goes to slot 0 at t + 1.
+    """Compute slots first … last − 1 at step t. If `output` is 1, not 0, they are the last level: one program has them all, and writes h' to slot 0 at t + 1.
 
-    pre: the blocks of pre-activations; states (slots, T+1, B, H), `plane` = (T+1)BH; masked likewise, of what the products read; mask (B, H);
-    scale (T+1, slots, H); p (E, 5): four probabilities and their sum; edges (E, 6): where c of row 0 and step 0 lies in pre, numbers from row to row,
-    slot that is read, whether the backward pass meets that slot first here, the node's own slot, whether anything reads that; ends (slots): slot k has
-    the edges ends[k-1] … ends[k] − 1; average (slots). `UNROLLED` edges are read at once: one after the other, each waits for its row of `edges` and then
-    for what that points at.
+    pre: the blocks of pre-activations; states (slots, T+1, B, H), `plane` = (T+1)BH; masked: likewise, the masked states that products read; mask (B, H);
+    scale (T, slots, H); p (E, 5): four probabilities and their sum; edges (E, 6): where c of row 0 and step 0 lies in pre, numbers from row to row,
+    the slot that is read, whether the backward pass meets that slot first here, the node's own slot, whether anything reads the own slot; ends (slots):
+    slot k has the edges ends[k-1] … ends[k] − 1; average (slots). `UNROLLED` edges are read at once: if they were read one after the other, each would wait
+    for its row of `edges` and then for the data that the row points at.
     """
     u = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     b = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
     here = (b < batch) & (u < hidden)
-    t, plane = t.to(tl.int64), plane.to(tl.int64)  # offsets beyond 2³¹ at sizes that fit a large card
+    t, plane = t.to(tl.int64), plane.to(tl.int64)  # offsets exceed 2³¹ at sizes that fit a large card
     at = t * batch * hidden + b * hidden + u
-    if MASKED:  # now, as once states are written it would have to wait for them
+    if MASKED:  # loaded now: after the first write of states it would have to wait for that
         kept = tl.load(mask + b * hidden + u, here, 0)
     h = tl.zeros((ROWS, COLUMNS), pre.dtype.element_ty)
     for k in range(1, tl.where(output != 0, first, 1)):
@@ -71,7 +71,7 @@ def level_forward(pre, states, masked, mask, scale, p, edges, ends, average, t, 
             m = tl.load(p + 5 * e) * th + tl.load(p + 5 * e + 1) * tl.where(z < 0, 0, z) + tl.load(p + 5 * e + 2) * sg + tl.load(p + 5 * e + 3) * z
             r += carried + gate(c) * (m - carried)
         if NORMALISE:
-            wide = tl.where(here, r, 0).to(tl.float64)  # sums over the batch, as torch's BatchNorm's, to more digits than the terms have
+            wide = tl.where(here, r, 0).to(tl.float64)  # sums over the batch, with more digits than the terms have, as in torch's BatchNorm
             mean = tl.sum(wide, 0)[None, :] / batch
             off = tl.where(here, wide - mean, 0)
             spread = 1 / tl.sqrt(tl.sum(off * off, 0)[None, :] / batch + EPS)
@@ -91,12 +91,12 @@ def level_forward(pre, states, masked, mask, scale, p, edges, ends, average, t, 
 def level_backward(pre, states, d_states, product, mask, d_h, d_outputs, scale, p, d_p, edges, runs, average, t, first, output,
                    batch, hidden, plane, slots, NORMALISE: tl.constexpr, MASKED: tl.constexpr, PROBABILITIES: tl.constexpr,
                    DEGREE: tl.constexpr, LOW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The gradients of a level's slots at step t are complete once the levels after it are done; from them those of pre-activations, over themselves.
+    """Overwrite a level's pre-activations at step t with their gradients. Those of the level's slots are complete once the levels after it are done.
 
     runs: the k-th run of edges that read one slot, within a level, is runs[k] … runs[k+1] − 1. A program along the third axis has one of the level's
-    runs, of which `first` is the first, so that no two add to one slot's gradient; each makes its nodes' gradients anew.
-    d_states (slots, B, H): what edges have sent to each slot, slot 0 from the step after this one; product (slots, B, H): what came to it through the
-    weights; where `output` is 1 the level is the last, and d_h (B, H) is made. d_p (E, 5, programs), float64: this program's sums, added to.
+    runs, of which `first` is the first, so that no two programs add to one slot's gradient. Each program computes its nodes' gradients anew.
+    d_states (slots, B, H): what edges have sent to each slot, to slot 0 from the step after this one; product (slots, B, H): what each slot got through
+    the weights. If `output` is 1 the level is the last, and d_h (B, H) is computed. d_p (E, 5, programs), float64: this program's sums, added to.
     """
     u = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     b = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]

@@ -1,4 +1,4 @@
-"""In which order the GPU takes the nodes of a cell: level by level, the nodes of one level at once."""
+"""The order in which the GPU computes the nodes of a cell: level by level, the nodes of one level at once."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ if TYPE_CHECKING:
 
 
 class Level(NamedTuple):
-    """Nodes whose longest way from node 0 is equally long, so that none reads another. Each number counts from the cell's first."""
+    """Nodes whose longest way from node 0 is equally long, so that none reads another. Slots and runs are numbered from the cell's first."""
 
     first: int  # slots first … last − 1
     last: int
-    run: int  # runs run … run + runs − 1 of edges that read one slot
+    run: int  # runs `run` … `run + runs − 1`, each of edges that read one slot
     runs: int
 
 
 class Edge(NamedTuple):
-    """From slot `source` to slot `target`; its pre-activations are the `place`-th of those of its source."""
+    """An edge from slot `source` to slot `target`. Its pre-activations are the `place`-th of those of its source."""
 
     target: int
     source: int
     place: int
     op: int  # of `graph.OPS`
-    met_first: bool  # by the backward pass, of the edges that read its source: the levels from the last to the first, within a level in this order
+    met_first: bool  # whether the backward pass (from the last level to the first, within a level in this order) meets this reader of its source first
 
 
 class Layout(NamedTuple):
-    """Slot 0 is h, and slot k the state of node nodes[k − 1], level by level; in a level, first those that read the earliest slot."""
+    """Slot 0 is h, and slot k is the state of node nodes[k − 1]. Slots go level by level; within a level, the nodes that read the earliest slot come first."""
 
     nodes: list[int]  # N+1, node 0 first
     levels: list[Level]
@@ -38,7 +38,8 @@ class Layout(NamedTuple):
 
 
 def layout(graph: Graph) -> Layout:
-    """Of a cell where each node reads one state, or each reads all before it, which is a level a node: a level's edges from one slot are neighbours."""
+    """The layout of a cell whose nodes each read one state, or each read all earlier ones (then each node is a level): a level's edges from one slot are
+    neighbours."""
     arrays, incoming = graph.arrays, {0: [(-1, 0, 0)]}  # `incoming`: of each node: the node read (−1: h), its edge's place and op
     for node in range(1, graph.n_nodes + 1):
         incoming[node] = [(arrays["source"][e], arrays["slot"][e], arrays["op"][e]) for e in range(arrays["incoming"][node - 1], arrays["incoming"][node])]

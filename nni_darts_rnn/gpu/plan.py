@@ -1,4 +1,4 @@
-"""What a pass of either cell works in on a GPU: its memory, and every time step as a CUDA graph that is made once."""
+"""What a pass of either cell uses on a GPU: its memory, and every time step as a CUDA graph that is recorded once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BUSY = 128  # tiles of 64 by 64 results that keep a large GPU busy
 
 
 class Key(NamedTuple):
-    """What a plan depends on, beside the number of time steps."""
+    """What a plan depends on, apart from the number of time steps."""
 
     graph: Graph
     B: int
@@ -33,8 +33,8 @@ class Key(NamedTuple):
 
 
 def pieces(rows: int, inner: int, columns: int) -> int:
-    """Into how many parts of `inner` a product (rows, inner) (inner, columns) is cut: as many as keep a GPU busy, where the result alone has too few tiles
-    for that and each would be a long sum. A part has a multiple of four numbers, of which cuBLAS reads as many at once."""
+    """The number of parts into which the sum over `inner` of a product (rows, inner) (inner, columns) is cut: as many as keep a GPU busy, where the result
+    has too few tiles for that, each a long sum. A part's length is a multiple of four, as cuBLAS reads four numbers at once."""
     tiles = -(-rows // 64) * -(-columns // 64)
     allowed = [cut for cut in range(1, inner // 128 + 1) if inner % (4 * cut) == 0]
     if rows < 32 or inner < 512 or tiles > BUSY // 2 or not allowed:  # of few rows cuBLAS has kernels of its own
@@ -45,8 +45,8 @@ def pieces(rows: int, inner: int, columns: int) -> int:
 class Plan:
     """Memory, and the recorded steps, of passes of up to T time steps. Slots are those of `kernels.py`; `block[k]` belongs to slot k, for k = 0 … N+1.
 
-    H is `key.H` rounded up to a multiple of ALIGNED, so that every row begins where many numbers can be read at once, by cuBLAS and by the kernels. What is
-    in the other columns of inputs and weights is 0; what comes of them is finite, meets rows of zeros in every product, and is in no result.
+    H is `key.H` rounded up to a multiple of ALIGNED, so that every row begins where cuBLAS and the kernels can read many numbers at once. In inputs and
+    weights the added columns are 0. What is computed from them is finite, meets rows of zeros in every product, and is in no result.
     """
 
     def __init__(self, key: Key, T: int):
@@ -56,7 +56,7 @@ class Plan:
         self.order = torch.tensor(list(graph.arrays["order"]), device=key.device)
         nodes, self.levels, edges, ends, runs = layout(graph)
         readers = [*zip(graph.arrays["first"], graph.arrays["count"]), (0, 0)]
-        self.readers = [(0, 1), *(readers[node] for node in nodes)]  # of each slot: first of its nodes in `order`, and how many; h's is node 0
+        self.readers = [(0, 1), *(readers[node] for node in nodes)]  # of each slot's readers: the first in `order`, and how many; h has node 0
         widths = [count * 2 * H for _, count in self.readers]
         self.pre = torch.zeros(T * B * sum(widths), **new)
         self.block = [part.view(T, B, width) for part, width in zip(self.pre.split([T * B * width for width in widths]), widths)]  # (T,B,count·2H)
@@ -74,7 +74,7 @@ class Plan:
         self.ends, self.runs = torch.tensor(ends, **integers), torch.tensor(runs, **integers)
         one_hot = [[float(not key.mixed and edge.op == k) for k in range(4)] + [1.0] for edge in edges]
         one_hot[0][0] = 1.0  # node 0 is a tanh
-        self.p = torch.tensor(one_hot, **new)  # (E+1, 5); a mixed cell's is written over in each pass
+        self.p = torch.tensor(one_hot, **new)  # (E+1, 5); each pass overwrites that of a mixed cell
         self.d_states = torch.empty(N + 2, B, H, **new)
         self.product, self.d_h = torch.empty(N + 2, B, H, **new), torch.empty(B, H, **new)
         self.pieces = [(pieces(B, H, width), pieces(B, width, H)) for width in widths]  # of each slot's products, forward and backward
@@ -84,10 +84,10 @@ class Plan:
         self.d_p = torch.zeros(len(self.edges), 5, self.grid[0] * self.grid[1], dtype=torch.float64, device=key.device)
         self.fixed = dict(num_warps=max(4, min(16, self.rows * self.columns // 128)), NORMALISE=graph.normalise, MASKED=key.masked, ROWS=self.rows, COLUMNS=self.columns,
                           **(dict(DEGREE=8, LOW=-29.0) if key.dtype == torch.float32 else dict(DEGREE=15, LOW=-230.0)))
-        self.recorded: dict[str, list] = {}  # by the names of the steps, a CUDA graph a time step
+        self.recorded: dict[str, list] = {}  # by the names of the step functions: one CUDA graph for each time step
 
     def _tile(self, B: int, H: int, normalise: bool) -> None:
-        """Rows and columns of a program's tile, and how many programs there are: enough of them to fill a GPU, wide enough to read whole sectors."""
+        """Set the rows and columns of a program's tile, and the number of programs: enough to fill a GPU, with tiles wide enough to read whole sectors."""
         if normalise:
             self.rows = triton.next_power_of_2(B)
             self.columns = max(4, min(32, 1024 // self.rows, triton.next_power_of_2(H)))
@@ -97,7 +97,7 @@ class Plan:
         self.grid = (triton.cdiv(H, self.columns), triton.cdiv(B, self.rows))
 
     def load_weights(self, W0_h: Tensor, Ws: Tensor, p: Tensor | None, mask: Tensor | None, transposed: bool) -> None:
-        """W0_h (H, 2H), Ws (N, H, 2H), p (E, 4) or None, mask (B, H) or None, for the passes that follow; `transposed` if there will be backward passes."""
+        """Load W0_h (H, 2H), Ws (N, H, 2H), p (E, 4) or None, mask (B, H) or None for the passes that follow; `transposed`: backward passes will follow."""
         H = self.key.H
         self._used(self.W[0])[:H] = W0_h.unflatten(-1, (1, 2, H))
         ordered = Ws.index_select(0, self.order).unflatten(-1, (2, H))
@@ -113,14 +113,14 @@ class Plan:
             self.mask[:, :H] = mask
 
     def _used(self, rows: Tensor) -> Tensor:
-        """Of rows (…, count·2H) those columns (…, count, 2, key.H) that are not there to fill them up."""
+        """The columns (…, count, 2, key.H) of rows (…, count·2H), without those that fill them up."""
         return rows.unflatten(-1, (-1, 2, self.H))[..., :self.key.H]
 
     def forward(self, x_proj: Tensor, h0: Tensor) -> Tensor:
         """x_proj (T, B, 2H), h0 (B, H) -> a copy of the outputs (T, B, H)."""
         T, H = len(x_proj), self.key.H
         if H < self.H:
-            self.block[0][:T] = 0  # NaN of a pass before would stay in the columns that fill up
+            self.block[0][:T] = 0  # NaN from an earlier pass would stay in the columns that fill up
         self._used(self.block[0][:T])[:] = x_proj.unflatten(-1, (1, 2, H))
         self.states[0, 0, :, :H] = h0
         if self.key.masked:
@@ -141,7 +141,7 @@ class Plan:
                     self._multiply(self.masked[k, t], self.W[k], self.pieces[k][0], self.block[k][t])  # (B, H) (H, count·2H)
 
     def backward(self, d_outputs: Tensor, needs: tuple[bool, ...]) -> list[Tensor | None]:
-        """d_outputs (T, B, H) -> gradients of x_proj, h0, W0_h, Ws where `needs` says so, and of p (E, 5) or None."""
+        """d_outputs (T, B, H) -> gradients of x_proj, h0, W0_h, Ws where `needs` is True, and of p (E, 5) or None."""
         T, N, H = len(d_outputs), self.N, self.key.H
         self.d_outputs[:T, :, :H] = d_outputs
         self.d_states[0].zero_()  # nothing comes from beyond the last step
@@ -178,7 +178,7 @@ class Plan:
         self._multiply(self.block[0][t], self.W_t[0], self.pieces[0][1], self.product[0])  # (B, 2H) (2H, H)
 
     def _multiply(self, x: Tensor, W: Tensor, cut: int, out: Tensor) -> None:
-        """x (B, K) W (K, n) -> out (B, n), in `cut` products at once and their sum. Nothing is allocated, as in a recording nothing should be."""
+        """x (B, K) W (K, n) -> out (B, n), as `cut` products at once and their sum. Nothing is allocated, because nothing should be in a recording."""
         if cut == 1:
             torch.mm(x, W, out=out)
             return
@@ -190,7 +190,7 @@ class Plan:
         self.step_backward(t, probabilities=True)
 
     def _take_steps(self, step, times) -> None:
-        """step(t) for each t, from its recording where there is one."""
+        """Take step(t) for each t, from its recording where there is one."""
         recorded = self.recorded.get(step.__name__)
         for t in times:
             if recorded is None or torch.cuda.is_current_stream_capturing():
@@ -199,7 +199,7 @@ class Plan:
                 recorded[t].replay()
 
     def record(self, backward: bool) -> None:
-        """Every step as a CUDA graph, before a pass begins: what it computes is lost. On a stream of its own, as recording asks for."""
+        """Record every step as a CUDA graph, before a pass begins: what the steps compute here is lost. Recording needs a stream of its own."""
         steps = [self.step_forward, *([self.step_backward] if backward else []), *([self.step_backward_p] if backward and self.key.mixed else [])]
         missing = [step for step in steps if step.__name__ not in self.recorded]
         if self.key.device.type != "cuda" or not missing or torch.cuda.is_current_stream_capturing():
@@ -209,7 +209,7 @@ class Plan:
         with torch.cuda.stream(stream):
             for step in missing:
                 step(0)  # compiles the kernels and sets cuBLAS up, which must not happen in a recording
-                # cuBLAS's workspace must be the recording's own: others clear the usual one (Lightning, when a fit ends), and a replay would write to it
+                # cuBLAS's workspace must be the recording's own: others clear the usual one (Lightning, when a fit ends), and a replay would still write to it
                 torch._C._cuda_clearCublasWorkspaces()
                 graphs = [torch.cuda.CUDAGraph() for _ in range(self.T)]
                 for t, graph in enumerate(graphs):
