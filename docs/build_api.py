@@ -16,7 +16,7 @@ import nni_darts_rnn
 from nni_darts_rnn.options import quiet_hosts
 
 # names of NNI's own that need an optional package, and what `NamedTuple` generates, which does not know its module's names
-THEIRS = re.compile(r"annotation .*\bfor (nni\.|nni_darts_rnn\.\S+\.__init__\. Import of (Tensor|Graph|Plan|Level|Edge))")
+THEIRS = re.compile(r"annotation .*\bfor (nni\.|nni_darts_rnn\.\S+\.__init__\. Import of (Tensor|Graph|Lease|Level|Edge))")
 
 
 def main(folder: Path) -> None:
