@@ -8,7 +8,7 @@ import time
 
 from torch import Tensor
 
-from .talk import duration
+from .talk import duration, many
 
 logger = logging.getLogger(__name__)
 LOOK = 2.0  # seconds of batches from which the rest of a phase is foretold
@@ -49,7 +49,7 @@ class EpochCounts:
         if now - self.since >= LOOK:
             self.foretold = True
             took = (now - self.since) / self.batches
-            logger.info("%s: about %s to go, for %d epoch%s in all", self.phase, duration(left * took), epochs, "s" * (epochs > 1))
+            logger.info("%s: about %s to go, for %s in all", self.phase, duration(left * took), many(epochs, "epoch"))
 
     def state(self) -> dict:
         """For a checkpoint in the middle of the epoch."""

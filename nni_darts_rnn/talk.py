@@ -48,6 +48,11 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
+def many(count: int, noun: str) -> str:
+    """Such as `1 epoch`, `3 epochs`."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 class _Lines(logging.StreamHandler):
     """A line on standard error, as that is when the line is written. One that cannot be written costs nothing but itself."""
 

@@ -25,7 +25,7 @@ def test_each_phase_says_on_what_it_works_and_the_next_command_works(corpus, cap
     assert status(cli.main, "search", *corpus, "--out", "found") == 0
     said = capsys.readouterr()
     assert json.loads(said.out)["recurrent"]
-    for words in (r"corpus corpus: 280 training, 112 validation, 112 test tokens; 8 words", r"searching 2 nodes of 8 units for 1 epochs, recipe tiny, seed 0",
+    for words in (r"corpus corpus: 280 training, 112 validation, 112 test tokens; 8 words", r"searching 2 nodes of 8 units for 1 epoch, recipe tiny, seed 0",
                   r"584 parameters and α on the CPU, \d+ threads?", "results in found", r"search: about \d+ s to go, for 1 epoch in all",
                   r"search epoch 1: validation perplexity [\d.]+, [\d,]+ tokens/s",
                   r"found \[.*\] in \d+ s", "next: nni-darts-rnn retrain"):

@@ -11,7 +11,7 @@ from ..options import checked_recipe, checked_seed, corpus_words, keeping, open_
 from ..recipes import Recipe, RetrainRecipe, get_recipe
 from ..report.experiments import load_experiment
 from ..report.trial_folder import as_folder
-from ..talk import Talk, answer
+from ..talk import Talk, answer, many
 
 READING = ("retrain.bptt", "retrain.eval_batch_size", "retrain.test_batch_size")  # all that a recipe says of how a text is read to measure perplexity
 MOST_EPOCHS = 1000  # of a retraining that ends when it no longer gets better
@@ -26,7 +26,7 @@ def search(arguments) -> None:
     folder = _out(arguments, Path(corpus.name).name, seed)
     talk(f"corpus {corpus.describe()}")
     s = recipe.search
-    talk(f"searching {s.n_nodes} nodes of {s.hidden_size} units for {s.epochs} epochs, recipe {recipe.name}, seed {seed}; "
+    talk(f"searching {many(s.n_nodes, 'node')} of {many(s.hidden_size, 'unit')} for {many(s.epochs, 'epoch')}, recipe {recipe.name}, seed {seed}; "
          f"{_size(corpus, s.hidden_size, s.n_nodes)} and α on {_machine(arguments)}; results in {folder}")
     talk.epochs = s.epochs
     found = search_phase(corpus, s, seed, folder, talk.epoch, talk.progress, arguments.device, keep)
@@ -57,7 +57,7 @@ def retrain(arguments) -> None:
         talk(unread)
     r = recipe.retrain
     end = "" if r.patience is None else f" or until {r.patience} bring no better validation perplexity"
-    talk(f"training {arguments.genotype} with {r.hidden_size} units for up to {r.epochs} epochs{end}, recipe {recipe.name}, seed {seed}; "
+    talk(f"training {arguments.genotype} with {many(r.hidden_size, 'unit')} for up to {many(r.epochs, 'epoch')}{end}, recipe {recipe.name}, seed {seed}; "
          f"{_size(corpus, r.hidden_size, arguments.genotype.n_nodes)} on {_machine(arguments)}; results in {folder}")
     talk.epochs, talk.about = r.epochs, "about" if r.patience is None else "at most"
     done = retrain_phase(corpus, arguments.genotype, r, seed, folder, talk.epoch, talk.progress, arguments.device, keep)
@@ -147,7 +147,7 @@ def _machine(arguments) -> str:
     if choose_device(arguments.device).type == "cuda":
         return torch.cuda.get_device_name()
     n = torch.get_num_threads()
-    return f"the CPU, {n} thread{'s' * (n > 1)}"
+    return f"the CPU, {many(n, 'thread')}"
 
 
 def _out(arguments, name: str, seed: int) -> Path:
