@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import fmean, stdev
 
 STORED = Path(__file__).parents[1] / "benchmarks" / "results"
 PAGE = Path(__file__).with_name("results.md")
@@ -56,6 +57,10 @@ def made(found: dict) -> str:
 
 def spread(mean: float, sd: float | None) -> str:
     return f"{mean:.2f}" + ("" if sd is None else f" ± {sd:.2f}")
+
+
+def mean_sd(values: list[float]) -> tuple[float, float | None]:
+    return fmean(values), stdev(values) if len(values) > 1 else None
 
 
 def quality() -> str:
@@ -203,14 +208,23 @@ def long_training() -> str:
 
 
 def lstm() -> str:
-    found = stored("against_lstm.json")
-    results = found["results"]
-    rows = [(name, f"{r['parameters']:,}" if "parameters" in r else "", f"{r['valid_perplexity']:.2f}" if "valid_perplexity" in r else "",
-             f"{r['test_perplexity']:.2f}", f"{r['seconds']:.0f}" if "seconds" in r else "") for name, r in results.items()]
-    return "\n".join([
-        "## The example's cell beside nn.LSTM\n",
-        f"Penn Treebank, {found['recipe']['hidden_size']} units, {found['recipe']['epochs']} epochs, {found['threads']} thread, one seed. The cell is of the example as it was then, two epochs of a mixture: `{found['genotype']}`.\n",
-        table(("", "parameters", "validation", "test", "s"), rows), made(found)])
+    parts = ["## A cell beside nn.LSTM and nn.GRU\n", "Penn Treebank with all of its words; the same tokens, optimizer, dropout and schedule, as many parameters in all. The settings are those "
+             "that were made for cells.\n"]
+    for stem in ("against_lstm", "against_lstm_mixture"):
+        if (found := stored(f"{stem}.json")) is None:
+            continue
+        recipe = found["recipe"]
+        parts.append(f"The cell `{found['genotype']}`, {recipe['hidden_size']} units, {recipe['epochs']} epochs of {'Adam' if recipe.get('optimizer') == 'adam' else 'SGD'}:\n")
+        rows = []
+        for model in dict.fromkeys(row["model"] for row in found["trained"]):
+            runs = [row for row in found["trained"] if row["model"] == model]
+            valid, test = (spread(*mean_sd([row[f"{text}_perplexity"] for row in runs])) for text in ("valid", "test"))
+            rows.append((model if model == "cell" else f"nn.{model.upper()}", runs[0]["hidden_size"], f"{runs[0]['parameters']:,}", len(runs), valid, test,
+                         f"{fmean(row['seconds'] for row in runs) / 60:.0f}"))
+        parts += [table(("", "units", "parameters", "seeds", "validation", "test", "minutes"), rows),
+                  f"Unigram perplexity of the test text {found['unigram_perplexity']:.1f}, interpolated bigram {found['bigram_perplexity']:.1f}.\n",
+                  *([found["note"] + "\n"] if "note" in found else []), made(found)]
+    return "\n".join(parts)
 
 
 def gradient() -> str:

@@ -144,16 +144,37 @@ def test_all_words_keeps_what_its_commands_answered_and_runs_none_twice(tmp_path
     assert json.loads((tmp_path / "found.json").read_text()) == kept
 
 
-def test_a_cell_and_an_lstm_of_as_many_parameters_are_trained_alike(tmp_path):
+def test_a_cell_and_torchs_layers_of_as_many_parameters_are_trained_alike(tmp_path, monkeypatch):
     draw = random.Random(0)
     for split, count in (("train", 300), ("valid", 40), ("test", 40)):
         (tmp_path / f"{split}.txt").write_text("\n".join(" ".join(draw.choices("a cat dog sat ran on".split(), k=6)) for _ in range(count)) + "\n")
     sizes = ["bptt=16", "max_bptt_above=8", "batch_size=16", "eval_batch_size=16", "test_batch_size=16", "hidden_size=16", "epochs=1"]
-    against_lstm.main(["--corpus", str(tmp_path), "--recipe", "tiny", "--device", "cpu", "--save", str(tmp_path / "found.json"),
-                       *(word for size in sizes for word in ("--set", f"retrain.{size}"))])
-    found = json.loads((tmp_path / "found.json").read_text())["results"]
-    assert found["lstm"]["parameters"] == pytest.approx(found["cell"]["parameters"], rel=0.05)
-    assert all(1 < found[name]["test_perplexity"] < 8 for name in ("cell", "lstm"))  # guessing every word alike has 8
+    words = ["--corpus", str(tmp_path), "--recipe", "tiny", "--device", "cpu", "--seeds", "2", "--work", str(tmp_path / "work"),
+             *(word for size in sizes for word in ("--set", f"retrain.{size}"))]
+    against_lstm.main([*words, "--models", "gru"])  # as a second process that shares the work
+    trained, train = [], against_lstm.learner.retrain
+    monkeypatch.setattr(against_lstm.learner, "retrain", lambda *args, **more: trained.append(args[1]) or train(*args, **more))
+    against_lstm.main([*words, "--save", str(tmp_path / "found.json")])
+    kept = json.loads((tmp_path / "found.json").read_text())
+    assert len(trained) == 4  # the cell and the LSTM: a GRU's trainings are there
+    found = {(row["model"], row["seed"]): row for row in kept["trained"]}
+    assert set(found) == {(model, seed) for model in ("cell", "lstm", "gru") for seed in (1, 2)}
+    for (model, seed), row in found.items():
+        assert row["parameters"] == pytest.approx(found["cell", seed]["parameters"], rel=0.05)
+        assert 1 < row["test_perplexity"] < 8  # guessing every word alike has 8
+        assert row["test_perplexity"] != found[model, 3 - seed]["test_perplexity"]
+
+
+def test_torchs_layers_read_a_text_as_themselves_and_lose_no_state():
+    """Without dropout a text in two parts is the text in one, and both are what torch's own layer makes of it."""
+    for kind, library in against_lstm.LIBRARY.items():
+        torch.manual_seed(0)
+        layer, x, none = against_lstm.LibraryLayer(kind, 5, 0.0, 0.0), torch.randn(6, 2, 5), torch.zeros(2, 5)
+        whole = library(5, 5)
+        whole.load_state_dict(layer.layer.state_dict())
+        first = layer(x[:4], none)
+        torch.testing.assert_close(torch.cat([first, layer(x[4:], first[-1])]), layer(x, none))
+        torch.testing.assert_close(layer(x, none), whole(x)[0])
 
 
 def test_what_torch_has_no_code_for_here_is_left_out_and_said(capsys):
