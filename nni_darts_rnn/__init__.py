@@ -1,4 +1,4 @@
-"""Recurrent cells by second-order DARTS, on NNI, retrained through fastai."""
+"""Searches for recurrent cells with second-order DARTS on NNI, and retrains them through fastai."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str):
-    # looked up when first used, so that importing the package does not import torch, NNI, Lightning or fastai
+    # at the first use of a name, so that importing the package does not import torch, NNI, Lightning or fastai
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)

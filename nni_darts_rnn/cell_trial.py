@@ -1,7 +1,7 @@
-"""What nnictl runs in a trial of a search over cells: `python3 -m nni_darts_rnn.cell_trial`. The tuner draws the cell, the trial trains it.
+"""The program that nnictl runs in a trial of a search over cells: `python3 -m nni_darts_rnn.cell_trial`. The tuner draws the cell, and the trial trains it.
 
-The tuner's parameters are the cell, flat (`cell/node_1/op`, `cell/node_1/input`, … as in `DartsRnnSpace`) or nested (`cell/node_1` with an
-`op` as its name and an `input` inside); `seed`; any field `retrain.…` of the recipe; and Hyperband's TRIAL_BUDGET, which is the number of epochs.
+The tuner draws the cell, flat (`cell/node_1/op`, `cell/node_1/input`, … as in `DartsRnnSpace`) or nested (`cell/node_1`, with the op as its `_name` and an
+`input` inside). It may also draw `seed`, any field `retrain.…` of the recipe, and Hyperband's TRIAL_BUDGET, which is the number of epochs.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def read_parameters(parameters: dict) -> tuple[Genotype, int, dict]:
-    """The cell, the seed and the recipe's fields in what a tuner drew. `ValueError` with one line for what is none of them."""
+    """The cell, the seed and the remaining parameters of a tuner's draw. `ValueError` with one line if there is no cell, or for a label of a node that the cell
+    does not have, a field of the search, or a bad seed. The rest, by name, is left to `checked_recipe`, which refuses what is no field of the recipe."""
     settings: dict = {}
     sample: dict = {}
     seed = checked_seed(parameters.get("seed", 0))
@@ -77,8 +78,8 @@ def read_parameters(parameters: dict) -> tuple[Genotype, int, dict]:
 
 
 def run(arguments: argparse.Namespace, parameters: dict, report, final=None) -> dict:
-    """Checks everything, then trains and tests the cell in NNI's output folder. `ValueError` with one line for what is not allowed. `final` gets the result
-    before the trial's checkpoints go."""
+    """Check everything, then train and test the cell in NNI's output folder. `final` gets the result before the trial's checkpoints are removed. `ValueError`
+    with one line for options and parameters that are not allowed."""
     genotype, seed, settings = read_parameters(parameters)
     recipe = checked_recipe(arguments, settings)
     prepare_torch(arguments)

@@ -1,4 +1,4 @@
-"""The Lightning evaluator that NNI's one-shot strategies train the language model's supernet with."""
+"""The Lightning evaluator with which NNI's one-shot strategies train the supernet of the language model."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from .model import activation_regularisation, evaluating, perplexity, without_dr
 from .recipes import SearchRecipe, annealed
 from .weight_step import OPTIMIZERS
 
-TRAIN, VALID = 0, 1  # which stream a batch comes from; its own hidden state goes with it
+TRAIN, VALID = 0, 1  # the stream that a batch comes from; each stream has a hidden state of its own
 
 
 class TaggedBatches:
-    """Batches that say which stream they come from: (tokens (T, B), targets (T, B), stream).
+    """Batches with the stream that they come from: (tokens (T, B), targets (T, B), stream).
 
-    `epoch()` says which epoch's lengths to draw; asked anew for every length and iteration, so a resumed trainer gets the right ones.
-    `no_longer_than`: batches that these are read beside; an epoch has no more than they have.
-    `start` (epoch, batch): where a run goes on. That epoch begins with that batch, and these are read as often as what they are read beside.
+    `epoch()` is the epoch whose lengths are drawn. It is asked for every length and every iteration, so that a resumed trainer gets the right ones.
+    `no_longer_than`: other batches, beside which these are read; an epoch has at most as many of these.
+    `start` (epoch, batch): where a resumed run goes on. That epoch begins with that batch, and is as long as that of `no_longer_than`.
     """
 
     def __init__(self, batches: BpttBatches, stream: int, epoch=lambda: 0, no_longer_than: TaggedBatches | None = None):
@@ -36,7 +36,7 @@ class TaggedBatches:
         self.start = (-1, 0)
 
     def _range(self) -> range:
-        """The batches to come, numbered as if the text went on from its end with its beginning."""
+        """Numbers of the batches to come. Beyond the last batch they begin with the first one again."""
         epoch = self.epoch()
         self.batches.set_epoch(epoch)
         length = len(self.batches)
@@ -56,22 +56,22 @@ class TaggedBatches:
 
 
 def training_tokens(batch) -> torch.Tensor | None:
-    """The tokens (T, B) that the weights learn in a batch of any of NNI's one-shot strategies, or None where they learn nothing."""
+    """The tokens (T, B) of a batch that the weights learn from, for any of NNI's one-shot strategies; None for a batch of α alone."""
     if isinstance(batch, dict):  # the DARTS family: both streams at once
         return batch["train"][0]
-    if len(batch) == 2:  # ENAS: one of them, with its name
+    if len(batch) == 2:  # ENAS: one stream, with its name
         return batch[0][0] if batch[1] == "train" else None
     return batch[0]
 
 
 @nni.trace
 class LanguageModelModule(LightningModule):
-    """Trains a `DartsRnnSpace` or its supernet: SGD or Adam (`optimizer`), learning rate × length/bptt, AR/TAR, hidden states carried from batch to batch.
+    """Trains a `DartsRnnSpace` or its supernet: by SGD or Adam (`optimizer`), with the learning rate × length/bptt, AR/TAR, and hidden states carried on.
 
-    A batch is (tokens (T, B), targets (T, B), stream): `TRAIN` or `VALID`. The hidden states of both streams are buffers, so they are in
-    Lightning's checkpoints. `training_step` returns "loss" (nats per token, plus AR/TAR for the training stream) and "data_loss" (without).
-    `alpha_dropout`: whether the loss of the VALID stream, which α learns from, has the training's dropout. `annealed`: what the learning rate is
-    multiplied by, 1 where no `AnnealLR` moves it.
+    A batch is (tokens (T, B), targets (T, B), stream), the stream `TRAIN` or `VALID`. The hidden states of both streams are buffers, so Lightning's
+    checkpoints have them. `training_step` returns "loss" (nats per token, for the training stream plus AR/TAR) and "data_loss" (without these).
+    `alpha_dropout`: whether dropout acts in the loss of the VALID stream, from which α learns. `annealed`: a factor of the learning rate, which
+    `AnnealLR` sets.
     """
 
     validation_buffers = ("hidden_valid",)
@@ -97,7 +97,7 @@ class LanguageModelModule(LightningModule):
 
     @torch.no_grad()
     def validation_step(self, batch, batch_idx: int) -> dict:
-        """Logs "default": minus the nats per token without dropout, the reward of a strategy that samples cells (ENAS)."""
+        """Logs "default", the reward of a strategy that samples cells (ENAS): minus the nats per token, without dropout."""
         tokens, targets, _ = batch
         with evaluating(self.model):
             nll, _, _, after = self.model.loss(tokens, targets, self.hidden_valid.clone())
@@ -113,7 +113,7 @@ class LanguageModelModule(LightningModule):
         self.hidden_valid.zero_()
 
     def on_train_batch_start(self, batch, batch_idx: int) -> None:
-        # before the architecture step too, which unrolls the step of this very length
+        # here, before the architecture step, which unrolls a step with this rate
         tokens = training_tokens(batch)
         if tokens is None:
             return
@@ -124,7 +124,7 @@ class LanguageModelModule(LightningModule):
 class AnnealLR(pl.Callback):
     """Over the last `share` of the epochs the learning rate falls to 0 along a cosine, as with `callbacks.AnnealLR`.
 
-    `batches`: those of the training, which know how many of this epoch's an earlier process trained.
+    `batches`: those of the training stream; in a resumed run they know how many of this epoch an earlier process has trained.
     """
 
     def __init__(self, share: float, batches: TaggedBatches):
@@ -138,12 +138,11 @@ class AnnealLR(pl.Callback):
 
 
 class SupernetReport(pl.Callback):
-    """After every epoch: validation perplexity of the supernet, α's entropy, speed; handed to `report` as a dictionary.
+    """After every epoch, a dictionary for `report`: validation perplexity of the supernet, entropy of α, speed.
 
-    `rows` keeps the dictionaries, `alphas` α (E, K) as lists of numbers, one for each epoch; epoch 0 is the untrained supernet. `genotype` is
-    the cell that the last α stands for.
-    With `folder`, search.csv, alpha.json and genotype.json there are brought up to date after each epoch.
-    Raises `NotFinite` after an epoch that is hopeless (see `health`), and names a search that collapses.
+    `rows` keeps these dictionaries, and `alphas` α (E, K) of every epoch as lists of numbers; epoch 0 is the untrained supernet. `genotype` is
+    the cell of the last α. With `folder`, search.csv, alpha.json and genotype.json there are written anew after each epoch.
+    Raises `NotFinite` after a hopeless epoch, and warns of a search that collapses (see `health`).
     """
 
     def __init__(self, corpus: Corpus, recipe: SearchRecipe, report=None, folder: Path | None = None):
@@ -158,8 +157,8 @@ class SupernetReport(pl.Callback):
     def on_train_epoch_start(self, trainer, pl_module):
         self.counts.begin()
         now, words = trainer.current_epoch, len(self.corpus.vocab)
-        end = max(trainer.max_epochs, now + 1)  # -1, Lightning's word for no end, as with `max_steps`: this epoch is all that is known of
-        self.worth = self.recipe.passes_of(now, end, words) / self.recipe.passes(now, words)  # of all that is to come, in epochs such as this: those with α take longer
+        end = max(trainer.max_epochs, now + 1)  # Lightning says -1 for no end (also with `max_steps`): then only this epoch is known
+        self.worth = self.recipe.passes_of(now, end, words) / self.recipe.passes(now, words)  # the work to come, in epochs like this one: epochs that move α take longer
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         tokens = training_tokens(batch)
@@ -178,7 +177,7 @@ class SupernetReport(pl.Callback):
 
     def _finish(self, trainer, pl_module, epoch, trained):
         model = pl_module.training_module.model
-        pl_module.resample()  # a strategy that samples cells has none yet before the first batch; the others do nothing
+        pl_module.resample()  # a strategy that samples cells has no cell before the first batch; others do nothing here
         value = perplexity(model, self.corpus.valid, self.recipe.eval_batch_size, self.recipe.bptt)
         check_epoch(value, len(self.corpus.vocab), "validation")
         row = {"default": value, "phase": "search", "epoch": epoch, "perplexity": value}
@@ -192,7 +191,7 @@ class SupernetReport(pl.Callback):
             write_json(self.folder / "alpha.json", {"primitives": list(mixed[0].primitives), "relaxation": mixed[0].relaxation,
                                                     "epochs": [r["epoch"] for r in self.rows], "alpha": self.alphas})
             write_text(self.folder / "genotype.json", self.genotype.to_json() + "\n")
-            # last: an epoch whose metrics are there has its α and its cell there too, wherever Ctrl-C falls
+            # last, so that an epoch whose metrics are on disk has its α and its cell there too, whenever Ctrl-C comes
             write_csv(self.folder / "search.csv", [{k: v for k, v in row.items() if k != "default"} for row in self.rows])
         self.report(self.rows[-1])
 
@@ -201,12 +200,12 @@ def search_evaluator(corpus: Corpus, recipe: SearchRecipe, seed: int = 0, report
                      **trainer_options) -> Lightning:
     """The evaluator of a search: `NasExperiment(DartsRnnSpace(…), search_evaluator(corpus, recipe), SecondOrderDARTS(…))`.
 
-    α learns from `corpus.alpha`, or from the validation text where the corpus keeps no text apart for it. `report` gets a dictionary after
-    every epoch and `folder` the files (see `SupernetReport`); `trainer_options` go to Lightning's `Trainer`.
+    α learns from `corpus.alpha`, or from the validation text where the corpus sets no text aside for α. After every epoch `report` gets a dictionary
+    and `folder` the files (see `SupernetReport`). `trainer_options` go to Lightning's `Trainer`.
     """
     module = LanguageModelModule(recipe.batch_size, recipe.hidden_size, recipe.bptt, recipe.lr, recipe.weight_decay, recipe.ar, recipe.tar,
                                  recipe.alpha_dropout, recipe.optimizer)
-    # the number of batches differs from epoch to epoch, so Lightning has to count them again before each
+    # epochs differ in their number of batches, so Lightning has to count them before each
     options = dict(max_epochs=recipe.epochs, logger=False, enable_checkpointing=False, enable_model_summary=False, num_sanity_val_steps=0,
                    limit_val_batches=0, reload_dataloaders_every_n_epochs=1) | trainer_options
     trainer = Trainer(callbacks=[SupernetReport(corpus, recipe, report, folder), *callbacks], **options)

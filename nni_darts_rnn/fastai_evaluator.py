@@ -1,4 +1,4 @@
-"""`FastaiEvaluator`: what NNI's multi-trial strategies train and judge a sampled model with."""
+"""`FastaiEvaluator`, with which NNI's multi-trial strategies train and judge a sampled model."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from .pipeline import check_fits, take_fast_path
 from .recipes import Recipe, get_recipe
 from .space import RecurrentSpace
 
-OF_THE_SPACE = ("hidden_size", "dropout", "dropout_h", "dropout_x", "dropout_i", "dropout_e", "init_range")  # the model is NNI's, with sizes of its own
+OF_THE_SPACE = ("hidden_size", "dropout", "dropout_h", "dropout_x", "dropout_i", "dropout_e", "init_range")  # recipe fields that a model which NNI has made brings along
 
 
 class _Report(Callback):
-    """After every epoch an intermediate result: `default` (minus the validation loss, so that more is better), `epoch` from 1, the Learner's
-    metrics under their names."""
+    """Reports an intermediate result after every epoch with a finite validation loss: `default` (minus that loss, so that more is better), `epoch` from 1,
+    and the Learner's losses and metrics under their names."""
 
     order = 90  # after the Recorder and whatever changes the weights for validation
 
@@ -45,7 +45,8 @@ class _Report(Callback):
 
 @contextlib.contextmanager
 def _others_draws_untouched():
-    """The process's random generators as they were: the next draw of a strategy that runs in it, a policy say, is not to be the same after every model."""
+    """Put the process's random generators back afterwards. Every model's training starts from the same seed, so the next draw of a strategy in this process
+    (of its policy, say) would otherwise be the same after every model."""
     before = random_state()
     try:
         yield
@@ -55,27 +56,31 @@ def _others_draws_untouched():
 
 @nni.trace
 class FastaiEvaluator(Evaluator):
-    """Trains each model that a strategy samples in a fastai `Learner`; the result is minus the validation loss (for a language model the
-    log likelihood in nats per token), because NNI's strategies look for the largest.
+    """Trains each model that a strategy samples, in a fastai `Learner`. The result is minus the validation loss (for a language model the log likelihood in
+    nats per token), because NNI's strategies look for the largest result.
 
-    By default the model is a `DartsRnnSpace`'s, trained as a language model on a corpus:
+    By default the model is one of a `DartsRnnSpace`. It is trained as a language model on a corpus:
 
     corpus, corpus_folder, corpus_mirror
-        As in `load_corpus`; each process loads it for itself ("pydoc" where none is named). A `Corpus` itself in the sequential engine alone.
+        As in `load_corpus`; the default is "pydoc". Each process loads the corpus for itself. A `Corpus` object works in the sequential engine alone.
     recipe, settings
-        A named recipe ("small" where none is named) whose `retrain` part is used, with fields replaced: `settings={"lr": 5.0, "epochs": 2}`. The model's size, its dropout
-        rates and its first weights are the space's.
+        A recipe, by name or itself (default: "small"), of which the `retrain` part is used, and fields to replace in it: `settings={"lr": 5.0, "epochs": 2}`.
+        The model's size, its dropout rates and its first weights are the space's.
     epochs
-        Passes over the text; None: the recipe's. 0: the weights are judged as they come, for a space that a one-shot strategy has trained.
+        Passes over the text. None: the recipe's number. 0: the weights are judged as they are, for a space that a one-shot strategy has trained.
     seed
-        Of the weights where NNI makes the model anew (format "simplified"; in format "raw" they are the space's own), of dropout and of batches.
+        Seed of dropout, of batches, and of the weights if NNI makes the model anew (format "simplified"; in format "raw" they are the space's own).
+    device
+        Where to compute: "auto", "cpu" or "gpu".
     learner
-        For any other space: a function of an importable module, `learner(model) -> Learner`; it goes with `epochs` and without a corpus.
+        For any other space: a function `learner(model) -> Learner` of an importable module. Give `epochs` with it, but no corpus, recipe, settings or device.
 
     onnx
-        Leave the trained language model as model.onnx in the trial's folder, which the Visualization of NNI's web page opens; some seconds a trial.
+        Whether to leave the trained language model in the trial's folder as model.onnx, which the Visualization of NNI's web page opens. It takes some seconds
+        a trial.
 
-    Raises `ValueError` with one line for what is not allowed, and `FloatingPointError` where training ends without a finite loss.
+    Raises `ValueError` with one line for arguments that are not allowed. Raises `FloatingPointError` where the final validation loss is not finite, and for a
+    language model already in the step whose loss or gradient is not finite.
     """
 
     def __init__(self, corpus: str | Corpus | None = None, recipe: str | Recipe | None = None, settings: dict | None = None, *, epochs: int | None = None, seed: int = 0,
@@ -104,7 +109,7 @@ class FastaiEvaluator(Evaluator):
             return super()._execute(model)
 
     def evaluate(self, model) -> float:
-        """Trains `model`, reports to NNI, and returns the final result. The process's random generators are in the end as they were."""
+        """Train `model`, report to NNI, and return the final result. Afterwards the process's random generators are as they were before."""
         with _others_draws_untouched():
             return self._evaluate(model)
 

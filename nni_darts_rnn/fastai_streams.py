@@ -1,4 +1,4 @@
-"""A corpus as fastai `DataLoaders`: streams of text side by side, read in batches of varying length. Batches are batch-first, (B, T)."""
+"""A corpus as fastai `DataLoaders`: streams of text are read side by side, in batches of varying length. Batches are batch-first, (B, T)."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .recipes import RetrainRecipe, SearchRecipe
 
 
 class StreamLoader(DataLoader):
-    """`BpttBatches` as a fastai DataLoader: (tokens (B, T), targets (B, T)), views on the stream, no collation and no workers.
+    """`BpttBatches` as a fastai DataLoader: it yields (tokens (B, T), targets (B, T)), views on the stream, without collation or workers.
 
-    With `advance`, every pass after a whole one is the next epoch, with its own batch lengths. A pass that somebody breaks off, to look at a batch, changes
-    nothing for another one, or for the next.
+    With `advance`, a pass that reaches its end makes the next pass the next epoch, which has batch lengths of its own. A pass that is broken off, for
+    example to look at one batch, has no effect on any other pass.
     """
 
     def __init__(self, batches: BpttBatches, vocab=(), advance: bool = False, device=None):
@@ -37,13 +37,13 @@ class StreamLoader(DataLoader):
         return len(self.dataset) - self.first
 
     def go_on(self, epoch: int, batch: int) -> None:
-        """The next pass is that epoch's, from that batch on; both are counted from 0."""
+        """Make the next pass begin at batch `batch` of epoch `epoch`, both counted from 0."""
         self.dataset.set_epoch(epoch)
         self.first = batch
 
     @property
     def get_idxs(self):
-        """There is none: `Learner.get_preds` is to leave streams in their order, along whichever axis it puts batches together."""
+        """`AttributeError`: without this attribute `Learner.get_preds` does not reorder what it collects, along whichever axis it puts batches together."""
         raise AttributeError("get_idxs")
 
     def set_epoch(self, epoch: int) -> None:
@@ -51,23 +51,27 @@ class StreamLoader(DataLoader):
 
     def to(self, device) -> None:
         self.device = device
-        self.dataset.to(device)  # the whole text once, rather than each batch
+        self.dataset.to(device)  # moves the whole text once, rather than each batch
 
     def new(self, dataset=None, cls=None, **kwargs) -> StreamLoader:
-        """The same text again, or another `BpttBatches`, for one more reader; order and batches are the text's, so other arguments change nothing."""
+        """A loader of the same text, or of the `BpttBatches` `dataset`, for another reader. It starts with epoch 0 and does not advance. The text alone decides
+        the order and the batches, so other arguments have no effect."""
         source = self.dataset if dataset is None else dataset
         return StreamLoader(BpttBatches(source.stream, source.rule, source.seed), self.vocab, device=self.device)
 
 
 def already_trained(loader) -> int:
-    """Batches of the epoch at hand that an earlier process trained. fastai's own loaders have none (and answer for what they lack with their text's attributes)."""
+    """How many batches of the current epoch an earlier process has trained: 0 for fastai's own loaders. These are not asked for an attribute `first`, because
+    they look up attributes that they lack in their dataset."""
     return loader.first if isinstance(loader, StreamLoader) else 0
 
 
 def language_dls(corpus: Corpus, recipe: SearchRecipe | RetrainRecipe, seed: int = 0, device="auto", path: str | Path = ".") -> DataLoaders:
-    """Training text with the recipe's batch lengths, drawn from `seed` anew in each epoch, and validation text with its fixed length.
+    """DataLoaders of the training text, in batch lengths that are drawn by the recipe and `seed` anew in each epoch, and of the validation text, in batches of
+    `recipe.bptt` steps.
 
-    For a SearchRecipe, `dls.arch` reads the text that α learns from. `dls.vocab` is the list of words.
+    For a SearchRecipe, `dls.arch` reads the text that α learns from. For a RetrainRecipe, the training text includes any part of it that was kept for α.
+    `dls.vocab` is the list of words.
     """
     device = choose_device(device)
     words = corpus.vocab.words

@@ -1,7 +1,8 @@
 """A found cell as an architecture of fastai's text library: `language_model_learner(dls, AWD_DARTS, …)`, `text_classifier_learner(dls, AWD_DARTS, …)`.
 
-Importing this module makes `AWD_DARTS` known to fastai, beside its own `AWD_LSTM`: a configuration for each kind of learner, whose entries
-ending in `_p` are dropout rates that `drop_mult` scales, and groups of parameters for learning rates of their own.
+Importing this module registers `AWD_DARTS` with fastai, beside fastai's own `AWD_LSTM`. For each kind of learner it registers a configuration, and a
+function that splits the parameters into groups, for a learning rate each. Entries of a configuration that end in `_p` are dropout rates, which `drop_mult`
+scales.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 from fastai.learner import Learner
 from fastai.text.models.awdlstm import EmbeddingDropout, RNNDropout
-from fastai.text.models.core import _model_meta  # where fastai looks an architecture up; it has no public way in
+from fastai.text.models.core import _model_meta  # where fastai looks up an architecture; there is no public function to add one
 from fastcore.foundation import L
 from torch import Tensor, nn
 
@@ -23,22 +24,23 @@ from .trained import load_trained
 
 awd_darts_lm_config = dict(emb_sz=400, n_hid=400, n_layers=1, genotype=DARTS_V2, pad_token=1, output_p=0.75, hidden_p=0.25, input_p=0.2,
                            embed_p=0.1, cell_input_p=0.75, cell_hidden_p=0.25, tie_weights=True, out_bias=True)
-"""Configuration of a language model, with the rates of the `penn` recipe; a text of another size wants another `drop_mult`."""
+"""Configuration of a language model, with the dropout rates of the `penn` recipe's retraining. A text of another size needs another `drop_mult`."""
 
 awd_darts_clas_config = dict(emb_sz=400, n_hid=400, n_layers=1, genotype=DARTS_V2, pad_token=1, output_p=0.4, hidden_p=0.3, input_p=0.4,
                              embed_p=0.05, cell_input_p=0.4, cell_hidden_p=0.25)
-"""Configuration of a text classifier; sizes and genotype must be the language model's where its encoder is loaded."""
+"""Configuration of a text classifier. To load a language model's encoder, sizes and genotype must be the same as there."""
 
 SPECIAL = {"xxunk": UNK, "xxbos": EOS, "xxeos": EOS}
-"""fastai's special tokens, and those of `corpus` that stand where they do."""
+"""fastai's special tokens, each with the token of `corpus` that is used in the same places."""
 
 
 class AWD_DARTS(nn.Module):
     """fastai's `AWD_LSTM` with a genotype's cell in place of the LSTM: tokens (B, T) -> outputs (B, T, emb_sz).
 
-    `n_layers` cells, emb_sz -> n_hid -> … -> emb_sz. Rates: `embed_p` on whole words, `input_p` on embedded words, `hidden_p` between layers,
-    `cell_input_p` and `cell_hidden_p` within each cell (one mask a batch). The hidden state of each layer is carried from batch to batch
-    without its history; `reset()` makes it zero. A batch of fewer sequences goes on with the first ones, as fastai's sentence encoder expects.
+    There are `n_layers` cells, of sizes emb_sz -> n_hid -> … -> emb_sz. Dropout rates: `embed_p` for whole words, `input_p` for embedded words, `hidden_p`
+    between layers, `cell_input_p` and `cell_hidden_p` within each cell (one mask for a batch). The hidden state of each layer is carried from batch to batch
+    without its graph; `reset()` sets it to zero. A batch of fewer sequences continues the first ones, as fastai's sentence encoder expects. In a batch of
+    more sequences, the additional ones start from zeros.
     """
 
     def __init__(self, vocab_sz: int, emb_sz: int, n_hid: int, n_layers: int, genotype: Genotype | str = DARTS_V2, pad_token: int = 1,
@@ -55,7 +57,7 @@ class AWD_DARTS(nn.Module):
         self.input_dp = RNNDropout(input_p)
         self.rnns = nn.ModuleList(DiscreteRNN(i, o, self.genotype, cell_input_p, cell_hidden_p) for i, o in zip(sizes, sizes[1:]))
         self.hidden_dps = nn.ModuleList(RNNDropout(hidden_p) for _ in self.rnns)
-        nn.init.uniform_(self.encoder.weight, -0.1, 0.1)  # as fastai's
+        nn.init.uniform_(self.encoder.weight, -0.1, 0.1)  # as in fastai's
         self.reset()
 
     def reset(self) -> None:
@@ -68,19 +70,19 @@ class AWD_DARTS(nn.Module):
             x = rnn(x, _of_size(h.to(x), x.shape[1]))  # (T, B, H)
             hidden.append(x[-1].detach().clone())
             if layer + 1 < self.n_layers:
-                x = dropout(x.transpose(0, 1)).transpose(0, 1)  # its mask is for (B, T, H)
+                x = dropout(x.transpose(0, 1)).transpose(0, 1)  # `RNNDropout` makes its mask for (B, T, H)
         self.hidden = hidden
         return x.transpose(0, 1)
 
 
 def _of_size(hidden: Tensor, B: int) -> Tensor:
-    """(b, H) as (B, H): the first B, or all and zeros after them."""
+    """The hidden state (b, H) for B sequences, (B, H): its first B rows, or all of them and then zeros."""
     b = len(hidden)
     return hidden[:B] if b >= B else torch.cat([hidden, hidden.new_zeros(B - b, hidden.shape[1])])
 
 
 def _groups(*modules: nn.Module) -> L:
-    """The trainable parameters of each module, in order; a tied one counts in the first that has it."""
+    """The parameters of each module, in order, frozen ones too. A tied parameter is in the first group that has it, and in no other."""
     seen: dict[int, nn.Parameter] = {}
     groups = []
     for module in modules:
@@ -90,12 +92,12 @@ def _groups(*modules: nn.Module) -> L:
 
 
 def awd_darts_lm_split(model: nn.Module) -> L:
-    """Groups for discriminative learning rates of a language model: each cell, then embedding and decoder."""
+    """Parameter groups of a language model, for discriminative learning rates: each cell, then embedding and decoder together."""
     return _groups(*model[0].rnns, nn.ModuleList([model[0].encoder, model[1]]))
 
 
 def awd_darts_clas_split(model: nn.Module) -> L:
-    """Groups for discriminative learning rates and gradual unfreezing of a classifier: embedding, each cell, head."""
+    """Parameter groups of a classifier, for discriminative learning rates and gradual unfreezing: embedding, each cell, head."""
     return _groups(model[0].module.encoder, *model[0].module.rnns, model[1])
 
 
@@ -104,18 +106,18 @@ _model_meta[AWD_DARTS] = {"hid_name": "emb_sz", "config_lm": awd_darts_lm_config
 
 
 def config_of(folder: str | Path, config: dict = awd_darts_lm_config) -> dict:
-    """`config` with the sizes and the genotype of the trained language model in `folder`, so that `load_trained_encoder` fits."""
+    """`config` with the sizes and the genotype of the trained language model in `folder`, so that `load_trained_encoder` works."""
     model, _ = load_trained(folder)
     return config | dict(emb_sz=model.hidden_size, n_hid=model.hidden_size, n_layers=1, genotype=model.rnn.genotype)
 
 
 @torch.no_grad()
 def load_trained_encoder(learn: Learner, folder: str | Path) -> Learner:
-    """Embedding and cell of the language model that `nni-darts-rnn retrain` left in `folder`, for a learner of `AWD_DARTS` (see `config_of`).
+    """Load the embedding and the cell of the language model that `nni-darts-rnn retrain` left in `folder` into a learner of `AWD_DARTS` (see `config_of`).
 
-    The learner's words get the vectors of the same words there, fastai's `xxunk`, `xxbos` and `xxeos` those of `<unk>` and `<eos>`, others the
-    mean of all, as in fastai's `match_embeds`; a tied decoder follows.
-    Freezes all but the last group and returns the learner. `ValueError` with one line where the sizes or cells differ.
+    Each of the learner's words gets the vector of the same word there. fastai's `xxunk`, `xxbos` and `xxeos` get those of `<unk>` and `<eos>` (`SPECIAL`).
+    Any other word gets the mean of all vectors, as in fastai's `match_embeds`. A tied decoder changes with the embedding; its bias stays as it is.
+    All groups but the last are frozen. Returns the learner. `ValueError` with one line where the encoder is no `AWD_DARTS`, or sizes or cells differ.
     """
     model, words = load_trained(folder)
     encoder = getattr(learn.model[0], "module", learn.model[0])
@@ -129,7 +131,7 @@ def load_trained_encoder(learn: Learner, folder: str | Path) -> Learner:
     vectors, index = model.encoder.weight, {word: i for i, word in enumerate(words)}
     index |= {theirs: index[ours] for theirs, ours in SPECIAL.items() if ours in index}
     mean = vectors.mean(0)
-    vocab = learn.dls.vocab[0] if isinstance(learn.dls.vocab, L) else learn.dls.vocab  # a classifier's has the classes beside the words
+    vocab = learn.dls.vocab[0] if isinstance(learn.dls.vocab, L) else learn.dls.vocab  # a classifier's vocab is (words, classes)
     encoder.encoder.weight.copy_(torch.stack([vectors[index[word]] if word in index else mean for word in vocab]))
     encoder.rnns[0].load_state_dict(model.rnn.state_dict())
     learn.freeze()

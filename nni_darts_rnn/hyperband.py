@@ -1,16 +1,16 @@
-"""NNI's Hyperband advisor, running: in a YAML file `advisor: {className: nni_darts_rnn.hyperband.Hyperband, …}`.
+"""NNI's Hyperband advisor, made to work: in a YAML file `advisor: {className: nni_darts_rnn.hyperband.Hyperband, …}`.
 
-What is worked round of NNI 3.0, and when it can go:
+Faults of NNI 3.0 that this works round, and when each workaround can go:
 
-- It ends at the first metric with a TypeError: its trials are named "0-1_0_2", and it asks whether that is at most the largest number of an earlier run
-  (once `Recoverable.is_created_in_previous_exp` takes such names).
-- Its draws cannot be repeated (once it takes a seed).
-- In serial mode it says that there are no more trials while a rung waits for its last one (once it waits).
-- Requests for trials and their ends come through two queues, each with a thread: a request that comes while a rung is being made may open the next
-  bracket before that rung is sent, and an end may be counted before the result (once `MsgDispatcherBase` has one queue, or a lock).
-- A trial that failed or was stopped is ranked by what it reported before, and where fewer have a result than go on it ends with an IndexError, after which
-  the experiment stands still without an error (once `inform_trial_end` ranks results alone).
-- `nnictl resume` brings its running trials back, but not what it had drawn and learnt (once it has a checkpoint).
+- It fails with a TypeError at the first metric. Its trials have names such as "0-1_0_2", which it compares with the largest number of an earlier run
+  (until `Recoverable.is_created_in_previous_exp` accepts such names).
+- Its draws cannot be repeated (until it takes a seed).
+- In serial mode it says that there are no more trials while a rung still waits for its last one (until it waits).
+- Requests for trials and the ends of trials come through two queues with a thread each. A request that comes while a rung is being made may open the
+  next bracket before that rung is sent, and a trial's end may be counted before its result (until `MsgDispatcherBase` has one queue, or a lock).
+- It ranks a trial that failed or was stopped by what that trial had reported. Where fewer trials have a result than are to go on, it fails with an
+  IndexError, and the experiment then hangs without an error (until `inform_trial_end` ranks only trials with a result).
+- `nnictl resume` restores its running trials, but not what it had drawn and learnt (until it has a checkpoint).
 """
 
 from __future__ import annotations
@@ -30,17 +30,18 @@ from .files import write_json
 
 logger = logging.getLogger(__name__)
 STATE = "hyperband.json"
-"""In the experiment's folder of checkpoints."""
+"""Name of its file in the experiment's folder of checkpoints."""
 KEPT = ("n", "i", "hyper_configs", "configs_perf", "num_configs_to_run", "num_finished_configs", "no_more_trial")
-"""What a bracket comes to know after it was made."""
+"""What changes in a bracket after it was made."""
 
 
 class Hyperband(hyperband_advisor.Hyperband):
-    """NNI's `Hyperband` with the same arguments, `optimize_mode`, `R`, `eta`, `exec_mode`, and `seed`: the same configurations in the same order.
+    """NNI's `Hyperband` with its arguments `optimize_mode`, `R`, `eta` and `exec_mode`, and with `seed`: the same seed draws the same configurations in
+    the same order.
 
-    Of a rung go on those with the best final results; a trial that failed or was stopped has none, and if fewer than are wanted have one, these go on. A
-    resumed experiment goes on with the brackets, results and draws that it had. `ValueError` with one line for an argument that is not allowed; NNI ends the
-    experiment on it, and has the line in its log.
+    The trials of a rung with the best final results go on. A trial that failed or was stopped has none; if too few have one, those go on. A resumed
+    experiment has the brackets, results and draws that it had before. Raises `ValueError` with one line for an argument that is not allowed; NNI then
+    ends the experiment and writes the line into its log.
     """
 
     def __init__(self, optimize_mode: str = "maximize", R: int = 60, eta: int = 3, exec_mode: str = "parallelism", seed: int | None = None):
@@ -52,20 +53,20 @@ class Hyperband(hyperband_advisor.Hyperband):
             if seed is not None:
                 whole_number("seed", seed, 0)
         except ValueError as error:
-            MsgDispatcherBase.__init__(self)  # connects, without which NNI knows only that nobody did
+            MsgDispatcherBase.__init__(self)  # connects to NNI, which otherwise learns only that nobody connected
             self.report_error(f"Hyperband: {error}")
             raise
         super().__init__(optimize_mode, R, eta, exec_mode)
         self.seed = seed
         self.ended: set[str] = set()  # names of trials
-        self.resumed: dict | None = None  # the state that an experiment goes on from, until its running trials are known
+        self.resumed: dict | None = None  # the state of a resumed experiment, until its running trials are known
 
     def enqueue_command(self, command, data) -> None:
         self.default_command_queue.put((command, data))
 
     def process_command(self, command, data) -> None:
         if command is CommandType.ReportMetricData and data["type"] != MetricType.FINAL:
-            return  # what comes before a result may be of another quantity, such as the supernet's perplexity; it changes nothing that is kept
+            return  # intermediate results may be of another quantity, such as the supernet's perplexity, and change nothing here
         try:
             super().process_command(command, data)
         except Exception as error:
@@ -73,7 +74,7 @@ class Hyperband(hyperband_advisor.Hyperband):
             raise
         try:
             self.save_checkpoint()
-        except OSError as error:  # a full disk, say: the experiment goes on, and the next command's may be kept
+        except OSError as error:  # such as a full disk: the experiment goes on, and the next state may be saved again
             logger.warning("Hyperband: its state was not kept, and a resumed experiment would go on from an earlier one: %s", error)
 
     def handle_update_search_space(self, data) -> None:
@@ -85,11 +86,11 @@ class Hyperband(hyperband_advisor.Hyperband):
     def _get_one_trial_job(self):
         bracket = self.brackets.get(self.curr_bracket_id)
         if self.exec_mode == "serial" and not self.generated_hyper_configs and bracket is not None and not bracket.is_completed():
-            return None  # the next rung comes when this one's trials have ended; NNI's says that there will be none, on which the experiment may end
+            return None  # the next rung comes when this one's trials have ended; NNI's own says that none will come, and the experiment may end
         return super()._get_one_trial_job()
 
     def is_created_in_previous_exp(self, param_id) -> bool:
-        """Whether the trial is none of a rung's: one that a user has added."""
+        """Whether a trial belongs to no rung, as one does that a user has added."""
         if not isinstance(param_id, str):
             return True
         name, rung, _ = param_id.split("_")
@@ -102,7 +103,7 @@ class Hyperband(hyperband_advisor.Hyperband):
         if bracket.num_finished_configs[rung] + 1 == bracket.num_configs_to_run[rung] and not bracket.is_completed():  # the last of its rung
             results = len(bracket.configs_perf[rung])
             bracket.no_more_trial = not results
-            bracket.n = min(max(bracket.get_n_r()[0], 1), results) * bracket.eta**bracket.i  # of which `get_n_r` makes as many as go on
+            bracket.n = min(max(bracket.get_n_r()[0], 1), results) * bracket.eta**bracket.i  # from which `get_n_r` computes how many go on
         super()._handle_trial_end(parameter_id)
 
     def save_checkpoint(self) -> None:
@@ -126,7 +127,7 @@ class Hyperband(hyperband_advisor.Hyperband):
             vars(self.brackets[name]).update({key: known[key] for key in KEPT})
 
     def handle_add_customized_trial(self, data) -> None:
-        """NNI names the trials that ran when the experiment was stopped, which it starts again by itself. What it had been sent and had not started is sent again."""
+        """`data`: the trials that ran when the experiment was stopped, which NNI itself starts again. Trials that NNI had been sent but had not started are sent again here."""
         running = {json.loads(trial)["parameter_id"] if isinstance(trial, str) else trial["parameter_id"] for trial in data}
         drawn = {name: values for bracket in self.brackets.values() for name, values in bracket.hyper_configs[-1].items()}
         waiting = self.resumed["waiting"]

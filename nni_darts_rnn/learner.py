@@ -1,4 +1,4 @@
-"""fastai `Learner`s: one that trains a genotype as a language model, one whose `fit` is a search; and the whole retraining of a cell."""
+"""Two fastai `Learner`s, one that trains a genotype as a language model and one whose `fit` is a search; and the whole retraining of a cell."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fastai.callback.progress import ProgressCallback  # noqa: F401 (importing it puts the bar among fastai's default callbacks)
+from fastai.callback.progress import ProgressCallback  # noqa: F401 (the import adds the bar to fastai's default callbacks)
 from fastai.callback.rnn import ModelResetter, RNNCallback
 from fastai.callback.training import GradientClip
 from fastai.learner import Learner
@@ -47,11 +47,11 @@ __all__ = ["language_dls", "lm_learner", "search_learner", "retrain"]
 
 
 def _learner(dls, model: StatefulLM, recipe, path, cbs, metrics_file: str | None, **kwargs) -> Learner:
-    """What both learners share: the optimizer, hidden state, AR/TAR, clipping, learning rate × length, perplexity, CSV."""
+    """A Learner with what both share: optimizer, hidden state, AR/TAR, clipping, annealing, learning rate × length, a check for NaN, perplexity, CSV."""
     words, V = getattr(dls, "vocab", None), model.lm.vocab_size
     if words is not None and len(words) > V:
         raise ValueError(f"vocab_size: the model has {V} words, but the DataLoaders have {len(words)}")
-    steps = getattr(dls.train, "seq_len", recipe.bptt)  # fastai's own loaders have a fixed length, which then is the usual one
+    steps = getattr(dls.train, "seq_len", recipe.bptt)  # fastai's own loaders have a fixed length; that is then the usual one
     own = [ModelResetter(), RNNCallback(), ActivationRegularizer(alpha=recipe.ar, beta=recipe.tar), ScaleLRByLength(steps)]
     if recipe.clip is not None:
         own.append(GradientClip(recipe.clip))
@@ -60,7 +60,7 @@ def _learner(dls, model: StatefulLM, recipe, path, cbs, metrics_file: str | None
     own.append(FiniteNumbers())
     if metrics_file is not None:
         own.append(MetricsCSV(metrics_file))
-    # weight decay and step in one pass over the weights; that goes along their memory, which in a view of something larger (torch 2.14) is not theirs alone
+    # fused: weight decay and step in one pass. The pass runs straight through a weight's memory (torch 2.14), where a view with gaps has other tensors' numbers
     optimizer = partial(OPTIMIZERS[recipe.optimizer], fused=all(p.is_contiguous() for p in model.parameters()))
     learn = ResumableLearner(dls, model, loss_func=SequenceLoss(), opt_func=partial(OptimWrapper, opt=optimizer), lr=recipe.lr, wd=recipe.weight_decay,
                              metrics=TokenPerplexity(), path=path, cbs=[*own, *cbs], **kwargs)
@@ -83,12 +83,12 @@ def _vocab_size(dls, vocab_size: int | None) -> int:
 
 def lm_learner(dls, genotype: Genotype | str | LanguageModel, recipe: RetrainRecipe | Recipe | str = "penn", *, seed: int = 0,
                path: str | Path | None = None, cbs=(), vocab_size: int | None = None, metrics_file: str | None = "history.csv") -> Learner:
-    """A Learner that trains the genotype's cell as a tied AWD language model by the recipe, up to `learn.fit(recipe.epochs)`.
+    """A Learner for the genotype's cell as an AWD language model with tied embedding and decoder. `learn.fit(recipe.epochs)` then trains it by the recipe.
 
-    `dls`: from `language_dls`, or any fastai language-model DataLoaders. `genotype` and `recipe` may be names; a `LanguageModel` in the place
-    of a genotype is trained as it is, with its own size and dropout rates. After `fit` the model is the best one on validation (averaged
-    weights, once NT-ASGD averages); it is also in `path/models/best.pth`, metrics in `path/history.csv`.
-    torch's random state is set to `seed` before the model is made.
+    `dls` is from `language_dls`, or any fastai language-model DataLoaders. `genotype` and `recipe` may be names. A `LanguageModel` in place of a
+    genotype is trained as it is, with its own size and dropout rates. After `fit` the model is the one that was best on validation (with averaged
+    weights, once NT-ASGD averages). It is also saved in `path/models/best.pth`. The metrics are in `path/history.csv` (`metrics_file`; None: no file).
+    torch's random state is set to `seed` before the model is made. `ValueError` where the DataLoaders have more words than the model.
     """
     recipe = recipe if isinstance(recipe, RetrainRecipe) else get_recipe(recipe).retrain
     torch.manual_seed(seed)
@@ -102,10 +102,10 @@ def lm_learner(dls, genotype: Genotype | str | LanguageModel, recipe: RetrainRec
 
 def search_learner(dls, recipe: SearchRecipe | Recipe | str = "penn", *, seed: int = 0, valid_batches=None, path: str | Path | None = None, cbs=(),
                    vocab_size: int | None = None, metrics_file: str | None = "search.csv") -> Learner:
-    """A Learner whose `fit(recipe.epochs)` is the search: the supernet's weights learn the training text, α the validation text.
+    """A Learner whose `fit(recipe.epochs)` is the search: the supernet's weights learn from the training text, and α from the validation text.
 
-    `valid_batches` are what α learns from: by default `dls.arch`, or the validation text in batches of the training batch size.
-    `learn.genotype()` is the cell that α stands for. torch's random state is set to `seed` before the model is made.
+    α learns from `valid_batches`. The default is `dls.arch`; without that it is `dls.valid` in batches of the training batch size (a `StreamLoader` keeps
+    its own size). `learn.genotype()` is the cell that α stands for. torch's random state is set to `seed` before the model is made.
     """
     recipe = recipe if isinstance(recipe, SearchRecipe) else get_recipe(recipe).search
     if valid_batches is None:
@@ -120,18 +120,20 @@ def search_learner(dls, recipe: SearchRecipe | Recipe | str = "penn", *, seed: i
 
 def retrain(corpus: Corpus, genotype: Genotype | str | LanguageModel, recipe: RetrainRecipe, seed: int = 0, folder: str | Path = ".", report=None,
             progress: bool = False, device="auto", store: Checkpoints | None = None) -> dict:
-    """Trains the genotype from scratch for `recipe.epochs`, or a `LanguageModel` as `lm_learner` does, and measures the best model.
+    """Train the genotype from scratch for at most `recipe.epochs` (or a `LanguageModel`, as in `lm_learner`), and measure the best model.
 
-    `report` gets a dictionary after every epoch (see `EpochReport`), and `folder`/retrain.csv all of them. With `store` the training keeps itself
-    there and goes on from what is there. Returns valid_perplexity, test_perplexity, parameters, seconds, epochs (trained), model (the best
-    `LanguageModel`), learner, and `ended_by`: None, or what ended it early and is for the caller to raise once the best model so far is safe:
-    `KeyboardInterrupt` after Ctrl-C (the step that ran is finished and kept), `FloatingPointError` where the numbers went wrong again and again.
-    Where there is no best model yet these are raised here; so are `Terminated`, after SIGTERM, and the `KeyboardInterrupt` of a second Ctrl-C.
+    After every epoch `report` gets a dictionary (see `EpochReport`), and `folder`/retrain.csv holds one row for each. With `store` the training writes its
+    checkpoints there, and resumes from the newest one. Returns valid_perplexity, test_perplexity, parameters, seconds, epochs (how many were trained), rows
+    (the dictionaries), model (the best `LanguageModel`), learner and ended_by.
+
+    `ended_by` is None, or the exception that ended the training early. The caller raises it once the best model so far is safe. It is `KeyboardInterrupt`
+    after Ctrl-C (the step that ran is finished and kept), or `FloatingPointError` if the numbers went wrong again and again. Where there is no best model
+    yet, these are raised here. So are `Terminated`, after SIGTERM, and the `KeyboardInterrupt` of a second Ctrl-C.
     """
     last: list[tuple[Learner, RetrainCheckpoints]] = []
 
     def once(state: dict | None, factor: float) -> None:
-        random.seed(seed)  # torch's generator is `lm_learner`'s affair
+        random.seed(seed)  # `lm_learner` sets torch's generator
         np.random.seed(seed)
         reporter = EpochReport(report, "retrain", Path(folder) / "retrain.csv")
         learn = lm_learner(language_dls(corpus, recipe, seed, device, path=folder), genotype, recipe, seed=seed, metrics_file=None, cbs=[reporter])
@@ -150,7 +152,7 @@ def retrain(corpus: Corpus, genotype: Genotype | str | LanguageModel, recipe: Re
     ended_by: BaseException | None = None
     Path(folder).mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        best = stack.enter_context(tempfile.TemporaryDirectory(prefix=PARTIAL, dir=folder))  # not fastai's own `models`, where somebody's may lie
+        best = stack.enter_context(tempfile.TemporaryDirectory(prefix=PARTIAL, dir=folder))  # not fastai's folder `models`, which may hold a file of the user's
         if store is None:
             store = Checkpoints(stack.enter_context(tempfile.TemporaryDirectory()), "retrain", {}, Every())
         with stop_requests() as stop:
@@ -163,9 +165,9 @@ def retrain(corpus: Corpus, genotype: Genotype | str | LanguageModel, recipe: Re
         if ended_by is not None:
             if not last or last[0][0].best_model.last_saved_path is None or isinstance(ended_by, Terminated):
                 raise ended_by
-            last[0][0].best_model.after_fit()  # the best so far
+            last[0][0].best_model.after_fit()  # loads the best model so far
     learn, keeper = last[0]
-    learn.remove_cb(keeper)  # from here on the Learner is the caller's: `validate` or `fit` is no part of this training
+    learn.remove_cb(keeper)  # from here on the Learner is the caller's: its `validate` or `fit` is no part of this training
     learn.best_model.last_saved_path, learn.model_dir = None, "models"
     model, rows = learn.model.lm, learn.epoch_report.rows
     value = perplexity(model, corpus.valid, recipe.eval_batch_size, recipe.bptt)

@@ -1,7 +1,7 @@
-"""A `NasExperiment` inside an NNI trial, with its results reaching the trial's page.
+"""A `NasExperiment` inside an NNI trial whose results reach the trial's page.
 
-While its models run, NNI 3.0's sequential engine puts a channel of its own in the place of the trial's, so what they report goes nowhere else;
-and it leaves its model behind as the trial's parameters. This can go once a model's results can be passed on and the parameters come back.
+While its models run, NNI 3.0's sequential engine replaces the trial's channel for metrics by its own, so their results do not reach the trial. It also
+leaves its last model in the place of the trial's parameters. This can go once NNI can pass a model's results on and restores the parameters.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from nni.runtime.trial_command_channel import get_default_trial_command_channel
 def trial_reports():
     """`with trial_reports() as report: NasExperiment(space, search_evaluator(corpus, recipe, report=report), strategy).run()`.
 
-    `report(row)` is an intermediate result of the trial that this process is, from wherever it is called; `row` is a number or a dictionary with
-    "default". Afterwards `nni.report_final_result` is the trial's again.
+    `report(row)` sends an intermediate result of the trial that this process is, wherever it is called; `row` is a number or a dictionary with
+    "default". After the context `nni.report_final_result` reports for the trial again.
     """
     channel, parameters = get_default_trial_command_channel(), nni.trial._params
 

@@ -1,7 +1,7 @@
-"""The web page of a NAS experiment that has ended: `python3 -m nni_darts_rnn.nas_view ID --port 8080`; `nnictl stop ID` ends it.
+"""Shows the web page of a NAS experiment that has ended: `python3 -m nni_darts_rnn.nas_view ID --port 8080`; `nnictl stop ID` ends it.
 
-`nnictl view` of NNI 3.0 does this for experiments of a tuner, and for one of a NAS strategy ends with "`search_space` field can not be
-customized": it reads the configuration back with what NNI itself had filled in. This can go once it shows them.
+`nnictl view` of NNI 3.0 shows experiments of a tuner. For one of a NAS strategy it fails with "`search_space` field can not be customized", because
+the stored configuration holds fields that NNI itself fills in. This can go once `nnictl view` shows such experiments.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from .options import Parser, quiet_hosts
 
 
 def view(experiment_id: str, port: int = 8080, folder: str | None = None):
-    """Starts the page, in the background, and returns NNI's `Experiment`. `folder`: the experiments' folder, where it is not the one NNI noted.
+    """Starts the page in the background and returns NNI's `Experiment`. `folder`: the folder of experiments, if it is not the one that NNI noted.
 
     `ValueError` with one line where NNI knows no such experiment or it still runs.
     """
@@ -22,13 +22,13 @@ def view(experiment_id: str, port: int = 8080, folder: str | None = None):
 
     class Stopped(Experiment):
         def load_checkpoint(self) -> None:
-            """The configuration is there already; NNI would check it once more."""
+            """Nothing: the configuration is already here, and NNI would check it again."""
 
     stored = get_stopped_experiment_config_json(experiment_id, folder)
     if stored is None:
         raise ValueError(f"experiment {experiment_id!r}: NNI has no ended experiment of that id on this machine; see nnictl experiment list --all")
     if stored.get("experimentType") == "nas":
-        # what a NAS configuration does not let anybody set, and fills in itself, from the folder that it is read in
+        # fields that a NAS configuration refuses from anybody, and fills in itself from the current folder
         stored = {key: value for key, value in stored.items() if key not in ("searchSpace", "trialCommand", "trialCodeDirectory")}
         training = {key: value for key, value in stored["trainingService"].items() if key not in ("trialCommand", "trialCodeDirectory")}
         return Stopped(ExperimentConfig(**stored | {"trainingService": training}), id=experiment_id).view(port, non_blocking=True)

@@ -1,7 +1,8 @@
-"""The parameters of the trial that this process is, the same ones whenever it is started.
+"""The parameters of the trial that this process runs: the same ones each time the trial is started.
 
-NNI 3.0 gives trials that begin together what the tuner drew in the order in which they ask, whatever it lists for each; a trial that `nnictl resume` starts again gets what
-is listed, which may be another one's. So a trial keeps what it got first. This can go once NNI lists for a trial what it gave it.
+NNI 3.0 lists the parameters of each trial. But trials that begin together get the tuner's draws in the order in which they ask, whatever the list says. When
+`nnictl resume` starts a trial again, it gets what is listed, which may have gone to another trial. So a trial keeps the parameters that it got first. This
+module can go once NNI lists for a trial what it gave it.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from pathlib import Path
 from .files import write_json
 
 NAME = "parameters.json"
-"""In the trial's folder: what the tuner drew, and the number by which the tuner knows it."""
+"""The file in the trial's folder with the parameters that the tuner drew, and the number by which the tuner knows them."""
 
 
 def own_parameters() -> dict:
-    """What the tuner drew for this trial; outside of an experiment nothing, {}. `ValueError` with one line where what the trial has kept is damaged."""
+    """The parameters that the tuner drew for this trial; {} outside an experiment. `ValueError` with one line if the file that keeps them is damaged."""
     import nni.trial
 
     drawn, kept = nni.get_next_parameter() or {}, Path(os.environ.get("NNI_OUTPUT_DIR", ".")) / NAME
@@ -25,7 +26,7 @@ def own_parameters() -> dict:
         return dict(drawn)
     if kept.exists():
         try:
-            found = json.loads(kept.read_text(encoding="utf-8"))  # with its number, so results reach the tuner as of this draw
+            found = json.loads(kept.read_text(encoding="utf-8"))  # with its number, so that the tuner takes the results as those of this draw
             if not isinstance(found, dict) or not isinstance(found.get("parameters"), dict) or "parameter_id" not in found:
                 raise ValueError("expected an object with parameter_id and parameters")
             nni.trial._params = found

@@ -1,4 +1,4 @@
-"""Search, derive, retrain, test: the phases of a run and what each leaves in its folder."""
+"""The phases of a run (search, derive, retrain, test), and the files that each leaves in the run's folder."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 
 
 def check_fits(corpus: Corpus, *parts: SearchRecipe | RetrainRecipe) -> None:
-    """`ValueError`, before anything is trained or written, where a text is too short for the streams that a part of the recipe asks for, or
-    where the weights and their gradient alone are more than this machine's memory."""
+    """`ValueError`, before anything is trained or written, if a text is too short for the streams that a part of the recipe asks for, or if the weights and
+    their gradient alone need more than this machine's memory."""
     from .model import expected_parameters
 
     for part in parts:
@@ -35,14 +35,14 @@ def check_fits(corpus: Corpus, *parts: SearchRecipe | RetrainRecipe) -> None:
                                         "test_batch_size": [("test", corpus.test)]}
         _check_streams(part, prefix, texts)
         V, H, N = len(corpus.vocab), part.hidden_size, getattr(part, "n_nodes", 0)
-        needed, there = 8 * expected_parameters(V, H, N), _memory()  # float32 twice; of a cell to be retrained only W0, whose size every cell shares
+        needed, there = 8 * expected_parameters(V, H, N), _memory()  # float32 twice; a retraining counts W0 alone (N = 0)
         if needed > there:
             raise ValueError(f"{prefix}.hidden_size: {H} units{f' and {N} nodes' if N else ''} for {V:,} words need {needed / 1e9:,.0f} GB for the weights and their gradient alone, "
                              f"but this machine has {there / 1e9:,.0f} GB of memory; take fewer units, or put <unk> for rare words")
 
 
 def check_reading(corpus: Corpus, part: RetrainRecipe) -> None:
-    """`ValueError` where validation or test text is too short for its streams."""
+    """`ValueError` if the validation or the test text is too short for the streams in which it is read."""
     _check_streams(part, "retrain", {"eval_batch_size": [("validation", corpus.valid)], "test_batch_size": [("test", corpus.test)]})
 
 
@@ -55,7 +55,7 @@ def _check_streams(part, prefix: str, texts: dict[str, list]) -> None:
 
 
 def _memory() -> float:
-    """Bytes of memory of this machine, or infinity where the system does not tell."""
+    """This machine's memory in bytes, or infinity where the system does not tell."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
@@ -63,11 +63,11 @@ def _memory() -> float:
 
 
 def take_fast_path(corpus: Corpus, recipe: SearchRecipe | RetrainRecipe, device: str, n_nodes: int | None = None, more: bool = False) -> None:
-    """Turns the compiled cells on for a phase in which they save more than compiling them costs, and off for one in which they do not; notes in one line, once a
-    process, what would make such a run faster.
+    """Turn the compiled cells on for a phase in which they save more time than their compilation takes, and off for any other phase. Also log one line, once in
+    a process, about what would make such a run faster.
 
-    The decision depends on the sizes of the phase alone, so a trial's retraining and the command that repeats it take the same path. A phase that may go on for
-    `more` epochs than it knows of counts as a long one.
+    The decision depends on the sizes of the phase alone. So a trial's retraining and the command that repeats it take the same path. With `more` the phase
+    may later be continued for more epochs, and counts as a long one.
     """
     from . import fused
     from .extension import State
@@ -91,10 +91,11 @@ def take_fast_path(corpus: Corpus, recipe: SearchRecipe | RetrainRecipe, device:
 
 def search_phase(corpus: Corpus, recipe: SearchRecipe, seed: int, folder: Path, report=None, progress: bool = False, device: str = "auto",
                  keeping: Keeping = USUAL) -> dict:
-    """Searches, and leaves genotype.json, alpha.json, search.csv and their pictures in `folder`. Returns genotype, perplexity, seconds, rows.
+    """Search, and leave genotype.json, alpha.json, search.csv and their pictures in `folder`. Returns genotype, supernet_valid_perplexity, search_seconds and
+    rows (the metrics of every epoch).
 
-    While it goes on the search keeps itself in `folder`/checkpoint; the same call goes on from there (see `Keeping`). `ValueError` where
-    another process is at work in the folder, where a search with other settings waits there to go on, or where a trained model lies there.
+    The search writes checkpoints to `folder`/checkpoint, and the same call resumes from there (see `Keeping`). They are removed at the end. `ValueError` where
+    another process works in the folder, or where it holds an unfinished search with other settings, or a trained model.
     """
     with alone_in(folder) as kept:
         if (folder / "model.json").exists():
@@ -121,18 +122,18 @@ def _search_phase(corpus, recipe, seed, folder, report, progress, device, store)
 
 def retrain_phase(corpus: Corpus, genotype: Genotype | str, recipe: RetrainRecipe, seed: int, folder: Path, report=None, progress: bool = False,
                   device: str = "auto", keeping: Keeping = USUAL, final: Callable[[dict], None] | None = None) -> dict:
-    """Trains the genotype from scratch and tests it; leaves retrain.csv, genotype.json, model.safetensors, model.json and pictures in `folder`.
+    """Train the genotype from scratch and test it. Leaves retrain.csv, genotype.json, model.safetensors, model.json and pictures in `folder`.
 
-    While it goes on the training keeps itself in `folder`/checkpoint, as `search_phase` does. Ctrl-C after the first epoch: the best model so
-    far is tested and left there too, then `KeyboardInterrupt` goes on; likewise `FloatingPointError` where the numbers went wrong for good.
-    Returns valid_perplexity, test_perplexity, parameters, retrain_seconds, epochs, rows, which `final` gets before the checkpoints go. `ValueError` where another process
-    is at work in the folder, or where another cell, a training with other settings or an unfinished search lies there.
+    The training writes checkpoints to `folder`/checkpoint and resumes from there, as `search_phase` does. On Ctrl-C after the first epoch, the best model so
+    far is tested and left in `folder` too, and then `KeyboardInterrupt` is raised. The same goes for `FloatingPointError`, where the numbers went wrong for
+    good. Returns valid_perplexity, test_perplexity, parameters, retrain_seconds, epochs and rows; `final` gets these before the checkpoints are removed.
+    `ValueError` where another process works in the folder, or where it holds another cell, a training with other settings or an unfinished search.
     """
     genotype = load_genotype(genotype)
     with alone_in(folder) as kept:
         if unfinished_search(kept):
             raise ValueError(f"{folder} holds an unfinished search, whose cell may still change; let it end first, or give another folder for the results")
-        _check_cell(folder, genotype)  # before `resume="never"` removes what another run has kept
+        _check_cell(folder, genotype)  # before `resume="never"` removes the checkpoints of another run
         store = _store(kept, "retrain", _retrain_identity(corpus, genotype, recipe, seed), keeping)
         done = _retrain_phase(corpus, genotype, recipe, seed, folder, report, progress, device, store, more=False)
         if final is not None:
@@ -166,7 +167,7 @@ def _retrain_phase(corpus, genotype, recipe, seed, folder, report, progress, dev
 
 
 def _check_cell(folder: Path, genotype: Genotype) -> None:
-    """`ValueError` where the cell of another run lies in the folder, which would be lost: its pictures are drawn from it."""
+    """`ValueError` if the folder's genotype.json is another cell. That file would stay, and the pictures, which are drawn from it, would show the wrong cell."""
     path = folder / "genotype.json"
     if path.exists() and load_genotype(path) != genotype:
         raise ValueError(f"{path} is another cell than the one to train, {genotype.to_json()}; give another folder for the results")
@@ -182,7 +183,7 @@ def _store(kept: Path, phase: str, identity: dict, keeping: Keeping) -> Checkpoi
 
 
 def _draw(folder: Path, *names: str) -> None:
-    """Pictures of what is in the folder, by default all. A picture that cannot be made is no reason to lose the run that it shows."""
+    """Draw pictures of what is in the folder, by default all. A picture that cannot be made costs a warning, and not the run that it shows."""
     from .outputs.figures import draw
 
     try:
@@ -195,11 +196,12 @@ def _draw(folder: Path, *names: str) -> None:
 
 def whole_run(corpus: Corpus, recipe: Recipe, seed: int, folder: Path, report=None, device: str = "auto",
               keeping: Keeping = USUAL, final: Callable[[dict], None] | None = None, more: bool = False) -> dict:
-    """A trial: search, retraining, test. Leaves everything the two phases leave, and result.json, which it returns as a dictionary.
+    """A trial: search, retraining, test. Leaves all that the two phases leave, and result.json, whose content it returns as a dictionary.
 
-    It keeps itself as the phases do; a call that goes on repeats neither. `final` gets the result before the checkpoints go. With `more` they
-    stay, and the same call with a larger `retrain.epochs` goes on from the last epoch. Two such calls for one folder wait for each other, and one with fewer
-    epochs than have been trained hands `final` the best validation perplexity of its own; all else is of the model that is there.
+    It writes checkpoints as the phases do. A call that resumes repeats no epoch of either. `final` gets the result before the checkpoints are removed.
+    With `more` they stay, and the same call with a larger `retrain.epochs` continues from the last epoch. Two such calls for one folder wait for each other.
+    A call with fewer epochs than have been trained already gives `final` the best validation perplexity of its own epochs; all else in the result describes
+    the model that is there.
     """
     check_fits(corpus, recipe.search, recipe.retrain)
     with alone_in(folder, wait=more) as kept:

@@ -26,7 +26,7 @@ from .strategy import SecondOrderDARTS
 
 @dataclass(frozen=True)
 class SearchResult:
-    """genotype; α after every epoch, epoch 0 first, each (E, K) as lists; a dictionary of metrics for each of those; seconds."""
+    """The cell; for every epoch, from 0 on, α (E, K) as lists and a dictionary of metrics; the seconds of the search."""
 
     genotype: Genotype
     alphas: list
@@ -42,7 +42,7 @@ def make_space(vocab_size: int, recipe: SearchRecipe) -> DartsRnnSpace:
 
 
 def make_strategy(recipe: SearchRecipe, **options) -> SecondOrderDARTS:
-    """The recipe's strategy; `options` go to `SecondOrderDARTS` on top."""
+    """The recipe's strategy. `options` of `SecondOrderDARTS` take precedence over the recipe's."""
     settings: dict = dict(arc_learning_rate=recipe.arch_lr, arc_weight_decay=recipe.arch_weight_decay,
                     arc_betas=(recipe.arch_beta1, recipe.arch_beta2), epsilon=recipe.epsilon, hvp=recipe.hvp, unrolled_lr=recipe.unrolled_lr,
                     neumann_terms=recipe.neumann_terms, warmup_epochs=recipe.warmup_epochs, gradient_clip_val=recipe.clip,
@@ -52,13 +52,13 @@ def make_strategy(recipe: SearchRecipe, **options) -> SecondOrderDARTS:
 
 def search(corpus: Corpus, recipe: SearchRecipe, seed: int = 0, report=None, progress: bool = False, device: str = "auto",
            folder: Path | None = None, store: Checkpoints | None = None) -> SearchResult:
-    """Search for a cell on the corpus, as `NasExperiment` would, but so that intermediate results reach `report` as they come.
+    """Searches for a cell on the corpus, as `NasExperiment` would, but `report` gets intermediate results as they come.
 
-    `device` is Lightning's accelerator ("auto", "cpu", "gpu"). With `folder`, genotype.json, alpha.json and search.csv are kept there from the
-    first epoch on. The same seed gives the same α, in another process too.
+    `device` is Lightning's accelerator ("auto", "cpu", "gpu"). With `folder`, genotype.json, alpha.json and search.csv are there from the first
+    epoch on. The same seed gives the same α, in another process too.
 
-    With `store` the search keeps itself there and goes on from what is there. SIGTERM and Ctrl-C let the step finish and the search keep
-    itself, then raise `Terminated` and `KeyboardInterrupt`. Numbers that go wrong: see `health.with_rollbacks`.
+    With `store`, the search saves its state there and resumes from what it finds there. After SIGTERM or Ctrl-C it finishes the step and saves its
+    state, then raises `Terminated` or `KeyboardInterrupt`. For numbers that go wrong see `health.with_rollbacks`.
     """
     with contextlib.ExitStack() as stack:
         if store is None:
@@ -76,10 +76,10 @@ def _search(corpus: Corpus, recipe: SearchRecipe, seed: int, report, progress: b
             state: dict | None, stop: StopRequest) -> SearchResult:
     if state is not None and state["epoch"] >= recipe.epochs:
         return SearchResult(Genotype.from_json(state["genotype"]), state["alphas"], state["rows"], state["seconds"])
-    for name in ("utilities.rank_zero", "trainer.connectors.signal_connector"):  # notes on devices, tips, and signals that we tell of ourselves
+    for name in ("utilities.rank_zero", "trainer.connectors.signal_connector"):  # notes on devices, tips, and on signals, which we report ourselves
         logging.getLogger(f"pytorch_lightning.{name}").setLevel(logging.WARNING)
     with warnings.catch_warnings():
-        # Lightning's advice for ordinary data loaders and modules; ours are iterables, and α's optimizer is NNI's affair
+        # Lightning's advice for ordinary data loaders and modules; ours are iterables, and NNI looks after α's optimizer
         for message in (".*does not have many workers.*", ".*no `val_dataloader`.*", ".*defined a `validation_step`.*", ".*`training_step` returned.*",
                         ".*GPU available.*", ".*max_size_cycle.*"):
             warnings.filterwarnings("ignore", message=message)
@@ -87,7 +87,7 @@ def _search(corpus: Corpus, recipe: SearchRecipe, seed: int, report, progress: b
         space, strategy = make_space(len(corpus.vocab), recipe), make_strategy(recipe)
         evaluator = search_evaluator(corpus, recipe, seed, report, folder, accelerator=device, devices=1, enable_progress_bar=progress)
         loaders = [evaluator.train_dataloaders, evaluator.val_dataloaders]
-        with torch.random.fork_rng(devices=[]):  # what NNI draws for α of its own does not move the masks
+        with torch.random.fork_rng(devices=[]):  # so that NNI's draws for an α of its own do not change our dropout masks
             supernet = strategy.mutate_model(space)
         evaluator = strategy.mutate_evaluator(evaluator)
         reporter = next(c for c in evaluator.trainer.callbacks if isinstance(c, SupernetReport))
@@ -96,7 +96,7 @@ def _search(corpus: Corpus, recipe: SearchRecipe, seed: int, report, progress: b
         try:
             evaluator.evaluate(supernet)
         except SystemExit:
-            raise KeyboardInterrupt from None  # a second Ctrl-C: Lightning 2 makes `sys.exit(1)` of it
+            raise KeyboardInterrupt from None  # a second Ctrl-C, which Lightning 2 turns into `sys.exit(1)`
         evaluator.module.set_model(supernet)
         genotype = Genotype.from_sample(evaluator.module.export())
     name_poor("search", reporter.rows[-1]["perplexity"], len(corpus.vocab))

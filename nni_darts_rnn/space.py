@@ -17,21 +17,21 @@ from .supernet import MixedRNN, checked_draws
 
 
 class Read(nn.Module):
-    """Candidate of `cell/node_<i>/input`: picks one of the earlier states."""
+    """A candidate of `cell/node_<i>/input`: reads one of the earlier states."""
 
     def __init__(self, predecessor: int):
         super().__init__()
         self.predecessor = predecessor
 
     def forward(self, states: Tensor) -> Tensor:
-        return states[self.predecessor]  # (i, B, H) -> (B, H); one tensor, as NNI's choices take one argument and Proxyless takes no list
+        return states[self.predecessor]  # (i, B, H) -> (B, H); states are one tensor: NNI's choices take one argument, and Proxyless no list
 
     def extra_repr(self) -> str:
         return str(self.predecessor)
 
 
 class Apply(nn.Module):
-    """Candidate of `cell/node_<i>/op`: one nonlinearity."""
+    """A candidate of `cell/node_<i>/op`: one nonlinearity."""
 
     def __init__(self, op: str):
         super().__init__()
@@ -45,23 +45,23 @@ class Apply(nn.Module):
 
 
 def _chosen(choice: nn.Module):
-    """What a choice stands for now: frozen, or sampled by a one-shot strategy; None while it is open, mixed, or has an α of its own to learn."""
+    """What a choice that is frozen, or sampled by a one-shot strategy, stands for. None while it is open, mixed, or learns an α of its own."""
     if isinstance(choice, Read):
         return choice.predecessor
     if isinstance(choice, Apply):
         return choice.op
-    if hasattr(choice, "_arch_alpha"):  # NNI's Proxyless samples a path too, but α's gradient comes through the choice itself
+    if hasattr(choice, "_arch_alpha"):  # NNI's Proxyless samples a path too, but its α gets its gradient through the choice, which therefore has to run
         return None
     sampled = getattr(choice, "_sampled", None)  # NNI's PathSamplingLayer
     return sampled if isinstance(sampled, str) else None
 
 
 class CellSpace(RecurrentWeights, MutableModule):
-    """One recurrent layer of open choices: x (T, B, I), h0 (B, H) or None -> outputs (T, B, H).
+    """One recurrent layer with an open cell: x (T, B, I), h0 (B, H) or None -> outputs (T, B, H).
 
-    Per node two `LayerChoice`s, `cell/node_<i>/input` (candidates "0" … "i-1") and `cell/node_<i>/op` (the primitives but `none`).
-    While every choice is decided (frozen, or one path sampled) the layer runs as the discrete cell that the choices spell. `relaxation` and `draws` are
-    for strategies that mix the choices (see `supernet`).
+    Each node has two `LayerChoice`s: `cell/node_<i>/input` (candidates "0" … "i-1") and `cell/node_<i>/op` (the primitives without `none`).
+    Once every choice is decided (frozen, or one path sampled), the layer runs as the discrete cell that they describe. `relaxation` and `draws`
+    concern strategies that mix the choices (see `supernet`).
     """
 
     def __init__(self, input_size: int, hidden_size: int, n_nodes: int = 8, primitives=PRIMITIVES, dropout_x: float = 0.0, dropout_h: float = 0.0,
@@ -78,7 +78,7 @@ class CellSpace(RecurrentWeights, MutableModule):
                     self.ops.append(LayerChoice({op: Apply(op) for op in ops}, label="op"))
 
     def genotype(self) -> Genotype | None:
-        """The cell that the decided choices spell, or None while one is open."""
+        """The cell that the choices describe, or None while one of them is open."""
         pairs = [(_chosen(op), _chosen(read)) for op, read in zip(self.ops, self.inputs)]
         return None if any(x is None for pair in pairs for x in pair) else Genotype(tuple(pairs))
 
@@ -87,7 +87,7 @@ class CellSpace(RecurrentWeights, MutableModule):
         if genotype is not None:
             return self.run_cell(x, h0, genotype)
         x_proj, h0, W0_h, mask = self.project(x, h0)
-        Ws, h, outputs = self.Ws.unbind(0), h0, []  # cut once: every cut has its own step in the backward pass
+        Ws, h, outputs = self.Ws.unbind(0), h0, []  # once per sequence: each indexing would be a node of the autograd graph
         masked = (lambda s: s) if mask is None else (lambda s: s * mask)
         for x_t in x_proj.unbind(0):
             c, z = (x_t + masked(h) @ W0_h).chunk(2, -1)  # (B, H) each
@@ -103,19 +103,19 @@ class CellSpace(RecurrentWeights, MutableModule):
 
 
 class MixedCell(MixedRNN, BaseSuperNetModule):
-    """The mixed cell in the place of a `CellSpace`, for differentiable strategies; exports by the paper's rule."""
+    """The mixed cell that replaces a `CellSpace` in differentiable strategies. It exports the cell by the paper's rule."""
 
     @classmethod
     def mutate(cls, module: nn.Module, name: str, memo: dict, mutate_kwargs: dict):
-        """NNI's mutation hook: replaces a `CellSpace`, keeping its weights, with the strategy's own softmax over α."""
+        """NNI's mutation hook: replaces a `CellSpace` but keeps its weights; the softmax over α is the strategy's own."""
         if type(module) is not CellSpace:
             return None
         mixed = cls(module.input_size, module.hidden_size, module.n_nodes, module.primitives, module.dropout_x, module.dropout_h,
                     softmax=mutate_kwargs.get("softmax"), relaxation=module.relaxation, init_range=module.init_range, draws=module.draws)
         mixed.W0, mixed.Ws = module.W0, module.Ws
-        mixed.scope = module.inputs[0].label.removesuffix("cell/node_1/input")  # of NNI's `label_scope`s around it
-        first = memo.setdefault(f"{mixed.scope}cell", mixed)  # layers whose choices have the same labels are one cell: one α
-        for what in ("n_nodes", "relaxation", "draws"):  # of choices with other candidates NNI says so itself
+        mixed.scope = module.inputs[0].label.removesuffix("cell/node_1/input")  # the `label_scope`s of NNI around it
+        first = memo.setdefault(f"{mixed.scope}cell", mixed)  # layers whose choices have the same labels are one cell and share one α
+        for what in ("n_nodes", "relaxation", "draws"):  # where candidates differ, NNI raises by itself
             if getattr(first, what) != getattr(mixed, what):
                 raise ValueError(f"{what}: {getattr(mixed, what)!r} of one CellSpace, {getattr(first, what)!r} of another; all of a space are one cell, so give them the same")
         mixed.alpha = first.alpha
@@ -124,7 +124,7 @@ class MixedCell(MixedRNN, BaseSuperNetModule):
         return mixed
 
     def freeze(self, sample: dict) -> CellSpace:
-        """The discrete cell of a sample with this one's weights, as NNI's `ModelSpace.freeze` and `export_top_models(formatter="instance")` ask of a choice."""
+        """The discrete cell of a sample, with these weights. NNI's `ModelSpace.freeze` and `export_top_models(formatter="instance")` call it."""
         with torch.device("meta"), model_context({label.removeprefix(self.scope): sample[label] for label in self.simplify()}):
             cell = CellSpace(self.input_size, self.hidden_size, self.n_nodes, self.primitives, self.dropout_x, self.dropout_h, self.relaxation,
                              self.init_range, self.draws)
@@ -148,25 +148,24 @@ class MixedCell(MixedRNN, BaseSuperNetModule):
 
 
 class RecurrentSpace(ModelSpace):
-    """Base of a model space with one or more `CellSpace` layers anywhere in it: all of them are one cell, and every NNI strategy runs on it."""
+    """Base class of a model space with one or more `CellSpace` layers, anywhere in it. All of them are one cell. Every NNI strategy runs on it."""
 
     def extra_oneshot_hooks(self, strategy) -> list:
-        """Differentiable strategies get the mixed cell with α per edge; those that sample paths use the choices as they are."""
+        """For differentiable strategies the mixed cell, with α for each edge; strategies that sample paths use the choices as they are."""
         from nni.nas.strategy import DARTS, Proxyless
 
         return [MixedCell.mutate] if isinstance(strategy, DARTS) and not isinstance(strategy, Proxyless) else []
 
     def genotype(self) -> Genotype | None:
-        """The cell of a frozen model, of one that a strategy has sampled, or that α stands for; None while choices are open."""
+        """The cell of a frozen or sampled model, or of a supernet, by its α; None while choices are open."""
         return next(m for m in self.modules() if isinstance(m, (CellSpace, MixedCell))).genotype()
 
 
 class DartsRnnSpace(RecurrentSpace):
-    """AWD-LSTM's language model with an open DARTS cell: every sample is one `Genotype`, every label a plain categorical.
+    """AWD-LSTM's language model with an open DARTS cell: tokens (T, B), hidden (B, H) -> `LMOutput`.
 
-    vocab_size V, hidden_size H (the embedding's size too), n_nodes N; dropout rates and init_range as in `LanguageModel` and `RecurrentWeights`,
-    relaxation and draws as in `MixedRNN`.
-    tokens (T, B), hidden (B, H) -> `LMOutput`.
+    Every sample is one `Genotype`; every label is a plain categorical choice. `vocab_size` is V, `hidden_size` H (that of the embedding too),
+    `n_nodes` N. Dropout rates and `init_range` are those of `LanguageModel` and `RecurrentWeights`, `relaxation` and `draws` those of `MixedRNN`.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int = 300, n_nodes: int = 8, primitives=PRIMITIVES, dropout: float = 0.0,

@@ -1,4 +1,4 @@
-"""What a user may set of the architecture step, checked alike for the NNI strategy and the fastai callback, and the gradient by these settings."""
+"""The settings of the architecture step, checked in the same way for the NNI strategy and the fastai callback, and the gradient that they ask for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .checks import one_of
 from .published import original_gradient, plain_sgd, tied
 from .weight_step import Tensors, WeightStep
 
-ABOVE_0 = {"epsilon", "gradient_clip_val"}  # of other numbers 0 is allowed too
+ABOVE_0 = {"epsilon", "gradient_clip_val"}  # other numbers may be 0 too
 WHOLE = {"neumann_terms", "warmup_epochs", "log_prob_every_n_step"}
 OPTIONAL = {"unrolled_lr", "gradient_clip_val"}
 FLAGS = {"own_gradient", "reproduce_original", "alpha_dropout"}
@@ -23,7 +23,7 @@ BETAS = {"arc_betas", "arch_betas"}
 
 
 def check_step(*, hvp: str, unrolled_lr: float | None, neumann_terms: int, reproduce_original: bool, **others) -> None:
-    """`ValueError` with one line for the first setting, by its name, that is not allowed, or that would be without effect beside another."""
+    """`ValueError` with one line that names the first setting that is not allowed, or that another setting would leave without effect."""
     for name, value in {**others, "unrolled_lr": unrolled_lr, "neumann_terms": neumann_terms, "reproduce_original": reproduce_original}.items():
         if name in FLAGS:
             if not isinstance(value, bool):
@@ -45,10 +45,11 @@ def check_step(*, hvp: str, unrolled_lr: float | None, neumann_terms: int, repro
 
 def gradient_by(settings, module: nn.Module, weights: dict[str, Tensor], alphas: Tensors, train_batch, valid_batch, train_loss: Loss, valid_loss: Loss,
                 optimizer: Optimizer, clip: float | None, *, first: bool, **passes) -> AlphaGradient:
-    """∇α by the attributes of `settings` that `check_step` has checked: ours, or the published code's.
+    """∇α, ours or the published code's, by those attributes of `settings` that `check_step` checks.
 
-    `weights` are those of `module`, by name, that `optimizer` is about to move, with gradients clipped to the norm `clip`; `passes`: `ran` and `reduce` of
-    `architecture_gradient`. In the `first` step of a search it is asked whether the loss depends on tensors of `module` that were not put in.
+    `weights` are the weights of `module`, by name, that `optimizer` is about to move, with gradients clipped to the norm `clip`. `passes` are `ran`
+    and `reduce` of `architecture_gradient`. In the `first` step of a search this checks that the loss does not reach weights of `module` past the
+    ones it is given.
     """
     tensors = list(weights.values())
     first_order = is_first_order(settings.hvp, settings.unrolled_lr)

@@ -1,19 +1,19 @@
-"""NNI's own strategies, each with its fault of NNI 3.0 worked round; what needs no workaround is NNI's class itself.
+"""NNI's own strategies, with workarounds for faults of NNI 3.0. A strategy that needs none is NNI's class itself.
 
-| here | NNI 3.0 with today's packages | can go once NNI |
+| class here | what NNI 3.0 does with today's packages | can go once NNI |
 |---|---|---|
-| `DARTS`, `GumbelDARTS`, `Proxyless` | list α as `list(set(…))`, in the order of addresses: a resumed Adam may give a moment to another α | lists α in the order of the modules |
-| `DARTS`, `GumbelDARTS`, `Proxyless` | fail at the end of an epoch with `ReduceLROnPlateau`, which is refused here | leaves it out, as it means to |
-| `Proxyless` | exports a path drawn anew from α | exports the strongest path |
+| `DARTS`, `GumbelDARTS`, `Proxyless` | list α as `list(set(…))`, whose order depends on addresses: a resumed Adam may give its moments to another α | lists α in the order of the modules |
+| `DARTS`, `GumbelDARTS`, `Proxyless` | fail at the end of an epoch with `ReduceLROnPlateau`, which is refused here | skips it, as intended |
+| `Proxyless` | exports a path that it draws anew from α | exports the strongest path |
 | `RandomOneShot` | draws its paths from a generator that nothing seeds | draws from one that can be seeded |
-| `ENAS` | its loader hands Lightning 2 batches that its step takes apart wrongly | unpacks what its loader yields |
-| `ENAS` | makes a new, untrained controller to export from; never clips the gradient | keeps the controller in `set_model` |
-| `ENAS`, `PolicyBasedRL` | without a fitting tianshou fail with advice to install one that does not fit | says `tianshou<0.5` |
-| `TPE` | raises on an `InputChoice` and on numbers, and takes the smallest metric for the best where every other strategy takes the largest | gives `CategoricalMultiple` and `Numerical` an `as_legacy_dict` |
-| `GridSearch` | hands out one dictionary as the sample of all models in format "raw", and empties it | copies it |
-| `PolicyBasedRL` | trains a sample again as often as its policy draws it | gives it the `dedup` of the other strategies |
+| `ENAS` | its loader gives batches that its step unpacks wrongly under Lightning 2 | unpacks what its loader yields |
+| `ENAS` | exports from a new, untrained controller; never clips the gradient | keeps the controller in `set_model` |
+| `ENAS`, `PolicyBasedRL` | fail without a suitable tianshou, and advise to install an unsuitable one | says `tianshou<0.5` |
+| `TPE` | raises for an `InputChoice` and for numbers; minimizes the metric where every other strategy maximizes it | gives `CategoricalMultiple` and `Numerical` an `as_legacy_dict` |
+| `GridSearch` | gives all models in format "raw" one and the same dictionary as their sample, and later empties it | copies it |
+| `PolicyBasedRL` | trains a sample again each time that its policy draws it | gives it the `dedup` of the other strategies |
 
-All take the largest metric for the best.
+All maximize the metric.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ __all__ = ["DARTS", "ENAS", "GridSearch", "GumbelDARTS", "PolicyBasedRL", "Proxy
 
 
 PATIENCE = 100
-"""Known samples in a row after which `PolicyBasedRL` stops: its policy has settled, or the space holds no other."""
+"""`PolicyBasedRL` stops after this many known samples in a row: its policy has settled, or the space is exhausted."""
 
 
 class _InOrder:
-    """α in the order of the modules, for a strategy of NNI's DARTS family."""
+    """Lists α in the order of the modules; a mixin for strategies of NNI's DARTS family."""
 
     def configure_oneshot_module(self, training_module):
         module = super().configure_oneshot_module(training_module)
@@ -64,11 +64,11 @@ class DARTS(_InOrder, nni_strategy.DARTS):
 
 
 class GumbelDARTS(_InOrder, nni_strategy.GumbelDARTS):
-    """NNI's `GumbelDARTS`. On our space its noise is drawn once per sequence, and not once per time step."""
+    """NNI's `GumbelDARTS`. On our space it draws its noise once per sequence, not once per time step."""
 
 
 class Proxyless(_InOrder, nni_strategy.Proxyless):
-    """NNI's `Proxyless`, exporting for every choice the path that its α makes likeliest."""
+    """NNI's `Proxyless`. For every choice it exports the most probable path by α."""
 
     def configure_oneshot_module(self, training_module):
         module = super().configure_oneshot_module(training_module)
@@ -77,14 +77,14 @@ class Proxyless(_InOrder, nni_strategy.Proxyless):
 
 
 def _strongest_paths(module) -> dict:
-    """What the mixed layers below Proxyless's would export; its own draw a path. Of a `Repeat` the depth that is likeliest of those allowed."""
+    """What the parent classes of Proxyless's mixed layers would export, since its own draw a path. For a `Repeat`, the most probable of the allowed depths."""
     below = {ProxylessMixedLayer: DifferentiableMixedLayer, ProxylessMixedInput: DifferentiableMixedInput}
     sample: dict = {}
     repeats = [layer for layer in module.supernet_modules() if isinstance(layer, ProxylessMixedRepeat)]
     for layer in module.supernet_modules():
         if layer not in repeats:
             sample.update(below.get(type(layer), type(layer)).export(layer, memo=sample))
-    for repeat in repeats:  # a depth is how many of its blocks are there, each by a choice of its own
+    for repeat in repeats:  # a depth is the number of its blocks that are present; each has a choice of its own
         probabilities = repeat.export_probs({})[repeat.depth_choice.label]
         depth = max(repeat.depth_choice.values, key=lambda d: float(probabilities[d]))
         sample[repeat.depth_choice.label] = depth
@@ -94,7 +94,7 @@ def _strongest_paths(module) -> dict:
 
 
 class RandomOneShot(nni_strategy.RandomOneShot):
-    """NNI's `RandomOneShot`, whose paths follow numpy's seed, as `pytorch_lightning.seed_everything` sets it."""
+    """NNI's `RandomOneShot`. Its paths depend on numpy's seed, which `pytorch_lightning.seed_everything` sets."""
 
     def mutate_model(self, model):
         supernet = super().mutate_model(model)
@@ -105,12 +105,12 @@ class RandomOneShot(nni_strategy.RandomOneShot):
 
 
 def _draw(random, usual, memo=None, random_state=None):
-    """`random` with the caller's generator, or else the usual one; the space's own choices are asked by the next strategy too, with its own."""
+    """`random` with the caller's generator, or with `usual` where there is none. The space's choices outlive a strategy, and the next one brings its own generator."""
     return random(memo, usual if random_state is None else random_state)
 
 
 def require_tianshou(what: str) -> None:
-    """`ImportError` with one line that says what to install, where the reinforcement-learning library that NNI 3.0 was written for is absent."""
+    """`ImportError` with one line that says what to install, unless the reinforcement-learning library that NNI 3.0 was written for is there."""
     wanted = "needs tianshou>=0.4.8,<0.5; pip install 'nni-darts-rnn[rl]'"
     try:
         found = version("tianshou")
@@ -121,7 +121,7 @@ def require_tianshou(what: str) -> None:
 
 
 class _Alternating:
-    """All training batches and then all validation batches of an epoch, each with the word that the step of NNI's ENAS looks for."""
+    """All training batches of an epoch and then all validation batches, each with the word by which the step of NNI's ENAS tells them apart."""
 
     def __init__(self, train, valid):
         self.parts = {"train": train, "val": valid}
@@ -135,7 +135,7 @@ class _Alternating:
 
 
 class ENAS(nni_strategy.ENAS):
-    """NNI's `ENAS`. The evaluator's `validation_step` has to log the reward, as "default" unless `reward_metric_name` says otherwise.
+    """NNI's `ENAS`. The evaluator's `validation_step` has to log the reward under the name `reward_metric_name`.
 
     gradient_clip_val
         Largest norm of the weights' gradient, as in `DARTS`; NNI's own never clips.
@@ -160,7 +160,7 @@ class ENAS(nni_strategy.ENAS):
 
 
 def _whole_epochs(module, usual):
-    """`ValueError` where an epoch is cut off before the validation batches, by which the controller learns."""
+    """`ValueError` where an epoch ends before the last validation batch: these are what the controller learns from."""
     check_schedulers(module.trainer, module.training_module)
     batches, loader = module.trainer.num_training_batches, module.trainer.train_dataloader
     if isinstance(loader, _Alternating) and math.isfinite(batches) and batches < len(loader) and not module.trainer.fast_dev_run:
@@ -170,7 +170,7 @@ def _whole_epochs(module, usual):
 
 
 def _set_model_once(module, model) -> None:
-    """`set_model` that makes the controller the first time only; NNI calls it again before it exports."""
+    """`set_model` that makes the controller only once; NNI calls it again before it exports."""
     if module._generator is None:
         type(module).set_model(module, model)
     else:
@@ -187,7 +187,7 @@ class GridSearch(nni_strategy.GridSearch):
 
 
 class _Replay(Deduplication):
-    """NNI's middleware that gives a sample tried before the metrics it had. NNI's own passes on the missing metric of one that still runs."""
+    """NNI's middleware that answers a known sample with the metrics it had. Where that sample still runs, this one waits; NNI's own passes on a missing metric."""
 
     def __init__(self):
         super().__init__("replay", patience=PATIENCE)
@@ -199,7 +199,7 @@ class _Replay(Deduplication):
             if done is not None or all(m.status.completed() for m in same):
                 break
             time.sleep(1)
-        if done is None:  # it failed: that is no result
+        if done is None:  # they failed, which is no result
             return False
         for metric in done.metrics.intermediates:
             self.dispatch_model_event(ModelEventType.IntermediateMetric, metric=metric, model=model)
@@ -209,7 +209,7 @@ class _Replay(Deduplication):
 
 
 class PolicyBasedRL(nni_strategy.PolicyBasedRL):
-    """NNI's `PolicyBasedRL`. With `dedup` a sample that the policy draws again gets the metrics it had and is not trained again."""
+    """NNI's `PolicyBasedRL`. With `dedup`, a sample that the policy draws again is not trained again but gets the metrics it had."""
 
     def __init__(self, *, dedup: bool = True, **kwargs):
         require_tianshou("PolicyBasedRL")
@@ -225,7 +225,7 @@ class PolicyBasedRL(nni_strategy.PolicyBasedRL):
 
 
 class _Number:
-    """A number to be drawn, as a tuner can read it."""
+    """A numerical choice in the words of NNI's tuners."""
 
     def __init__(self, number: Numerical):
         self.number = number
@@ -237,7 +237,7 @@ class _Number:
 
 
 class _Plain:
-    """A model space as a tuner can read it: a choice of several becomes one plain choice among all its values, and a number says how it is drawn."""
+    """A model space in the words of NNI's tuners: a choice of several becomes one plain choice among all combinations, and a number says how it is drawn."""
 
     def __init__(self, space):
         self.space = space
@@ -246,7 +246,7 @@ class _Plain:
         def plain(label, mutable):
             if isinstance(mutable, CategoricalMultiple):
                 return Categorical(list(mutable.grid()), label=label)
-            # a distribution of the user's own, or a normal one that is cut off, no tuner has a word for
+            # tuners have no word for a truncated normal distribution, nor for one of the user's own
             described = isinstance(mutable, Numerical) and math.isfinite(mutable.low) == math.isfinite(mutable.high) == (mutable.mu is None)
             return _Number(mutable) if described else mutable
 
@@ -257,7 +257,7 @@ class _Plain:
 
 
 class TPE(nni_strategy.TPE):
-    """NNI's `TPE`. `optimize_mode` is "maximize" unless given, as in every other strategy; NNI's own minimizes."""
+    """NNI's `TPE`. It maximizes by default, as every other strategy does; NNI's own minimizes."""
 
     def __init__(self, optimize_mode: str = "maximize", seed: int | None = None, tpe_args: dict | None = None):
         super().__init__(optimize_mode, seed, tpe_args)

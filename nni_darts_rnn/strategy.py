@@ -22,11 +22,11 @@ from .step_settings import check_step, gradient_by
 from .taken_step import ALMOST, UnrolledStep, gradient_length
 
 NEVER_CALLED = ("backward", "on_before_zero_grad", "on_before_batch_transfer", "on_after_batch_transfer", "transfer_batch_to_device")
-"""Hooks of a Lightning module that change what is learnt, and that NNI's one-shot strategies (3.0) do not pass on to it."""
+"""Hooks of a Lightning module that change what is learnt, and that NNI's one-shot strategies (3.0) never call."""
 
 
 class _TrainingStep(nn.Module):
-    """Makes a Lightning module's `training_step` the `forward` that `torch.func.functional_call` calls; nothing is logged there."""
+    """Gives a Lightning module's `training_step` the name `forward`, which `torch.func.functional_call` needs. The step logs nothing there."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
@@ -38,13 +38,13 @@ class _TrainingStep(nn.Module):
 
 
 def _loss_of(output, name: str = "loss") -> Tensor:
-    """The loss in what a `training_step` returned; `name` falls back to "loss"."""
+    """The loss `name` in what a `training_step` returned, or its "loss" where there is no such entry."""
     return output.get(name, output["loss"]) if isinstance(output, dict) else output
 
 
 @contextlib.contextmanager
 def _fixed(parameters: list[nn.Parameter]):
-    """No gradients for these in the meantime. Each then goes back to what it was: NNI's warm-up switches them too."""
+    """A context in which these require no gradient. Each is then as it was before, which need not be True: NNI's warm-up switches them too."""
     required = [p.requires_grad for p in parameters]
     for p in parameters:
         p.requires_grad_(False)
@@ -56,7 +56,7 @@ def _fixed(parameters: list[nn.Parameter]):
 
 
 def _mean_over_processes(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The mean of each tensor over the processes, in one message."""
+    """The mean of each tensor over all processes, computed by one collective call."""
     present = [t for t in tensors if t is not None]
     if not present:
         return list(tensors)
@@ -67,13 +67,13 @@ def _mean_over_processes(tensors: Sequence[Tensor | None]) -> list[Tensor | None
 
 
 def alpha_in_order(module: DartsLightningModule) -> list[nn.Parameter]:
-    """α in the order of the modules. NNI 3.0 returns `list(set(…))`, ordered by address, which a resumed Adam mismatches."""
+    """α in the order of the modules. NNI 3.0 returns `list(set(…))`, whose order depends on addresses: a resumed Adam gives its moments to other α."""
     found = [p for m in module.supernet_modules() if hasattr(m, "arch_parameters") for p in m.arch_parameters()]
     return list(dict.fromkeys(found))
 
 
 def check_schedulers(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    """`ValueError` for a scheduler that waits for a metric. NNI 3.0 means to leave it out with a warning; Lightning 2 hides from it which one that is, and it is stepped without one."""
+    """`ValueError` for a scheduler that is stepped by a metric. NNI 3.0 intends to skip it with a warning, but does not recognise it under Lightning 2 and steps it without a metric."""
     waits = any(isinstance(config.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) for config in trainer.lr_scheduler_configs)
     if waits and type(module).lr_scheduler_step is pl.LightningModule.lr_scheduler_step:
         raise ValueError("ReduceLROnPlateau: NNI's one-shot strategies have no metric to step it by; use another scheduler, or step it in the module's lr_scheduler_step")
@@ -82,9 +82,10 @@ def check_schedulers(trainer: pl.Trainer, module: pl.LightningModule) -> None:
 class SecondOrderDartsModule(DartsLightningModule):
     """The search step of `SecondOrderDARTS`. See there.
 
-    The user's module takes part as it is. Two optional things of it are honoured: a "data_loss" beside "loss" in what `training_step`
-    returns (the loss without regularisation, which `reproduce_original` unrolls), and `validation_buffers`, names of buffers that the
-    validation batch moves on (a recurrent hidden state); no other buffer changes in an architecture step.
+    The user's module needs no change. It may have two things that this step knows:
+
+    - "data_loss" beside "loss" in what `training_step` returns: the loss without regularisation, which `reproduce_original` unrolls;
+    - `validation_buffers`: names of buffers that a validation batch updates, such as a recurrent hidden state. An architecture step changes no other.
     """
 
     def __init__(self, training_module, *, arc_weight_decay: float, arc_betas: tuple[float, float], epsilon: float, hvp: str,
@@ -94,10 +95,10 @@ class SecondOrderDartsModule(DartsLightningModule):
         self.epsilon, self.hvp, self.unrolled_lr = epsilon, hvp, unrolled_lr
         self.neumann_terms, self.reproduce_original = neumann_terms, reproduce_original
         self._first_order = is_first_order(hvp, unrolled_lr)
-        self.own_gradient = own_gradient or reproduce_original or self._first_order  # in which there is no step to share
+        self.own_gradient = own_gradient or reproduce_original or self._first_order  # then the two steps share no gradient
         self._unrolled: UnrolledStep | None = None
         self._first = True  # no gradient of α has been asked for yet
-        self._move_alpha: Callable[[Tensor], None] | None = None  # what is to follow the weights' backward pass, given the training loss
+        self._move_alpha: Callable[[Tensor], None] | None = None  # called after the weights' backward pass, with the training loss
         self._step_module = (_TrainingStep(training_module),)  # in a tuple: not a submodule, or every weight would have two names
 
     def arch_parameters(self) -> list[nn.Parameter]:
@@ -121,8 +122,8 @@ class SecondOrderDartsModule(DartsLightningModule):
         if self.trainer.world_size > 1:
             if self.reproduce_original:
                 raise ValueError("reproduce_original: the published code runs in one process; use devices=1")
-            # α has no gradient in the weight step, which DistributedDataParallel would wait for: so it leaves α to us. Buffers (hidden
-            # states, BatchNorm statistics) stay each process's own, since it does not share them under Lightning's manual optimization.
+            # DistributedDataParallel would wait for a gradient of α, which the weight step does not make, so it is told to ignore α. Each process
+            # keeps its own buffers (hidden states, BatchNorm statistics): under Lightning's manual optimization they are not shared.
             alphas = self.arch_parameters()
             for alpha in alphas:
                 torch.distributed.broadcast(alpha.data, 0)
@@ -163,9 +164,9 @@ class SecondOrderDartsModule(DartsLightningModule):
         self._length = None if self._first_order else gradient_length(self._weight_optimizer())
 
     def on_after_backward(self):
-        """Where α's step shares the weights' gradient, it comes here: after that gradient, before it is clipped and the weights take their step."""
+        """Takes α's step where it shares the weights' gradient: that gradient is here, not yet clipped, and the weights have not moved."""
         super().on_after_backward()
-        if not self._first_order and self._gradients() != self._left:  # or no more than touched, as where their norm is logged
+        if not self._first_order and self._gradients() != self._left:  # a callback may have only touched them, to log their norm
             if not torch.isclose(gradient_length(self._weight_optimizer()), self._length, ALMOST, 0.0, equal_nan=True):
                 raise ValueError("on_after_backward: it changes the gradients, of which the step that is unrolled knows nothing; change the loss or the learning rate instead, "
                                  "or use hvp='first_order'")
@@ -176,14 +177,14 @@ class SecondOrderDartsModule(DartsLightningModule):
             self._unrolled.clipped_to(self.gradient_clip_val, float(self._length))
 
     def on_before_optimizer_step(self, optimizer):
-        """After the callbacks' own, and the last that is called before the step."""
+        """The last hook before the step, after those of the callbacks."""
         if not getattr(optimizer, "is_arch_optimizer", False):
             self.training_module.on_before_optimizer_step(optimizer)
             if self._unrolled is not None:
                 self._unrolled.check()
 
     def _gradients(self) -> list[tuple[int, int]]:
-        """Which tensors the gradients are, and how often each was changed."""
+        """The identity of each gradient and how often it was changed in place: unequal after somebody else changed one."""
         return [(id(p.grad), p.grad._version) for p in self.training_module.parameters() if p.grad is not None]
 
     def _weight_optimizer(self) -> torch.optim.Optimizer:
@@ -201,8 +202,8 @@ class SecondOrderDartsModule(DartsLightningModule):
     def architecture_gradient(self, train_batch, valid_batch, batch_idx: int, before: Before, ran: Tensor | None = None) -> list[Tensor]:
         """∇α of the validation loss after the weight step that is about to be taken; one tensor for each of `arch_parameters()`.
 
-        `before`: the modules before that step. `ran`: the loss of its training pass, where that has been run and left the weights their gradients.
-        With several processes each has its own part of the batch, as in Lightning's DDP, and the gradient is that of the mean losses.
+        `before`: the modules as they were before that step. `ran`: the loss of its training pass, where that pass has been run already and the weights
+        have its gradients. With several processes each has its own part of the batch, as in Lightning's DDP, and the gradient is that of the mean loss.
         """
         optimizer = self._weight_optimizer()
         moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -210,7 +211,7 @@ class SecondOrderDartsModule(DartsLightningModule):
         step_module = self._step_module[0]
         names = {id(p): name for name, p in step_module.named_parameters()}
         alphas = self.arch_parameters()
-        # a weight that is frozen takes no step, even where it is in a group of the optimizer
+        # a frozen weight takes no step, even if the optimizer has it in a group
         weights = {name: p for name, p in step_module.named_parameters()
                    if id(p) in moved and id(p) not in architecture and p.requires_grad}
         alpha_names = [names[id(p)] for p in alphas]
@@ -254,27 +255,29 @@ class SecondOrderDARTS(DARTS):
     epsilon
         r of eq. 8: how far the finite difference moves the weights in all.
     hvp
-        "finite_difference", "exact" (double backprop: more memory, no error) or "first_order".
+        How the second-order term is computed: "finite_difference", "exact" (double backprop: more memory, no error of a difference) or "first_order"
+        (not at all).
     unrolled_lr
         ξ, the learning rate of the unrolled step. None: the weight optimizer's current one; 0: first order.
     neumann_terms
-        Terms of iDARTS's series (arXiv 2106.10784); 0: eq. 7. Of SGD's steps alone.
+        Number of terms of iDARTS's series (arXiv 2106.10784); 0: eq. 7. SGD only.
     own_gradient
-        False: the weights take the very step that α's gradient unrolled, whose gradient is that of α before its move: 10 forward passes' worth of
-        arithmetic. True: they take one at the α that has just moved, as in the paper's Algorithm 1: 13. (First order always does.)
+        False: the weights then take the very step that was unrolled, with the gradient at the α before its move. One search step costs 10 forward
+        passes. True: their gradient is computed anew at the moved α, as in the paper's Algorithm 1, and the cost is 13. First order always does so.
     warmup_epochs
-        Epochs before α moves.
+        Number of epochs before α begins to move.
     gradient_clip_val
-        Largest norm of the weights' gradient, in the weight step and in the unrolled one. Lightning's own `Trainer(gradient_clip_val=…)`
-        and `accumulate_grad_batches` do not work with NNI's one-shot strategies, and Lightning says so.
+        Largest norm of the weights' gradient, in the weight step and in the unrolled one. NNI's one-shot strategies cannot use Lightning's own
+        `Trainer(gradient_clip_val=…)` and `accumulate_grad_batches`; Lightning refuses them.
     reproduce_original
-        The published code's numerics (new masks in every pass, clipped direction, uncapped factor, r = 1e-2 whatever `epsilon` is, the
-        tied embedding left behind). In one process.
+        The published code's numerics: new dropout masks in every pass, the direction clipped, the factor not capped, r = 1e-2 whatever `epsilon`
+        is, and a tied embedding that the unrolled step leaves behind. One process only.
     log_prob_every_n_step, penalty, mutation_hooks
-        As in NNI's `DARTS`; 0 turns the log off.
+        As in NNI's `DARTS`; `log_prob_every_n_step=0` turns that log off.
 
-    Raises `ValueError` with one line for a value that is not allowed, and in the first step for a weight optimizer other than SGD, Adam and AdamW or, with a finite
-    difference, for weights in bfloat16 or float16; `FloatingPointError` in the step in which the loss, a gradient or α is no longer finite.
+    Raises `ValueError` with one line for a value that is not allowed; in the first step for a weight optimizer other than SGD, Adam and AdamW, and
+    for weights in bfloat16 or float16 with a finite difference. Raises `FloatingPointError` in the step in which the loss, a gradient or α stops
+    being finite.
     """
 
     def __init__(self, *, arc_learning_rate: float = 3e-3, arc_weight_decay: float = 1e-3, arc_betas: tuple[float, float] = (0.9, 0.999),

@@ -1,7 +1,7 @@
-"""What nnictl runs in a trial: `python3 -m nni_darts_rnn.trial`.
+"""The program that nnictl runs in a trial: `python3 -m nni_darts_rnn.trial`.
 
-The tuner's parameters are `seed` and any field of the recipe (`search.…`, `retrain.…`), and Hyperband's TRIAL_BUDGET, the number of epochs of
-retraining (see `rungs.py`); anything else is refused before training begins.
+The tuner may draw `seed`, any field of the recipe (`search.…`, `retrain.…`), and Hyperband's TRIAL_BUDGET, which is the number of epochs of the retraining
+(see `rungs.py`). Any other parameter is refused before training begins.
 """
 
 from __future__ import annotations
@@ -58,22 +58,22 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def in_trial(work: Callable[[], object]) -> int:
-    """The exit status of a trial that does this work: 2 after one line where it was refused; stopped, it ends by the signal."""
+    """Run a trial's `work` and return its exit status: 0, or 2 after one line of error where it was refused. If it is stopped, the process ends by that signal."""
     try:
         with interrupts_remembered():
             work()
     except REFUSALS as error:
         print(f"error: {refusal(error)}", file=sys.stderr)
         return 2
-    except (KeyboardInterrupt, Terminated) as stop:  # how NNI stops a trial; its checkpoint stays, and after Ctrl-C the best model so far
+    except (KeyboardInterrupt, Terminated) as stop:  # how NNI stops a trial; its checkpoint stays, and after Ctrl-C the best model too
         print("stopped; the trial goes on from its checkpoint when it is run again", file=sys.stderr, flush=True)
         end_by(stop)
     return 0
 
 
 def run(arguments: argparse.Namespace, parameters: dict, report, final=None) -> dict:
-    """Checks everything, then runs the trial in NNI's output folder. `ValueError` with one line for what is not allowed. `final` gets the result
-    before the trial's checkpoints go."""
+    """Check everything, then run the trial in NNI's output folder. With Hyperband it runs in its configuration's folder (`rungs.py`), and the results are copied.
+    `final` gets the result before the checkpoints are removed. `ValueError` with one line for options and parameters that are not allowed."""
     keep, rung = keeping(arguments), BUDGET in parameters
     if arguments.rungs and not rung:
         raise ValueError(f"--rungs {arguments.rungs}: the tuner gave no {BUDGET}; only Hyperband does")
@@ -105,7 +105,7 @@ def run(arguments: argparse.Namespace, parameters: dict, report, final=None) -> 
 
 
 def _leave_report(folder: Path, arguments: argparse.Namespace) -> None:
-    """A page about this trial among its files, which NNI's server serves. One that cannot be made is no reason to fail a finished trial."""
+    """Write a page about this trial among its files, which NNI's server serves. If it cannot be written, the finished trial does not fail."""
     import nni
 
     from .report.page import write_trial_report

@@ -1,8 +1,9 @@
 """fastai callbacks for training and searching recurrent language models.
 
-Batches are fastai's: tokens and targets (B, T). A model answers `(decoded (B, T, V), raw (B, T, H), dropped (B, T, H))`, as fastai's
-`RNNCallback` expects. Orders: fastai's schedulers and `AnnealLR` set the learning rate at 60; `ScaleLRByLength` (61) scales it; `ArchParamUpdate` (62) unrolls
-the step of that very rate. `SaveModelCallback` (61) saves what was validated before `NTASGD` (62) puts the weights of the iteration back.
+Batches are fastai's: tokens and targets (B, T). A model returns `(decoded (B, T, V), raw (B, T, H), dropped (B, T, H))`, as fastai's `RNNCallback`
+expects. The order of callbacks matters: fastai's schedulers and `AnnealLR` (60) set the learning rate, `ScaleLRByLength` (61) scales it, and
+`ArchParamUpdate` (62) unrolls a step with that rate. `SaveModelCallback` (61) saves the validated weights before `NTASGD` (62) puts those of the
+iteration back.
 """
 
 from .arch_passes import architecture_parameters, weight_parameters

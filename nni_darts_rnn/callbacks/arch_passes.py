@@ -1,4 +1,4 @@
-"""The two losses of a search Learner as functions of its weights and its α, and which parameters are which."""
+"""The two losses of a search Learner as functions of its weights and its α, and which of its parameters are α."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..model import activation_regularisation, without_dropout
 
 
 def architecture_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """α by name, in the order of the modules: every parameter whose own name is `alpha`."""
+    """α by name, in the order of the modules: every parameter whose last name is `alpha`."""
     return {name: p for name, p in model.named_parameters() if name.rpartition(".")[2] == "alpha"}
 
 
@@ -33,22 +33,22 @@ class Passes:
     valid_loss: Callable[..., Tensor]
     """(weights, alphas, batch) -> the loss that α learns from."""
     moved_on: dict[str, Tensor]
-    """The hidden states that `valid_loss` leaves, once it has been called."""
+    """The hidden states after `valid_loss`, once that has been called."""
 
     @classmethod
     def of(cls, learn, before: Before, valid_state: dict[str, Tensor], alpha_dropout: bool, regularised: bool) -> Passes:
-        """Those of `learn`, whose modules are as `before` found them. Validation begins with the hidden states `valid_state`, and has no dropout unless `alpha_dropout`;
+        """The losses of `learn`, with its modules as `before` found them. Validation begins with the hidden states `valid_state` and has dropout if `alpha_dropout`;
         training has the AR/TAR of the Learner's regularizers if `regularised`."""
         model = learn.model
         alphas = architecture_parameters(model)
         weights = {name: p for name, p in model.named_parameters() if p.requires_grad and name not in alphas}
         regularizers = [cb for cb in learn.cbs if isinstance(cb, RNNRegularizer) and regularised]
-        triple = any(isinstance(cb, RNNCallback) for cb in learn.cbs)  # which takes it apart in the training pass
+        triple = any(isinstance(cb, RNNCallback) for cb in learn.cbs)  # it unpacks the model's answer in the training pass
 
         def run(at_weights, at_alphas, batch, carried, learning=True):
             predicted, state = before.call(model, carried | dict(zip(weights, at_weights)) | dict(zip(alphas, at_alphas)), *batch[0])
             decoded, raw, dropped = predicted if triple else (predicted, None, None)
-            now, learn.training = learn.training, learning  # else `MixUp` would mix the training batch's targets into another batch's loss
+            now, learn.training = learn.training, learning  # or `MixUp` would mix the targets of the training batch into the loss of another batch
             try:
                 return learn.loss_func(decoded, *batch[1]), raw, dropped, state
             finally:

@@ -25,19 +25,21 @@ logger = logging.getLogger(__name__)
 
 
 class ArchParamUpdate(FitOnly):
-    """Moves α with every weight step, by the gradient of the validation loss after that step (DARTS, eq. 6–8).
+    """Moves α with every weight step, along the gradient of the validation loss after that step (DARTS, eq. 6–8).
 
-    Its gradient comes after the backward pass, whose gradient it unrolls, and α moves just before the weights take their step, unless that is
-    cancelled; with `own_gradient`, before the forward pass, as in the paper's Algorithm 1 (3 of 13 passes more).
+    The gradient of α is computed after the backward pass, with the weights' gradient, and α moves just before the weights do, unless that step is
+    cancelled. With `own_gradient` α moves before the forward pass, as in the paper's Algorithm 1, at the cost of 13 forward passes instead of 10.
 
-    `valid_batches` yields (tokens (B, T), targets (B, T)) of a text that the weights do not learn, or any inputs and targets such as the Learner's own; it is read
-    from its beginning in each epoch, and again as often as the training text is longer. Other callbacks do not see these batches. Hidden states (buffers named in the model's `carried`) run along the
-    validation stream here, apart from the training stream's. The weights' optimizer must be `OptimWrapper(opt=torch.optim.SGD)`, or with
-    `Adam` or `AdamW`, without α (`splitter=weight_parameters`).
-    The training loss is the weight step's: the Learner's `loss_func` plus the AR/TAR of its `RNNRegularizer`; its `GradientClip` is unrolled too.
-    Other arguments: see `recipes.SearchRecipe`; `ValueError` with one line for what is not allowed. Weights, buffers, hidden states and random state
-    are left as if only the weight step had run. `ValueError` in the first step of a fit, but under autocast, too where the weights' gradients are not
-    those of `loss_func` of the model on the batch, and in any step whose gradients or settings a callback changes after they were unrolled.
+    - `valid_batches` yields (tokens (B, T), targets (B, T)) of a text that the weights do not learn, or other inputs and targets of the same kind as
+      the Learner's. It is read from its beginning in each epoch, and again if the training text is longer. Other callbacks do not see these batches.
+    - Hidden states (the buffers named in the model's `carried`) of the validation stream are kept here, apart from those of the training stream.
+    - The weights' optimizer must be `OptimWrapper(opt=torch.optim.SGD)`, or one of `Adam` or `AdamW`, without α (`splitter=weight_parameters`).
+    - The unrolled step is the weight step: the Learner's `loss_func` plus the AR/TAR of its `RNNRegularizer`, clipped by its `GradientClip`.
+    - Other arguments are those of `recipes.SearchRecipe`.
+
+    Weights, buffers, hidden states and random state are left as if only the weight step had run. `ValueError` with one line for a setting that is not
+    allowed; in the first step of a fit (except under autocast) where the weights' gradients are not those of `loss_func` of the model on the batch;
+    and in any step where a callback changes gradients or settings after they were unrolled.
     """
 
     order, run_valid, _stateattrs = ScaleLRByLength.order + 1, False, ("stream", "valid_batches")
@@ -51,20 +53,20 @@ class ArchParamUpdate(FitOnly):
                    alpha_dropout=alpha_dropout)
         self.valid_batches, self.hvp, self.epsilon, self.unrolled_lr = valid_batches, hvp, epsilon, unrolled_lr
         self.neumann_terms, self.warmup_epochs, self.alpha_dropout, self.reproduce_original = neumann_terms, warmup_epochs, alpha_dropout, reproduce_original
-        self.own_gradient = own_gradient or reproduce_original or is_first_order(hvp, unrolled_lr)  # in which there is no step to share
+        self.own_gradient = own_gradient or reproduce_original or is_first_order(hvp, unrolled_lr)  # then the two steps share no gradient
         self.adam: dict = dict(lr=arch_lr, betas=tuple(arch_betas), weight_decay=arch_weight_decay)
         self.arch_opt: torch.optim.Adam | None = None
-        self.held: list[nn.Parameter] = []  # α while a fit goes on, and of one that was interrupted
+        self.held: list[nn.Parameter] = []  # α during a fit, and after one that was interrupted
         self.epochs_done = 0
         self.last: AlphaGradient | None = None
-        self.before: Before | None = None  # this batch, while α is to move with it
+        self.before: Before | None = None  # the modules before this batch, if α moves with it
         self.waiting: list[Tensor] | None = None  # α's gradient, until the weights take their step
-        self.unrolled: UnrolledStep | None = None  # the step that they are to take
-        self.hook = None  # on their optimizer
+        self.unrolled: UnrolledStep | None = None  # the step that they must take then
+        self.hook = None  # of their optimizer
 
     @classmethod
     def of(cls, recipe, valid_batches) -> ArchParamUpdate:
-        """With a SearchRecipe's settings."""
+        """The callback with the settings of a SearchRecipe."""
         return cls(valid_batches, recipe.arch_lr, recipe.arch_weight_decay, (recipe.arch_beta1, recipe.arch_beta2), recipe.hvp, recipe.epsilon,
                    recipe.unrolled_lr, recipe.neumann_terms, recipe.warmup_epochs, recipe.alpha_dropout, recipe.own_gradient,
                    recipe.reproduce_original)
@@ -96,12 +98,12 @@ class ArchParamUpdate(FitOnly):
             known = {id(p) for p in self.arch_opt.param_groups[0]["params"]}
             if known.isdisjoint(id(p) for p in architecture_parameters(self.learn.model).values()):
                 self.arch_opt, self.epochs_done = None, 0  # those of another model
-            else:  # what was frozen until now joins the others
+            else:  # α that was frozen until now joins the others
                 self.arch_opt.param_groups[0]["params"] += [p for p in alphas if id(p) not in known]
-        self._optimizer().zero_grad()  # what a fit that was interrupted within a step has left
-        self.only_looking = hasattr(self.learn, "lr_finder")  # for a rate: that leaves α's optimizer and the warm-up as they are
+        self._optimizer().zero_grad()  # gradients that a fit has left which was interrupted within a step
+        self.only_looking = hasattr(self.learn, "lr_finder")  # `lr_find` leaves α's optimizer and the warm-up as they are
         self.stepped, self.first, self.waiting, self.unrolled = True, True, None, None
-        self._unhook()  # that of a fit that was interrupted
+        self._unhook()  # the hook of a fit that was interrupted
         self.hook = self._optimizer().register_step_pre_hook(self._before_the_weights_move)
         self.held = alphas
         for alpha in alphas:
@@ -116,13 +118,13 @@ class ArchParamUpdate(FitOnly):
         self._unhook()
         for alpha in self.held:
             alpha.requires_grad_(True)
-        self.held, self.stream, self.batch = [], None, None  # and with the stream the workers that read it
+        self.held, self.stream, self.batch = [], None, None  # and with the stream the workers that read for it
         self.before = self.waiting = self.unrolled = None
         if self.last is None and self.warmup_epochs and not self.only_looking:
             logger.warning("search: α has not moved yet; it waits for warmup_epochs=%d epochs; %d have been trained", self.warmup_epochs, self.epochs_done)
 
     def _alphas(self) -> list[nn.Parameter]:
-        """Those that move: all but what the user froze."""
+        """The α that move: all but those that the user froze."""
         held = {id(p) for p in self.held}
         return [p for p in architecture_parameters(self.learn.model).values() if p.requires_grad or id(p) in held]
 
@@ -133,7 +135,7 @@ class ArchParamUpdate(FitOnly):
         return optimizer
 
     def adam_optimizer(self) -> torch.optim.Adam:
-        """α's optimizer, made when first asked for."""
+        """α's optimizer, made at the first call."""
         if self.arch_opt is None:
             self.arch_opt = torch.optim.Adam(self._alphas(), **self.adam)
         return self.arch_opt
@@ -167,12 +169,12 @@ class ArchParamUpdate(FitOnly):
         scale = 1.0 if scaler is None else scaler.get_scale()
         gradients = [w.grad if w.grad is None or scale == 1 else w.grad / scale for w in weight_parameters(self.learn.model)]
         if scale != 1 and not all(bool(g.isfinite().all()) for g in gradients if g is not None):
-            return  # beyond float16: the scaler leaves this step out
+            return  # overflow of float16: the scaler skips this step
         ran = TrainingPass(gradients, self.learn.loss_grad.detach() / scale, self.before.generators)
         if not self.own_gradient:
             self.batch = tuple(self.learn.xb), tuple(self.learn.yb)
             check_finite(training_loss=ran.loss, gradient_of_the_weights=gradients)
-        # of a pass under autocast the digits differ: by 1 % on text, by 70 % in a deep model with BatchNorm and relu
+        # under autocast rounding makes a difference: 1 % on text, 70 % in a deep model with BatchNorm and relu
         if self.first and scaler is None and self._has_to_be_taken():
             self._check_pass(ran)
         if not self.own_gradient:
@@ -182,7 +184,7 @@ class ArchParamUpdate(FitOnly):
         self.first, self.before = False, None
 
     def _check_pass(self, ran: TrainingPass) -> None:
-        """`ValueError` where the training pass is not one that α's passes repeat."""
+        """`ValueError` where the training pass had other gradients than the pass that is unrolled."""
         passes = self._passes()
         state = RandomState(self._alphas())
         ran.start.restore()
@@ -196,7 +198,7 @@ class ArchParamUpdate(FitOnly):
                              "changes its input, in ways that are not unrolled; put it into the model or loss_func, or use hvp='first_order'")
 
     def _unroll(self, ran: TrainingPass | None) -> None:
-        """α's gradient for the step that the weights are about to take."""
+        """Computes α's gradient for the step that the weights are about to take."""
         valid = self.stream.next(len(self.learn.xb), next(self.learn.model.parameters()).device)
         self.last = self.gradient(self.batch, valid, ran)
         check_finite(gradient_of_α=self.last.grads)
@@ -205,11 +207,11 @@ class ArchParamUpdate(FitOnly):
             self.unrolled = UnrolledStep(self._optimizer(), self.unrolled_lr)
 
     def _has_to_be_taken(self) -> bool:
-        """Whether there is an unrolled step that the weights have to take; the published code's is not theirs."""
+        """Whether the weights must take the step that was unrolled; those of the published code and of first order differ."""
         return not (self.reproduce_original or is_first_order(self.hvp, self.unrolled_lr))
 
     def _before_the_weights_move(self, *_) -> None:
-        """After every callback's `before_step`; a step that one of them cancels does not come to it, and leaves α where it is."""
+        """Called after the `before_step` of all callbacks. If one of these cancels the step, this is not called, and α does not move."""
         unrolled, self.unrolled, self.stepped = self.unrolled, None, True
         if unrolled is not None:
             unrolled.check()
@@ -227,12 +229,12 @@ class ArchParamUpdate(FitOnly):
         check_finite(α=self._alphas())
 
     def _clip(self) -> float | None:
-        return min((cb.max_norm for cb in self.learn.cbs if isinstance(cb, GradientClip)), default=None)  # one after the other, the least is what counts
+        return min((cb.max_norm for cb in self.learn.cbs if isinstance(cb, GradientClip)), default=None)  # of several, the smallest counts
 
     def gradient(self, train_batch, valid_batch, ran: TrainingPass | None = None) -> AlphaGradient:
-        """∇α at the present weights and α, and the hidden states before this batch; only the validation stream's hidden state moves on.
+        """∇α at the present weights and α, with the hidden states before this batch. Only the hidden state of the validation stream advances.
 
-        `ran`: the training pass of this batch, where it has been run.
+        `ran`: the training pass of this batch, if it has been run already.
         """
         passes = self._passes()
         if self.reproduce_original and self.hvp != "first_order" and self._clip() is None:
@@ -246,7 +248,7 @@ class ArchParamUpdate(FitOnly):
         return Passes.of(self.learn, self.before or Before(self.learn.model), self.valid_state, self.alpha_dropout, regularised=not self.reproduce_original)
 
     def state_dict(self) -> dict:
-        """For resuming between epochs: Adam's moments and the number of epochs. α itself is the model's."""
+        """For resuming between epochs: Adam's moments and the number of epochs. α itself is in the model."""
         return {"epochs_done": self.epochs_done, "adam": self.adam_optimizer().state_dict()}
 
     def load_state_dict(self, state: dict) -> None:

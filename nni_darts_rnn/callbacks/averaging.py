@@ -1,4 +1,4 @@
-"""NT-ASGD: averaged SGD from when validation no longer improves."""
+"""NT-ASGD: averaged SGD from the moment that validation no longer improves."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .fit_only import ValidatedEpochs
 
 
 class AveragedSGD(OptimWrapper):
-    """torch's ASGD for fastai. It has no momentum, so what a schedule such as `fit_one_cycle`'s says of it from the switch on is without effect."""
+    """torch's ASGD for fastai. It has no momentum, so from the switch on a schedule of the momentum, such as that of `fit_one_cycle`, has no effect."""
 
     @property
     def hypers(self):
@@ -24,13 +24,12 @@ class AveragedSGD(OptimWrapper):
 
 
 class NTASGD(ValidatedEpochs):
-    """SGD until `monitor` (lower is better) is worse than its best of more than `nonmono` epochs ago, then averaged SGD; never with None.
+    """SGD until `monitor` (lower is better) is worse than the best value of more than `nonmono` epochs ago, then averaged SGD. With None SGD stays.
 
-    Merity et al. 2017, algorithm 1. The switch is to `torch.optim.ASGD(t0=0, lambd=0)` with the same learning rate and weight decay; from then on
-    validation sees the averaged weights, and so does whatever saves the model up to `SaveModelCallback`. torch's average leaves out the
-    very first step after the switch: after s ≥ 2 steps it is the mean of w_2 … w_s. Each averaged step has its own batch's learning rate, where torch's, and
-    so the published trainings, has that of the batch before. `ValueError` for a `nonmono` below 1, and when a fit begins for
-    a `monitor` that is not recorded.
+    Merity et al. 2017, algorithm 1. The switch is to `torch.optim.ASGD(t0=0, lambd=0)` with the same learning rate and weight decay. From then on the
+    averaged weights are validated, and saved by callbacks up to the order of `SaveModelCallback`. torch's average leaves out the first step after the
+    switch: after s ≥ 2 steps it is the mean of w_2 … w_s. Each averaged step has the learning rate of its own batch; in torch, and so in the published
+    trainings, it has that of the batch before. `ValueError` for a `nonmono` below 1 and, when a fit begins, for a `monitor` that is not recorded.
     """
 
     order = SaveModelCallback.order + 1
@@ -46,14 +45,14 @@ class NTASGD(ValidatedEpochs):
         return isinstance(getattr(self.learn.opt, "opt", None), torch.optim.ASGD)
 
     def start_fit(self):
-        self.put_back()  # a fit that was interrupted while it validated left the averages there
+        self.put_back()  # of a fit that was interrupted in its validation, which left the averages in the model
         self.before = len(self.logs)
         names = list(self.recorder.metric_names[1:])
         self.column = names.index(one_of("monitor", self.monitor, names))
 
     def before_step(self):
         if self.averaging:
-            # torch computes a step's rate at the end of the step before, from that batch's learning rate; this batch has its own
+            # torch computes the rate of a step at the end of the step before, from the learning rate of that batch; this batch has another
             for group in self.learn.opt.opt.param_groups:
                 for p in group["params"]:
                     if "eta" in self.learn.opt.opt.state[p]:
@@ -61,7 +60,7 @@ class NTASGD(ValidatedEpochs):
 
     @torch.no_grad()
     def before_validate(self):
-        if not self.averaging or self.kept is not None or self.learn.lock.locked():  # `get_preds(inner=True)`, after which no epoch may end
+        if not self.averaging or self.kept is not None or self.learn.lock.locked():  # the lock: `get_preds(inner=True)`, which may come in the middle of an epoch
             return
         self.kept = []
         for p, state in self.learn.opt.opt.state.items():
@@ -83,7 +82,7 @@ class NTASGD(ValidatedEpochs):
 
     @torch.no_grad()
     def put_back(self):
-        """The weights of the iteration in place of their averages."""
+        """Puts the weights of the iteration back in place of their averages."""
         for p, weight in self.kept or ():
             p.copy_(weight)
         self.kept = None
@@ -95,7 +94,7 @@ class NTASGD(ValidatedEpochs):
         self.learn.opt.frozen_idx = old.frozen_idx
 
     def since_best(self) -> int:
-        """Validated epochs of this fit after the best one so far."""
+        """Number of validated epochs of this fit since its best one."""
         return len(self.logs) - max(self.before, self.logs.index(min(self.logs)) + 1) if self.logs else 0
 
     def state_dict(self) -> dict:
@@ -104,7 +103,7 @@ class NTASGD(ValidatedEpochs):
 
     def load_state_dict(self, state: dict) -> None:
         """The inverse of `state_dict`, before `fit`."""
-        self.logs, self.before = list(state["logs"]), 0  # one fit, which goes on
+        self.logs, self.before = list(state["logs"]), 0  # the resumed fit is the same one
         if state["averages"] is not None:
             if self.learn.opt is None:
                 self.learn.create_opt()

@@ -1,4 +1,4 @@
-"""The bases of callbacks that a validation beside a fit does not concern, and of those that follow a fit's validated epochs."""
+"""Base classes of callbacks: those that take no part in a validation outside of a fit, and those that act on the validated epochs of a fit."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from fastai.callback.core import Callback
 
 
 class FitOnly(Callback):
-    """Sits out `Learner.validate` and `get_preds`, which run `before_fit` … `after_fit` too (and hold the Learner's lock meanwhile)."""
+    """Takes no part in `Learner.validate` and `get_preds`. These run `before_fit` … `after_fit` too, but hold the Learner's lock."""
 
     def __call__(self, event_name):
         if event_name == "before_fit":
-            self.run = True  # fastai (2.8) sets it back after `after_fit` only, which never comes where Ctrl-C ends a fit, `lr_find` or `validate`
+            self.run = True  # fastai (2.8) resets it only after `after_fit`, which does not run where Ctrl-C ends a fit, `lr_find` or `validate`
         return super().__call__(event_name)
 
     def before_fit(self):
@@ -20,11 +20,11 @@ class FitOnly(Callback):
             self.start_fit()
 
     def start_fit(self):
-        """`before_fit` of a real fit."""
+        """Called instead of `before_fit`, in a fit only."""
 
 
 class ValidatedEpochs(FitOnly):
-    """Knows in `after_epoch` whether the epoch was validated: one that `fit(start_epoch=…)` skips, or that somebody cancels, was not."""
+    """Knows in `after_epoch` whether the epoch was validated. One that `fit(start_epoch=…)` skips, or that is cancelled, was not."""
 
     def before_fit(self):
         if not self.learn.lock.locked():
@@ -34,10 +34,10 @@ class ValidatedEpochs(FitOnly):
     def after_validate(self):
         if self.learn.lock.locked():
             return  # `get_preds(inner=True)`, as in `FetchPredsCallback` and `Learner.summary`, is no validation
-        # a cancelled validation, such as `lr_find`'s, comes to this event too
+        # this event also follows a cancelled validation, as in `lr_find`
         self.validated = not self.learn.recorder.cancel_valid
 
     def newly_validated(self) -> bool:
-        """Asked once after an epoch: whether it has a validation loss."""
+        """Whether the epoch that ends has a validation loss. To be asked once an epoch."""
         validated, self.validated = self.validated, False
         return validated

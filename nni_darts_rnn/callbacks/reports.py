@@ -1,4 +1,4 @@
-"""What a fit says of itself: to a function, to NNI, into a table, beside the progress bar."""
+"""Reports of a fit: to a function, to NNI, into a table, beside the progress bar."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .fit_only import FitOnly, ValidatedEpochs
 
 
 class MetricsCSV(ValidatedEpochs, CSVLogger):
-    """`CSVLogger` that `Learner.validate` does not truncate, that makes its folder, that `Learner.export` can leave out, and that has a row of every epoch that was
-    trained and validated: those that `fit(start_epoch=…)` skips keep theirs."""
+    """`CSVLogger` with a row for every epoch that was trained and validated; rows of epochs that `fit(start_epoch=…)` skips stay. Unlike fastai's, it makes its
+    folder, keeps its file during `Learner.validate`, and can be left out by `Learner.export`."""
 
-    # after the bar, which calls no other logger and comes last of its own order once `no_bar` has put it back (fastai 2.8)
+    # after the progress bar, which calls no other logger; `no_bar` puts the bar back behind others of its order (fastai 2.8)
     order, _stateattrs = ProgressCallback.order + 1, ("file", "old_logger")
 
     def start_fit(self):
-        if self.learn.logger == self._write_line:  # by a fit that was interrupted
+        if self.learn.logger == self._write_line:  # left so by a fit that was interrupted
             CSVLogger.after_fit(self)
         self.path.mkdir(parents=True, exist_ok=True)
         first, kept = getattr(getattr(self.learn, "skip_to_epoch", None), "_skip_to", 0), []
@@ -53,7 +53,7 @@ class PerplexityInBar(Callback):
 
 
 class PrintGenotype(ValidatedEpochs):
-    """Prints the cell that α stands for after every `every`-th epoch; `genotypes` keeps them all. The model must have `genotype()`."""
+    """Prints the cell that α stands for after every `every` epochs; `genotypes` keeps the cell of every epoch. The model must have `genotype()`."""
 
     order = NTASGD.order + 1
 
@@ -66,15 +66,15 @@ class PrintGenotype(ValidatedEpochs):
         cell = self.learn.model.genotype()
         self.genotypes.append(cell)
         if len(self.genotypes) % self.every == 0:
-            bar = getattr(getattr(self.learn, "progress", None), "mbar", None)  # a plain print would break into the bar
+            bar = getattr(getattr(self.learn, "progress", None), "mbar", None)  # a plain print would break the bar
             (bar.write if bar else print)(f"epoch {self.epoch + 1}: {cell}")
 
 
 class EpochReport(FitOnly):
-    """After every epoch hands `report` a dictionary: `default` and `perplexity` (validation), `phase`, `epoch` (from 1), `train_loss`
-    (nats per token), `train_perplexity`, `lr`, `asgd` (whether averaged weights were validated), `tokens_per_second` (training alone),
-    `seconds` (the epoch), and for a supernet `alpha_entropy` (nats, mean over edges), `none_share` and `identity_share`. `rows` keeps them;
-    `table` is a CSV file that is written whole after every epoch. A search that collapses is named."""
+    """Gives `report` a dictionary after every epoch: `default` and `perplexity` (validation), `phase`, `epoch` (from 1), `train_loss`
+    (nats per token), `train_perplexity`, `lr`, `asgd` (whether averaged weights were validated), `tokens_per_second` (of the training alone),
+    `seconds` (of the epoch), and for a supernet `alpha_entropy` (nats, mean over edges), `none_share` and `identity_share`. `rows` keeps the
+    dictionaries; the CSV file `table` is written anew after every epoch. Warns of a search that collapses."""
 
     order = NTASGD.order + 1
 
@@ -120,14 +120,14 @@ class EpochReport(FitOnly):
 
 
 class NNIReporter(EpochReport):
-    """`EpochReport` to NNI's web UI; reports nothing outside a trial."""
+    """`EpochReport` that reports to NNI and its web page; outside of a trial it reports nothing."""
 
     def __init__(self, phase: str = "retrain"):
         super().__init__(report_to_nni, phase)
 
 
 def report_to_nni(row: dict) -> None:
-    """`row` as an intermediate result of the running NNI trial, if there is one."""
+    """Reports `row` as an intermediate result of the running NNI trial, if there is one."""
     import nni  # here: fastai users need not have it
 
     if nni.get_trial_id() != "STANDALONE":

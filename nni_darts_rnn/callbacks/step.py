@@ -1,4 +1,4 @@
-"""What a training step needs beside fastai's own callbacks: AR/TAR, the rate of its place in the fit and of its length, and that its numbers are finite."""
+"""What a training step needs beyond fastai's own callbacks: AR/TAR, a learning rate for its place in the fit and its length, and a check for finite numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .fit_only import FitOnly
 
 
 class ActivationRegularizer(RNNRegularizer):
-    """`RNNRegularizer` (`alpha`: AR, `beta`: TAR) that counts time steps where fastai's counts the batch, so a batch of one step gives no NaN."""
+    """`RNNRegularizer` (`alpha`: AR, `beta`: TAR) that checks the number of time steps where fastai's checks the batch size, so a batch of one step gives no NaN."""
 
     def after_loss(self):
         if self.training:
@@ -27,8 +27,8 @@ class ActivationRegularizer(RNNRegularizer):
 class AnnealLR(FitOnly):
     """Over the last `share` of the fit the learning rate falls to 0 along a cosine, as in `Learner.fit_flat_cos(pct_start=1 - share)`.
 
-    Unlike that, the rate depends on nothing but the epoch and the batch's number in it, so a fit that goes on after any batch goes on with it, and a
-    longer fit that goes on from the end of a shorter one begins at the full rate again.
+    Unlike there, the rate depends only on the epoch and on the number of the batch in it. So a fit that is resumed after any batch has the right rate,
+    and a longer fit that resumes at the end of a shorter one begins at the full rate again.
     """
 
     order, run_valid = ParamScheduler.order, False
@@ -39,7 +39,7 @@ class AnnealLR(FitOnly):
         self.share, self.full = share, []
 
     def start_fit(self):
-        self.full, self.run = [], not hasattr(self.learn, "lr_finder")  # which sets rates of its own
+        self.full, self.run = [], not hasattr(self.learn, "lr_finder")  # `lr_find` sets rates of its own
 
     def before_batch(self):
         self.full = self.full or [hyper["lr"] for hyper in self.opt.hypers]
@@ -50,7 +50,7 @@ class AnnealLR(FitOnly):
 
 
 class ScaleLRByLength(Callback):
-    """A batch of T steps is trained with the learning rate × T/bptt. Schedulers and loggers see the plain rate."""
+    """Trains a batch of T time steps with the learning rate × T/bptt. Schedulers and loggers see the rate without that factor."""
 
     order, run_valid = ParamScheduler.order + 1, False
 
@@ -69,17 +69,17 @@ class ScaleLRByLength(Callback):
     def after_cancel_batch(self):
         self.after_step()
 
-    after_cancel_train = after_cancel_epoch = after_cancel_batch  # a batch that is left in its middle has no other end
+    after_cancel_train = after_cancel_epoch = after_cancel_batch  # a batch that is cancelled ends here
 
 
 class FiniteNumbers(FitOnly):
-    """`NotFinite` in the step whose loss or gradient is NaN or infinite, before the weights take it."""
+    """Raises `NotFinite` in a step whose loss or gradient is NaN or infinite, before the weights move."""
 
     order, run_valid = GradientClip.order + 1, False
 
     def start_fit(self):
         if self.learn.opt is not None:
-            self.learn.opt.zero_grad()  # what a fit that was ended within a step, by this callback or by Ctrl-C, has left
+            self.learn.opt.zero_grad()  # gradients that a fit has left which ended within a step, by this callback or by Ctrl-C
 
     def before_step(self):
         check_finite(training_loss=self.learn.loss_grad, gradient_of_the_weights=[p.grad for p in self.model.parameters()])

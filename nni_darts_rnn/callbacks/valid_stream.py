@@ -1,4 +1,4 @@
-"""The batches that α learns from, read again and again beside a training that is not to notice."""
+"""The batches that α learns from, read again and again, without an effect on the random numbers of the training."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ..weight_step import Tensors
 
 
 class ValidStream:
-    """`batches` without end, of that epoch where they have any. What their loader draws comes from random numbers of its own, which begin where the training's
-    stand and go on by themselves. `tensors` name the devices."""
+    """`batches`, read again from their beginning whenever they end; of epoch `epoch`, if they have epochs. Their loader draws from a random state of its own, which
+    begins as the training's and then goes on separately. `tensors` name the devices that have a random state."""
 
     def __init__(self, batches, epoch: int, tensors: Tensors):
         self.reader, self.tensors = _read(batches, epoch), tensors
         self.random: RandomState | None = None
 
     def next(self, n_inputs: int, device) -> tuple[tuple, tuple]:
-        """(inputs, targets), so many inputs, on that device, as plain tensors rather than fastai's subclasses."""
+        """The next batch as (inputs, targets), of which the first `n_inputs` are inputs; on `device`, as plain tensors and not fastai's subclasses."""
         training = RandomState(self.tensors)
         if self.random is not None:
             self.random.restore()
@@ -31,7 +31,7 @@ class ValidStream:
         return tuple(placed[:n_inputs]), tuple(placed[n_inputs:])
 
 
-def _read(batches, epoch: int) -> Iterator:  # no method: a reader that knew its stream would outlive it, with the loader's workers
+def _read(batches, epoch: int) -> Iterator:  # not a method: a generator that refers to its stream would keep it, and the loader's workers, alive
     while True:
         if hasattr(batches, "set_epoch"):
             batches.set_epoch(epoch)

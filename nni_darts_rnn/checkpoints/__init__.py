@@ -1,1 +1,1 @@
-"""A run that can be stopped at any moment and goes on from where it was."""
+"""Checkpoints: a run can be stopped at any moment and resumes from where it was."""

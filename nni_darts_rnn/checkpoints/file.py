@@ -1,7 +1,7 @@
-"""One checkpoint on disk: safetensors for tensors, JSON for the rest, a checksum for each.
+"""One checkpoint on disk: a safetensors file for tensors, a JSON file for the rest, each with a checksum.
 
-The tensors are written first; the JSON file, which names their SHA-256, is written last. So a checkpoint exists whole or not at all.
-Nothing in the files is executed when they are read.
+The tensors are written first. The JSON file, which holds their SHA-256, is written last, so a checkpoint exists whole or not at all.
+Reading the files executes nothing in them.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ TENSORS, DESCRIPTION = ".safetensors", ".json"
 
 
 def write_checkpoint(path: Path, state: dict, about: dict) -> None:
-    """Writes `path` + ".safetensors" and ".json". `state` may nest dictionaries, lists and tuples of tensors, numbers, texts and None;
-    `about` is JSON. `OSError` where the disk does not take it; what was there under the same name then stays."""
+    """Writes `path` + ".safetensors" and ".json". `state` may nest dictionaries, lists and tuples of tensors, numbers, texts and None; `about` is
+    anything that JSON can hold. `OSError` where the disk refuses it; a file of the same name then stays as it was."""
     skeleton, tensors = flatten(state)
     with whole(path.with_suffix(TENSORS)) as temporary:
         try:
             safetensors.torch.save_file(tensors, temporary, metadata={"format": FORMAT})
-        except safetensors.SafetensorError as error:  # what the system said is in its text
+        except safetensors.SafetensorError as error:  # its text says what the system said
             raise OSError(one_line(error)) from None
         sha256 = digest(temporary)
     write_text(path.with_suffix(DESCRIPTION),
@@ -40,7 +40,7 @@ def write_checkpoint(path: Path, state: dict, about: dict) -> None:
 
 
 def read_about(path: Path) -> dict:
-    """What the JSON file of a checkpoint says, its own checksum, format and version checked. `ValueError` with one line otherwise."""
+    """The content of a checkpoint's JSON file. `ValueError` with one line where its checksum, format or version is not right."""
     file = path.with_suffix(DESCRIPTION)
     try:
         text = file.read_bytes().decode("utf-8")
@@ -58,7 +58,7 @@ def read_about(path: Path) -> dict:
 
 
 def read_state(path: Path, about: dict) -> dict:
-    """The state that belongs to what `read_about` said. `ValueError` with one line where the tensors are damaged or of another checkpoint."""
+    """The state of a checkpoint; `about` is from `read_about`. `ValueError` with one line where the tensors are damaged or belong to another checkpoint."""
     file = path.with_suffix(TENSORS)
     try:
         if digest(file) != about["sha256"]:
@@ -74,7 +74,7 @@ def read_state(path: Path, about: dict) -> dict:
 
 
 def flatten(state: Any) -> tuple[Any, dict[str, Tensor]]:
-    """(what JSON can hold, tensors by name). A tensor that stands in several places (tied weights) is kept once.
+    """(what JSON can hold, tensors by name). A tensor that occurs several times (tied weights) is stored once.
 
     `TypeError` for what is neither a container, a tensor, a number, a text nor None.
     """
@@ -129,14 +129,14 @@ def rebuild(skeleton: Any, tensors: dict[str, Tensor]) -> Any:
 
 def random_state() -> dict:
     """The state of every global random generator: Python's, numpy's, torch's on the CPU and on every CUDA device in use."""
-    numpy: Any = np.random.get_state()  # a tuple; numpy's types before 2.5 do not tell it from the dictionary of another form
+    numpy: Any = np.random.get_state()  # a tuple; numpy's type hints before 2.5 allow a dictionary too
     kind, keys, *rest = numpy
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     return {"python": random.getstate(), "numpy": (kind, keys.tolist(), *rest), "torch": torch.get_rng_state(), "cuda": cuda}
 
 
 def restore_random_state(state: dict) -> None:
-    """Puts the generators back to where `random_state` found them; CUDA's only where there are as many devices."""
+    """Restores what `random_state` returned; CUDA's generators only where there are as many devices as then."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])

@@ -1,4 +1,4 @@
-"""Checkpoints of a retraining as a fastai callback, and the Learner that can begin in the middle."""
+"""Checkpoints of a retraining as a fastai callback, and a Learner whose fit can begin in the middle."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from .store import Checkpoints
 
 
 class ResumableLearner(Learner):
-    """A Learner whose `fit` can begin with another epoch than the first. fastai's `fit(start_epoch=…)` runs the callbacks of those before too.
+    """A Learner whose `fit` can begin with any epoch. fastai's `fit(start_epoch=…)` runs the callbacks of the epochs before that, too.
 
-    `converged` is asked before every epoch; once it says so, the fit ends well.
+    The fit ends, successfully, at the first epoch before which `converged()` is true.
     """
 
     first_epoch = 0
@@ -36,11 +36,11 @@ class ResumableLearner(Learner):
         return self.patience is not None and averaging is not None and averaging.since_best() >= self.patience
 
     def load(self, *args, **kwargs):
-        """Also of a file that was saved before or after NT-ASGD's switch, where this Learner is on the other side of it."""
+        """fastai's, and also for a file saved before NT-ASGD's switch where this Learner is after it, or the other way round."""
         super().load(*args, **kwargs)
         averaging = self._averaging
         if averaging is not None:
-            averaging.kept = None  # of a validation that was interrupted: what was loaded takes their place
+            averaging.kept = None  # weights that an interrupted validation set aside; the loaded ones replace them
         torch_optimizer = getattr(self.opt, "opt", None)
         if isinstance(torch_optimizer, (torch.optim.SGD, torch.optim.ASGD)):
             averages = "lambd" in torch_optimizer.param_groups[0]
@@ -54,7 +54,7 @@ class ResumableLearner(Learner):
         return self
 
     def export(self, *args, **kwargs):
-        """fastai's; whether that succeeds or not, this Learner keeps its optimizer and its text."""
+        """fastai's, after which this Learner has its optimizer and its loaders again, even if that fails."""
         optimizer, dls = self.opt, self.dls
         try:
             super().export(*args, **kwargs)
@@ -63,7 +63,7 @@ class ResumableLearner(Learner):
 
     @contextlib.contextmanager
     def _text_as_it_was(self):
-        """A whole pass over the training text that trains nothing does not make the next one another epoch's."""
+        """A context in which a pass over the training text, as in a validation, does not count as an epoch of training."""
         train = self.dls.train
         epoch = train.dataset.epoch if isinstance(train, StreamLoader) else None
         try:
@@ -81,20 +81,20 @@ class ResumableLearner(Learner):
             self._epochs()
 
     def _epochs(self):
-        first, self.first_epoch = self.first_epoch, 0  # of the next `fit`
+        first, self.first_epoch = self.first_epoch, 0  # the next `fit` begins with the first epoch
         for epoch in range(first, self.n_epoch):
-            if self.converged():  # asked here, so that a fit that was cut off after its last epoch ends there too when it goes on
+            if self.converged():  # before the epoch, so that a fit that was stopped after its last epoch also ends when it is resumed
                 break
             self.epoch = epoch
             self._with_events(self._do_epoch, "epoch", CancelEpochException)
 
 
 class RetrainCheckpoints(Callback):
-    """Keeps a retraining so that it can go on after any step, and lets it go on from `state`.
+    """Saves a retraining so that it can resume after any step, and resumes it from `state`.
 
-    A checkpoint holds the weights, the hidden state, the averages of NT-ASGD once it runs or Adam's, the best model so far, every random generator,
-    the position in the text, and what `EpochReport` and fastai's Recorder have counted. The Learner is a `ResumableLearner` whose training
-    loader is a `StreamLoader`. fastai's lists of the rate and loss of every step are emptied after each epoch: a run of days needs no memory for them.
+    A checkpoint holds the weights, the hidden state, the state of Adam or the averages of NT-ASGD, the best model so far, the state of every random
+    generator, the position in the text, and what `EpochReport` and fastai's Recorder have counted. The Learner must be a `ResumableLearner` whose
+    training loader is a `StreamLoader`. fastai's lists of every step's rate and loss are emptied after each epoch, as they would grow for days.
     """
 
     order, run_valid = 100, False  # after everything that changes the state
@@ -107,7 +107,7 @@ class RetrainCheckpoints(Callback):
 
     @property
     def seconds(self) -> float:
-        """What the training has taken, all its parts together."""
+        """Seconds of training in all processes that took part in it."""
         return self.past + time.perf_counter() - self.began
 
     def _cb(self, kind):
@@ -124,7 +124,7 @@ class RetrainCheckpoints(Callback):
         self._cb(NTASGD).load_state_dict(state["averaging"])
         if state["optimizer"] is not None:
             self.opt.opt.load_state_dict(state["optimizer"])
-        self.opt.set_hyper("lr", rate)  # smaller than the kept one after a return to this checkpoint
+        self.opt.set_hyper("lr", rate)  # after a rollback to this checkpoint the rate is smaller than the stored one
         self._cb(BestModel).load_state_dict(state["best"])
         self._cb(EpochReport).rows = list(state["rows"])
         self.recorder.values = [list(values) for values in state["values"]]
@@ -132,7 +132,7 @@ class RetrainCheckpoints(Callback):
         self.dls.train.go_on(*self.first)
 
     def before_train(self):
-        if self.state is not None and self.first[1]:  # in the middle of an epoch, whose beginning has put these back to zero
+        if self.state is not None and self.first[1]:  # in the middle of an epoch; the beginning of one sets these to zero
             self.model.hidden = self.state["hidden"].to(self.model.hidden.device)
             self._cb(EpochReport).counts.go_on(**self.state["in_epoch"])
 
@@ -143,7 +143,7 @@ class RetrainCheckpoints(Callback):
 
     def after_batch(self):
         if self.iter + 1 == self.n_iter:
-            return  # the end of the epoch comes soon
+            return  # the checkpoint at the end of the epoch follows
         if self.store.due() or self.stop.signum is not None:
             done = self.iter + 1 + (self.first[1] if self.epoch == self.first[0] else 0)
             self._save(self.epoch, done, self._cb(EpochReport).counts.state())
@@ -164,11 +164,11 @@ class RetrainCheckpoints(Callback):
         self.stop.obey()
 
     def _save(self, epoch: int, batch: int, in_epoch: dict | None = None) -> None:
-        check_finite(weights=list(self.model.parameters()))  # what a run returns to has to be good
+        check_finite(weights=list(self.model.parameters()))  # a run must not return to bad numbers
         smooth, averaging = self.recorder.smooth_loss, self._cb(NTASGD)
         self.store.save(epoch, batch, {
             "model": self.model.state_dict(), "hidden": self.model.hidden, "averaging": averaging.state_dict(),
-            "optimizer": None if averaging.averaging else self.opt.opt.state_dict(),  # the averages are in that of `averaging`
+            "optimizer": None if averaging.averaging else self.opt.opt.state_dict(),  # the state of `averaging` includes it
             "best": self._cb(BestModel).state_dict(), "random": random_state(), "rows": self._cb(EpochReport).rows,
             "values": [list(values) for values in self.recorder.values], "smooth_loss": (smooth.count, smooth.val),
             "train_iter": self.learn.train_iter, "in_epoch": in_epoch, "rollbacks": self.rollbacks, "seconds": self.seconds})

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C let the step that runs finish; then the run keeps itself and ends."""
+"""SIGTERM and Ctrl-C: the current step finishes, then the run saves its state and ends."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from collections.abc import Iterator
 
 
 class Stopped(BaseException):
-    """Raised between two steps, once everything is kept. `BaseException`, so that no host takes it for an error or for a Ctrl-C of its own."""
+    """Raised between two steps, once everything is saved. A `BaseException`, so that no host takes it for an error, nor for a Ctrl-C."""
 
     def __init__(self, signum: int):
         super().__init__(signal.Signals(signum).name)
         self.signum = signum
 
     def leave(self) -> BaseException:
-        """What ends the program: `KeyboardInterrupt` after Ctrl-C, `Terminated` after SIGTERM."""
+        """The exception with which the program ends: `KeyboardInterrupt` after Ctrl-C, `Terminated` after SIGTERM."""
         return KeyboardInterrupt() if self.signum == signal.SIGINT else Terminated()
 
 
 class Terminated(SystemExit):
-    """SIGTERM; a program that does not catch it ends with the status that a shell expects, 143."""
+    """Raised for SIGTERM. A program that does not catch it ends with status 143, as a shell expects."""
 
     def __init__(self):
         super().__init__(128 + signal.SIGTERM)
 
 
 def end_by(stop: BaseException) -> None:
-    """Ends this process by the signal that asked for it, `KeyboardInterrupt` or `Terminated`, so that NNI (3.0) says that the trial was stopped; an exit
-    status of its own would be a failure."""
+    """Ends this process by the signal behind `KeyboardInterrupt` or `Terminated`. NNI (3.0) then shows the trial as stopped; after an exit status it would
+    show it as failed."""
     signum = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
     signal.signal(signum, signal.SIG_DFL)
     os.kill(os.getpid(), signum)
 
 
 class StopRequest:
-    """`signum` of the signal that asks the run to stop, or None."""
+    """A signal handler that notes the signal that asks the run to stop: `signum`, or None."""
 
     def __init__(self):
         self.signum: int | None = None
@@ -48,13 +48,13 @@ class StopRequest:
         self.signum = signum
 
     def obey(self) -> None:
-        """Raises `Stopped` if there was a signal."""
+        """Raises `Stopped` if a signal has come."""
         if self.signum is not None:
             raise Stopped(self.signum)
 
 
 class _Interrupt:
-    """Ctrl-C as Python answers it, and whether there was one."""
+    """Python's own handler of Ctrl-C, which also notes that one came."""
 
     def __init__(self):
         self.came = False
@@ -66,7 +66,7 @@ class _Interrupt:
 
 @contextlib.contextmanager
 def interrupts_remembered() -> Iterator[None]:
-    """A Ctrl-C in the meantime that is lost, in a bare `except:` of a package that is being imported, stops the run that follows."""
+    """A context in which no Ctrl-C gets lost: if a package that is being imported swallows it in a bare `except:`, the run that follows stops."""
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
@@ -79,7 +79,7 @@ def interrupts_remembered() -> Iterator[None]:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Notes SIGINT and SIGTERM in the meantime rather than ending the program. In threads other than the main one signals are not ours."""
+    """A context in which SIGINT and SIGTERM are noted and do not end the program. In threads other than the main one it changes nothing."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
@@ -88,7 +88,7 @@ def stop_requests() -> Iterator[StopRequest]:
     if getattr(before[signal.SIGINT], "came", False):
         request.signum = signal.SIGINT
     for signum, handler in before.items():
-        if handler is not signal.SIG_IGN:  # as in a shell's background job
+        if handler is not signal.SIG_IGN:  # ignored, as in a background job of a shell
             signal.signal(signum, request)
     try:
         yield request

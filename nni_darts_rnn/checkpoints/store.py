@@ -1,4 +1,4 @@
-"""The checkpoints of a run that can be stopped at any moment: which are kept, which one a run goes on from, and whose they are."""
+"""The checkpoints of a run: when one is written, which are kept, which one a run resumes from, and to which run they belong."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from .file import DESCRIPTION, TENSORS, read_about, read_state, write_checkpoint
 logger = logging.getLogger(__name__)
 
 FOLDER = "checkpoint"
-"""Where a run's checkpoints are, in the folder of its results."""
+"""Name of the folder of checkpoints in the folder of a run's results."""
 NAME = re.compile(r"(search|retrain)-\d{6,}-\d{8,}")
-"""How checkpoints are called: what else lies in that folder is somebody's own."""
+"""Names of checkpoints; other files in that folder are not ours."""
 RESUME = ("auto", "must", "never")
 
 
 @dataclass(frozen=True)
 class Every:
-    """How often a checkpoint is written between the ends of epochs (which always write one): every `seconds`, or every `steps`, or never."""
+    """How often a checkpoint is written, besides the one at the end of every epoch: every `seconds`, every `steps`, or never."""
 
     seconds: float | None = None
     steps: int | None = None
@@ -48,7 +48,7 @@ class Every:
 
 @dataclass(frozen=True)
 class Keeping:
-    """How a run keeps itself. `resume`: "auto" goes on where there is a checkpoint, "must" refuses to begin anew, "never" begins anew."""
+    """How a run saves its state and resumes. `resume`: "auto" resumes if there is a checkpoint, "must" refuses to begin anew, "never" begins anew."""
 
     every: Every = Every(seconds=300)
     resume: str = "auto"
@@ -61,14 +61,14 @@ USUAL = Keeping()
 
 
 class AnotherRun(ValueError):
-    """A good checkpoint, but of a run with other settings."""
+    """Raised for a good checkpoint of a run with other settings."""
 
 
 class Checkpoints:
     """The checkpoints of one phase ("search", "retrain") of a run, in `folder`.
 
-    `identity` is what the run that goes on must have in common with the one that wrote them (recipe, seed, corpus, …; JSON). Kept are the
-    two newest and the newest from the end of an epoch, which is where `roll_back` returns to.
+    `identity` (JSON) is what a run must have in common with the one that wrote them: recipe, seed, corpus, …. The two newest are kept, and the newest
+    from the end of an epoch, to which `roll_back` returns.
     """
 
     def __init__(self, folder: str | Path, phase: str, identity: dict, every: Every = Keeping.every):
@@ -77,22 +77,22 @@ class Checkpoints:
         self.last, self.steps = time.monotonic(), 0
 
     def due(self) -> bool:
-        """Counts a step; whether a checkpoint is to be written after it."""
+        """Counts a step. Whether a checkpoint is due after it."""
         self.steps += 1
         if self.every.steps is not None:
             return self.steps >= self.every.steps
         return self.every.seconds is not None and time.monotonic() - self.last >= self.every.seconds
 
     def save(self, epoch: int, batch: int, state: dict) -> bool:
-        """Keeps what a run needs to go on with batch `batch` of epoch `epoch`, both from 0. False where the disk does not take it: a full disk
-        costs this checkpoint and not the run, which says so and keeps the one before."""
+        """Writes what a run needs to resume with batch `batch` of epoch `epoch`, both counted from 0. Returns False where the disk refuses it: then it
+        warns, the checkpoint before stays, and the run goes on."""
         self.last, self.steps = time.monotonic(), 0
         path = self._path((epoch, batch))
         try:
             write_checkpoint(path, state, {"phase": self.phase, "epoch": epoch, "batch": batch, "identity": self.identity})
         except OSError as error:
             if not path.with_suffix(DESCRIPTION).exists():
-                path.with_suffix(TENSORS).unlink(missing_ok=True)  # without it they are no checkpoint, and the disk is full
+                path.with_suffix(TENSORS).unlink(missing_ok=True)  # tensors without a description are no checkpoint, and the disk may be full
             kept = self._positions()
             logger.warning("%s: no checkpoint was written (%s); %s", self.folder, error.strerror or one_line(error),
                            f"the one before stays ({where(*kept[-1])})" if kept else "there is none yet")
@@ -105,14 +105,14 @@ class Checkpoints:
         return True
 
     def load(self) -> dict | None:
-        """The state of the newest checkpoint that is whole, with its "epoch" and "batch", or None where there is none.
+        """The state of the newest intact checkpoint, with its "epoch" and "batch", or None where there is no checkpoint.
 
-        One that is damaged is named, and the one before it used. `ValueError` with one line where none is whole; `AnotherRun`.
+        Warns of a damaged one and takes the one before it. `ValueError` with one line where all are damaged, `AnotherRun` where they are of another run.
         """
         return self._newest(self._positions())
 
     def roll_back(self) -> dict:
-        """The state at the newest end of an epoch (or beginning of the run). What was written after it goes."""
+        """The state at the newest end of an epoch, or at the beginning of the run. Removes the checkpoints after it."""
         state = self._newest([position for position in self._positions() if position[1] == 0])
         if state is None:
             raise ValueError(f"{self.folder}: no checkpoint of the {self.phase} to return to")
@@ -156,22 +156,22 @@ class Checkpoints:
         return self.folder / f"{self.phase}-{position[0]:06d}-{position[1]:08d}"
 
     def _positions(self) -> list[tuple[int, int]]:
-        """(epoch, batch) of each, the newest last."""
+        """(epoch, batch) of each checkpoint, the newest last."""
         names = (re.fullmatch(rf"{self.phase}-(\d+)-(\d+)\{DESCRIPTION}", path.name) for path in self.folder.glob(f"{self.phase}-*"))
         return sorted((int(name[1]), int(name[2])) for name in names if name)
 
     def _remove(self, position: tuple[int, int]) -> None:
-        self._path(position).with_suffix(DESCRIPTION).unlink(missing_ok=True)  # first: without it the tensors are no checkpoint
+        self._path(position).with_suffix(DESCRIPTION).unlink(missing_ok=True)  # first, as tensors without it are no checkpoint
         self._path(position).with_suffix(TENSORS).unlink(missing_ok=True)
 
 
 def where(epoch: int, batch: int) -> str:
-    """Such as `epoch 3, batch 12`, counted from 1 as people do."""
+    """Such as `epoch 3, batch 12`; words count from 1, arguments from 0."""
     return f"epoch {epoch + 1}, batch {batch + 1}"
 
 
 def difference(there, here, name: str = "") -> str:
-    """The first settings in which two identities differ."""
+    """In words, the first setting in which two identities differ."""
     if isinstance(there, dict) and isinstance(here, dict):
         for key in [*here, *there]:
             if there.get(key) != here.get(key):
@@ -180,8 +180,8 @@ def difference(there, here, name: str = "") -> str:
 
 
 def run_identity(corpus, recipe, seed: int, **more) -> dict:
-    """`identity` of a phase with this part of a recipe. A text is told from another by its numbers of tokens and words, and by a hash of the
-    words and of each split: all of it up to 65,536 tokens, else 64 parts of it, evenly spread, so that a large one is not read for this."""
+    """`identity` of a phase with this part of a recipe. A corpus is identified by its numbers of tokens and words, and by a hash of its words and of each
+    split: all of a split up to 65,536 tokens, else 64 evenly spread parts, so that a large one is not read for this."""
     sha = hashlib.sha256("\n".join(corpus.vocab.words).encode())
     splits = {name: tokens for name in ("train", "valid", "test", "alpha") if (tokens := getattr(corpus, name)) is not None}
     for tokens in splits.values():
@@ -193,22 +193,22 @@ def run_identity(corpus, recipe, seed: int, **more) -> dict:
 
 
 def unfinished_search(kept: Path) -> bool:
-    """Whether in the folder of checkpoints a search waits to go on that has not trained all of its epochs."""
+    """Whether the folder of checkpoints holds a search that has not trained all of its epochs."""
     search = Checkpoints(kept, "search", {})
     if not search:
         return False
     newest = search._positions()[-1]
     try:
         return newest[0] < read_about(search._path(newest))["identity"]["recipe"]["epochs"]
-    except (KeyError, TypeError, ValueError):  # damaged: nothing to wait for
+    except (KeyError, TypeError, ValueError):  # damaged, so it cannot be resumed
         return False
 
 
 @contextlib.contextmanager
 def alone_in(folder: str | Path, wait: bool = False) -> Iterator[Path]:
-    """Yields the folder of the checkpoints of results in `folder`, made and locked. Where another process works there: waits for it, or `ValueError`.
+    """Makes and locks the folder of checkpoints in the folder of results, and yields it. Where another process holds it: waits, or `ValueError`.
 
-    What a process that was killed left half written goes. An empty folder of checkpoints goes at the end.
+    Removes files that a killed process left half written and, at the end, the folder of checkpoints if it is empty.
     """
     folder = Path(folder)
     kept = folder / FOLDER
@@ -217,19 +217,19 @@ def alone_in(folder: str | Path, wait: bool = False) -> Iterator[Path]:
         remove_partial(kept)
         for path in kept.glob(f"*{TENSORS}"):
             if NAME.fullmatch(path.stem) and not path.with_suffix(DESCRIPTION).exists():
-                path.unlink(missing_ok=True)  # its description was never written, or is gone already
+                path.unlink(missing_ok=True)  # tensors without a description, which was never written or is already removed
         try:
             yield kept
         finally:
             if {path.name for path in kept.iterdir()} == {"lock"}:
                 (kept / "lock").unlink()
-                with contextlib.suppress(OSError):  # another process has come
+                with contextlib.suppress(OSError):  # another process has begun to use it
                     kept.rmdir()
 
 
 @contextlib.contextmanager
 def _locked(path: Path, refusal: str, wait: bool) -> Iterator[None]:
-    """Holds the lock file; where another process does, waits, or `ValueError(refusal)`. The system frees the lock of a process that dies."""
+    """Holds the lock file. Where another process holds it: waits, or `ValueError(refusal)`. The system releases the lock of a process that dies."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -239,6 +239,6 @@ def _locked(path: Path, refusal: str, wait: bool) -> Iterator[None]:
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
                 break
-        lock.close()  # its last holder has removed it in the meantime
+        lock.close()  # the last holder has removed this file in the meantime
     with lock:
         yield
