@@ -27,7 +27,7 @@ from .pipeline import check_fits, take_fast_path
 from .recipes import Recipe, get_recipe
 from .space import RecurrentSpace
 
-OF_THE_SPACE = ("hidden_size", "dropout", "dropout_h", "dropout_x", "dropout_i", "dropout_e", "init_range")  # recipe fields that a model which NNI has made brings along
+OF_THE_SPACE = ("hidden_size", "dropout", "dropout_h", "dropout_x", "dropout_i", "dropout_e", "init_range")  # a model of NNI's has its own
 
 
 class _Report(Callback):

@@ -123,7 +123,7 @@ class SequenceLoss(CrossEntropyLossFlat):
                     return linear_cross_entropy(decoded.dropped.flatten(0, 1), decoded.weight, decoded.bias, targets.t().flatten())  # (T·B, H), (T·B)
             decoded = decoded.logits
         if self.reduction != "mean" or not plain:
-            return super().__call__(decoded, targets, **kwargs)  # the losses are wanted one by one, batch first, or weighted, or smoothed
+            return super().__call__(decoded, targets, **kwargs)  # another reduction (batch first), class weights, another ignore_index, label smoothing
         return F.cross_entropy(decoded.transpose(0, 1).flatten(0, 1), targets.t().flatten())
 
 

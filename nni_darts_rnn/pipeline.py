@@ -35,7 +35,7 @@ def check_fits(corpus: Corpus, *parts: SearchRecipe | RetrainRecipe) -> None:
                                         "test_batch_size": [("test", corpus.test)]}
         _check_streams(part, prefix, texts)
         V, H, N = len(corpus.vocab), part.hidden_size, getattr(part, "n_nodes", 0)
-        needed, there = 8 * expected_parameters(V, H, N), _memory()  # float32 twice; a retraining counts W0 alone (N = 0)
+        needed, there = 8 * expected_parameters(V, H, N), _memory()  # float32 twice; a retraining's cell counts as W0 alone, which every cell has
         if needed > there:
             raise ValueError(f"{prefix}.hidden_size: {H} units{f' and {N} nodes' if N else ''} for {V:,} words need {needed / 1e9:,.0f} GB for the weights and their gradient alone, "
                              f"but this machine has {there / 1e9:,.0f} GB of memory; take fewer units, or put <unk> for rare words")
@@ -63,8 +63,8 @@ def _memory() -> float:
 
 
 def take_fast_path(corpus: Corpus, recipe: SearchRecipe | RetrainRecipe, device: str, n_nodes: int | None = None, more: bool = False) -> None:
-    """Turn the compiled cells on for a phase in which they save more time than their compilation takes, and off for any other phase. Also log one line, once in
-    a process, about what would make such a run faster.
+    """Turn the compiled cells on for a phase in which they save more time than their compilation takes, and off for any other phase. Also log a line
+    about what would make such a run faster, each such line once in a process.
 
     The decision depends on the sizes of the phase alone. So a trial's retraining and the command that repeats it take the same path. With `more` the phase
     may later be continued for more epochs, and counts as a long one.
@@ -167,7 +167,7 @@ def _retrain_phase(corpus, genotype, recipe, seed, folder, report, progress, dev
 
 
 def _check_cell(folder: Path, genotype: Genotype) -> None:
-    """`ValueError` if the folder's genotype.json is another cell. That file would stay, and the pictures, which are drawn from it, would show the wrong cell."""
+    """`ValueError` if the folder's genotype.json is another cell. It would stay there, and the pictures, which are drawn from it, would show the wrong cell."""
     path = folder / "genotype.json"
     if path.exists() and load_genotype(path) != genotype:
         raise ValueError(f"{path} is another cell than the one to train, {genotype.to_json()}; give another folder for the results")
@@ -198,7 +198,7 @@ def whole_run(corpus: Corpus, recipe: Recipe, seed: int, folder: Path, report=No
               keeping: Keeping = USUAL, final: Callable[[dict], None] | None = None, more: bool = False) -> dict:
     """A trial: search, retraining, test. Leaves all that the two phases leave, and result.json, whose content it returns as a dictionary.
 
-    It writes checkpoints as the phases do. A call that resumes repeats no epoch of either. `final` gets the result before the checkpoints are removed.
+    It writes checkpoints as the phases do. A call that resumes does not repeat a finished phase. `final` gets the result before the checkpoints are removed.
     With `more` they stay, and the same call with a larger `retrain.epochs` continues from the last epoch. Two such calls for one folder wait for each other.
     A call with fewer epochs than have been trained already gives `final` the best validation perplexity of its own epochs; all else in the result describes
     the model that is there.

@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def in_trial(work: Callable[[], object]) -> int:
-    """Run a trial's `work` and return its exit status: 0, or 2 after one line of error where it was refused. If it is stopped, the process ends by that signal."""
+    """Run a trial's `work` and return the exit status: 0, or 2 after one line of error if it was refused. If it is stopped, the process ends by that signal."""
     try:
         with interrupts_remembered():
             work()
@@ -72,8 +72,8 @@ def in_trial(work: Callable[[], object]) -> int:
 
 
 def run(arguments: argparse.Namespace, parameters: dict, report, final=None) -> dict:
-    """Check everything, then run the trial in NNI's output folder. With Hyperband it runs in its configuration's folder (`rungs.py`), and the results are copied.
-    `final` gets the result before the checkpoints are removed. `ValueError` with one line for options and parameters that are not allowed."""
+    """Check everything, then run the trial in NNI's output folder. With Hyperband it runs in its configuration's folder (`rungs.py`), and the results are
+    copied. `final` gets the result before the checkpoints are removed. `ValueError` with one line for options and parameters that are not allowed."""
     keep, rung = keeping(arguments), BUDGET in parameters
     if arguments.rungs and not rung:
         raise ValueError(f"--rungs {arguments.rungs}: the tuner gave no {BUDGET}; only Hyperband does")

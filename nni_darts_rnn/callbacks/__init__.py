@@ -1,9 +1,11 @@
 """fastai callbacks for training and searching recurrent language models.
 
-Batches are fastai's: tokens and targets (B, T). A model returns `(decoded (B, T, V), raw (B, T, H), dropped (B, T, H))`, as fastai's `RNNCallback`
-expects. The order of callbacks matters: fastai's schedulers and `AnnealLR` (60) set the learning rate, `ScaleLRByLength` (61) scales it, and
-`ArchParamUpdate` (62) unrolls a step with that rate. `SaveModelCallback` (61) saves the validated weights before `NTASGD` (62) puts those of the
-iteration back.
+Batches are as in fastai: tokens and targets (B, T). A model returns `(decoded (B, T, V), raw (B, T, H), dropped (B, T, H))`, as fastai's `RNNCallback`
+expects.
+
+The callbacks depend on their `order`. At 60, fastai's schedulers and `AnnealLR` set the learning rate. `ScaleLRByLength` (61) scales it, and
+`ArchParamUpdate` (62) unrolls the step with the scaled rate. `SaveModelCallback` (61) saves the weights that were validated, before `NTASGD` (62) puts the
+weights of the iteration back.
 """
 
 from .arch_passes import architecture_parameters, weight_parameters

@@ -1,4 +1,4 @@
-"""The two losses of a search Learner as functions of its weights and its α, and which of its parameters are α."""
+"""The two losses of a search Learner as functions of its weights and its α, and the functions that tell α from the weights."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ..model import activation_regularisation, without_dropout
 
 
 def architecture_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """α by name, in the order of the modules: every parameter whose last name is `alpha`."""
+    """All α by name, in the order of the modules: every parameter whose own name is `alpha`."""
     return {name: p for name, p in model.named_parameters() if name.rpartition(".")[2] == "alpha"}
 
 
 def weight_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """All trainable parameters but α: the `splitter` of a search Learner, so that its optimizer leaves α alone."""
+    """All trainable parameters but α. As the `splitter` of a search Learner this keeps α out of the weights' optimizer."""
     architecture = {id(p) for p in architecture_parameters(model).values()}
     return [p for p in model.parameters() if p.requires_grad and id(p) not in architecture]
 
@@ -29,26 +29,26 @@ class Passes:
     weights: dict[str, nn.Parameter]
     alphas: dict[str, nn.Parameter]
     train_loss: Callable[..., Tensor]
-    """(weights, alphas, batch) -> the loss of the weight step; a batch is (inputs, targets), two tuples."""
+    """(weights, alphas, batch) -> the loss of the weight step. A batch is (inputs, targets), two tuples."""
     valid_loss: Callable[..., Tensor]
     """(weights, alphas, batch) -> the loss that α learns from."""
     moved_on: dict[str, Tensor]
-    """The hidden states after `valid_loss`, once that has been called."""
+    """The hidden states after the batch of `valid_loss`; empty until that is called."""
 
     @classmethod
     def of(cls, learn, before: Before, valid_state: dict[str, Tensor], alpha_dropout: bool, regularised: bool) -> Passes:
-        """The losses of `learn`, with its modules as `before` found them. Validation begins with the hidden states `valid_state` and has dropout if `alpha_dropout`;
-        training has the AR/TAR of the Learner's regularizers if `regularised`."""
+        """The losses of `learn`, with its modules as `before` found them. The validation loss begins with the hidden states `valid_state`, and has dropout only
+        with `alpha_dropout`. The training loss has the AR/TAR of the Learner's regularizers if `regularised`."""
         model = learn.model
         alphas = architecture_parameters(model)
         weights = {name: p for name, p in model.named_parameters() if p.requires_grad and name not in alphas}
         regularizers = [cb for cb in learn.cbs if isinstance(cb, RNNRegularizer) and regularised]
-        triple = any(isinstance(cb, RNNCallback) for cb in learn.cbs)  # it unpacks the model's answer in the training pass
+        triple = any(isinstance(cb, RNNCallback) for cb in learn.cbs)  # three tensors, which `RNNCallback` takes apart in the training pass
 
         def run(at_weights, at_alphas, batch, carried, learning=True):
             predicted, state = before.call(model, carried | dict(zip(weights, at_weights)) | dict(zip(alphas, at_alphas)), *batch[0])
             decoded, raw, dropped = predicted if triple else (predicted, None, None)
-            now, learn.training = learn.training, learning  # or `MixUp` would mix the targets of the training batch into the loss of another batch
+            now, learn.training = learn.training, learning  # or `MixUp` would mix the training batch's targets into another batch's loss
             try:
                 return learn.loss_func(decoded, *batch[1]), raw, dropped, state
             finally:

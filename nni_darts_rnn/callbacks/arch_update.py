@@ -25,21 +25,24 @@ logger = logging.getLogger(__name__)
 
 
 class ArchParamUpdate(FitOnly):
-    """Moves α with every weight step, along the gradient of the validation loss after that step (DARTS, eq. 6–8).
+    """Moves α with every weight step, by the gradient of the validation loss after that step (DARTS, eq. 6–8).
 
-    The gradient of α is computed after the backward pass, with the weights' gradient, and α moves just before the weights do, unless that step is
-    cancelled. With `own_gradient` α moves before the forward pass, as in the paper's Algorithm 1, at the cost of 13 forward passes instead of 10.
+    α's gradient is computed after the training batch's backward pass, whose gradient the unrolled step uses. α moves just before the weights take their step,
+    and stays where it is if that step is cancelled. With `own_gradient`, both come before the forward pass, as in the paper's Algorithm 1, and a step takes 13
+    passes instead of 10. First order and `reproduce_original` always use this order.
 
-    - `valid_batches` yields (tokens (B, T), targets (B, T)) of a text that the weights do not learn, or other inputs and targets of the same kind as
-      the Learner's. It is read from its beginning in each epoch, and again if the training text is longer. Other callbacks do not see these batches.
-    - Hidden states (the buffers named in the model's `carried`) of the validation stream are kept here, apart from those of the training stream.
-    - The weights' optimizer must be `OptimWrapper(opt=torch.optim.SGD)`, or one of `Adam` or `AdamW`, without α (`splitter=weight_parameters`).
-    - The unrolled step is the weight step: the Learner's `loss_func` plus the AR/TAR of its `RNNRegularizer`, clipped by its `GradientClip`.
-    - Other arguments are those of `recipes.SearchRecipe`.
+    `valid_batches` yields (tokens (B, T), targets (B, T)) of a text that the weights do not learn, or any inputs and targets like the Learner's own. Each epoch
+    reads it from its beginning, and again whenever it ends before the training text. Other callbacks do not see these batches. Hidden states (buffers that
+    the model's `carried` names) are carried along the validation stream here, apart from those of the training stream.
 
-    Weights, buffers, hidden states and random state are left as if only the weight step had run. `ValueError` with one line for a setting that is not
-    allowed; in the first step of a fit (except under autocast) where the weights' gradients are not those of `loss_func` of the model on the batch;
-    and in any step where a callback changes gradients or settings after they were unrolled.
+    The weights' optimizer must be `OptimWrapper(opt=torch.optim.SGD)`, or the same with `Adam` or `AdamW` (in first order with any optimizer of torch), and
+    must not hold α (`splitter=weight_parameters`). The training loss is the weight step's: the Learner's `loss_func` plus the AR/TAR of its `RNNRegularizer`
+    (without them under `reproduce_original`). Its `GradientClip` is part of the unrolled step. For the other arguments see `recipes.SearchRecipe`. Weights,
+    buffers, hidden states and random state are left as if only the weight step had run.
+
+    `ValueError` with one line for arguments that are not allowed. In second order without `reproduce_original` the weights must take the step that was
+    unrolled. So there is a `ValueError` too in the first step of a fit that moves α, if the weights' gradients are not those of `loss_func` of the model on
+    the batch (not checked under fastai's `MixedPrecision`), and in any step whose gradients or settings a callback changes after the unrolling.
     """
 
     order, run_valid, _stateattrs = ScaleLRByLength.order + 1, False, ("stream", "valid_batches")
@@ -53,26 +56,26 @@ class ArchParamUpdate(FitOnly):
                    alpha_dropout=alpha_dropout)
         self.valid_batches, self.hvp, self.epsilon, self.unrolled_lr = valid_batches, hvp, epsilon, unrolled_lr
         self.neumann_terms, self.warmup_epochs, self.alpha_dropout, self.reproduce_original = neumann_terms, warmup_epochs, alpha_dropout, reproduce_original
-        self.own_gradient = own_gradient or reproduce_original or is_first_order(hvp, unrolled_lr)  # then the two steps share no gradient
+        self.own_gradient = own_gradient or reproduce_original or is_first_order(hvp, unrolled_lr)  # the last two unroll no step that the weights could take
         self.adam: dict = dict(lr=arch_lr, betas=tuple(arch_betas), weight_decay=arch_weight_decay)
         self.arch_opt: torch.optim.Adam | None = None
-        self.held: list[nn.Parameter] = []  # α during a fit, and after one that was interrupted
+        self.held: list[nn.Parameter] = []  # the α that move, during a fit; still there after a fit that was interrupted
         self.epochs_done = 0
         self.last: AlphaGradient | None = None
-        self.before: Before | None = None  # the modules before this batch, if α moves with it
-        self.waiting: list[Tensor] | None = None  # α's gradient, until the weights take their step
-        self.unrolled: UnrolledStep | None = None  # the step that they must take then
-        self.hook = None  # of their optimizer
+        self.before: Before | None = None  # the model before this batch, if α is to move with it
+        self.waiting: list[Tensor] | None = None  # α's gradient, until α moves
+        self.unrolled: UnrolledStep | None = None  # the step that the weights are to take
+        self.hook = None  # on the weights' optimizer
 
     @classmethod
     def of(cls, recipe, valid_batches) -> ArchParamUpdate:
-        """The callback with the settings of a SearchRecipe."""
+        """The callback with a SearchRecipe's settings."""
         return cls(valid_batches, recipe.arch_lr, recipe.arch_weight_decay, (recipe.arch_beta1, recipe.arch_beta2), recipe.hvp, recipe.epsilon,
                    recipe.unrolled_lr, recipe.neumann_terms, recipe.warmup_epochs, recipe.alpha_dropout, recipe.own_gradient,
                    recipe.reproduce_original)
 
     def start_fit(self):
-        if self.learn.opt is None:  # no fit: `with learn`, as in `Learner.summary`
+        if self.learn.opt is None:  # not a fit, but `with learn:`, as in `Learner.summary`
             self.run = False
             return
         if self.valid_batches is None:
@@ -97,11 +100,11 @@ class ArchParamUpdate(FitOnly):
         if self.arch_opt is not None:
             known = {id(p) for p in self.arch_opt.param_groups[0]["params"]}
             if known.isdisjoint(id(p) for p in architecture_parameters(self.learn.model).values()):
-                self.arch_opt, self.epochs_done = None, 0  # those of another model
-            else:  # α that was frozen until now joins the others
+                self.arch_opt, self.epochs_done = None, 0  # they were another model's
+            else:  # an α that was frozen until now joins the others
                 self.arch_opt.param_groups[0]["params"] += [p for p in alphas if id(p) not in known]
-        self._optimizer().zero_grad()  # gradients that a fit has left which was interrupted within a step
-        self.only_looking = hasattr(self.learn, "lr_finder")  # `lr_find` leaves α's optimizer and the warm-up as they are
+        self._optimizer().zero_grad()  # gradients that a fit left when it was interrupted within a step
+        self.only_looking = hasattr(self.learn, "lr_finder")  # `lr_find`, which must leave α's optimizer and the warm-up as they are
         self.stepped, self.first, self.waiting, self.unrolled = True, True, None, None
         self._unhook()  # the hook of a fit that was interrupted
         self.hook = self._optimizer().register_step_pre_hook(self._before_the_weights_move)
@@ -118,7 +121,7 @@ class ArchParamUpdate(FitOnly):
         self._unhook()
         for alpha in self.held:
             alpha.requires_grad_(True)
-        self.held, self.stream, self.batch = [], None, None  # and with the stream the workers that read for it
+        self.held, self.stream, self.batch = [], None, None  # with the stream go the workers that read it
         self.before = self.waiting = self.unrolled = None
         if self.last is None and self.warmup_epochs and not self.only_looking:
             logger.warning("search: α has not moved yet; it waits for warmup_epochs=%d epochs; %d have been trained", self.warmup_epochs, self.epochs_done)
@@ -135,7 +138,7 @@ class ArchParamUpdate(FitOnly):
         return optimizer
 
     def adam_optimizer(self) -> torch.optim.Adam:
-        """α's optimizer, made at the first call."""
+        """α's optimizer, which is made at the first call."""
         if self.arch_opt is None:
             self.arch_opt = torch.optim.Adam(self._alphas(), **self.adam)
         return self.arch_opt
@@ -165,16 +168,16 @@ class ArchParamUpdate(FitOnly):
     def after_backward(self):
         if self.before is None:
             return
-        scaler = getattr(self.learn, "scaler", None)  # of fastai's `MixedPrecision`
+        scaler = getattr(self.learn, "scaler", None)  # it is there with fastai's `MixedPrecision`
         scale = 1.0 if scaler is None else scaler.get_scale()
         gradients = [w.grad if w.grad is None or scale == 1 else w.grad / scale for w in weight_parameters(self.learn.model)]
         if scale != 1 and not all(bool(g.isfinite().all()) for g in gradients if g is not None):
-            return  # overflow of float16: the scaler skips this step
+            return  # beyond float16's range: the scaler skips this step
         ran = TrainingPass(gradients, self.learn.loss_grad.detach() / scale, self.before.generators)
         if not self.own_gradient:
             self.batch = tuple(self.learn.xb), tuple(self.learn.yb)
             check_finite(training_loss=ran.loss, gradient_of_the_weights=gradients)
-        # under autocast rounding makes a difference: 1 % on text, 70 % in a deep model with BatchNorm and relu
+        # under autocast the training pass has other gradients than α's passes: by 1 % on text, by 70 % in a deep model with BatchNorm and relu
         if self.first and scaler is None and self._has_to_be_taken():
             self._check_pass(ran)
         if not self.own_gradient:
@@ -184,7 +187,7 @@ class ArchParamUpdate(FitOnly):
         self.first, self.before = False, None
 
     def _check_pass(self, ran: TrainingPass) -> None:
-        """`ValueError` where the training pass had other gradients than the pass that is unrolled."""
+        """`ValueError` if α's passes do not repeat the training pass, that is if their gradient at w differs from the training pass's by more than ALMOST."""
         passes = self._passes()
         state = RandomState(self._alphas())
         ran.start.restore()
@@ -198,7 +201,7 @@ class ArchParamUpdate(FitOnly):
                              "changes its input, in ways that are not unrolled; put it into the model or loss_func, or use hvp='first_order'")
 
     def _unroll(self, ran: TrainingPass | None) -> None:
-        """Computes α's gradient for the step that the weights are about to take."""
+        """Compute α's gradient for the step that the weights are about to take, and note that step if the weights have to take it."""
         valid = self.stream.next(len(self.learn.xb), next(self.learn.model.parameters()).device)
         self.last = self.gradient(self.batch, valid, ran)
         check_finite(gradient_of_α=self.last.grads)
@@ -207,11 +210,11 @@ class ArchParamUpdate(FitOnly):
             self.unrolled = UnrolledStep(self._optimizer(), self.unrolled_lr)
 
     def _has_to_be_taken(self) -> bool:
-        """Whether the weights must take the step that was unrolled; those of the published code and of first order differ."""
+        """Whether α's gradient unrolls the very step that the weights have to take. First order unrolls none, and the published code another than theirs."""
         return not (self.reproduce_original or is_first_order(self.hvp, self.unrolled_lr))
 
     def _before_the_weights_move(self, *_) -> None:
-        """Called after the `before_step` of all callbacks. If one of these cancels the step, this is not called, and α does not move."""
+        """The optimizer's hook, which runs after every callback's `before_step`. If one of these cancels the step, it does not run, and α stays where it is."""
         unrolled, self.unrolled, self.stepped = self.unrolled, None, True
         if unrolled is not None:
             unrolled.check()
@@ -229,10 +232,10 @@ class ArchParamUpdate(FitOnly):
         check_finite(α=self._alphas())
 
     def _clip(self) -> float | None:
-        return min((cb.max_norm for cb in self.learn.cbs if isinstance(cb, GradientClip)), default=None)  # of several, the smallest counts
+        return min((cb.max_norm for cb in self.learn.cbs if isinstance(cb, GradientClip)), default=None)  # of several clips the smallest counts
 
     def gradient(self, train_batch, valid_batch, ran: TrainingPass | None = None) -> AlphaGradient:
-        """∇α at the present weights and α, with the hidden states before this batch. Only the hidden state of the validation stream advances.
+        """∇α at the present weights and α, with the hidden states from before this batch. Of all state, only the validation stream's hidden states move on.
 
         `ran`: the training pass of this batch, if it has been run already.
         """
@@ -248,7 +251,7 @@ class ArchParamUpdate(FitOnly):
         return Passes.of(self.learn, self.before or Before(self.learn.model), self.valid_state, self.alpha_dropout, regularised=not self.reproduce_original)
 
     def state_dict(self) -> dict:
-        """For resuming between epochs: Adam's moments and the number of epochs. α itself is in the model."""
+        """The state for resuming between epochs: Adam's moments and the number of epochs done. α itself is in the model's state."""
         return {"epochs_done": self.epochs_done, "adam": self.adam_optimizer().state_dict()}
 
     def load_state_dict(self, state: dict) -> None:

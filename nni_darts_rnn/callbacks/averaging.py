@@ -1,4 +1,4 @@
-"""NT-ASGD: averaged SGD from the moment that validation no longer improves."""
+"""NT-ASGD: averaged SGD from the epoch on in which validation no longer improves."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .fit_only import ValidatedEpochs
 
 
 class AveragedSGD(OptimWrapper):
-    """torch's ASGD for fastai. It has no momentum, so from the switch on a schedule of the momentum, such as that of `fit_one_cycle`, has no effect."""
+    """torch's ASGD for fastai. It has no momentum, so the momentum that a schedule such as `fit_one_cycle` sets after the switch has no effect."""
 
     @property
     def hypers(self):
@@ -24,12 +24,13 @@ class AveragedSGD(OptimWrapper):
 
 
 class NTASGD(ValidatedEpochs):
-    """SGD until `monitor` (lower is better) is worse than the best value of more than `nonmono` epochs ago, then averaged SGD. With None SGD stays.
+    """Switches from SGD to averaged SGD once `monitor` (lower is better) is worse than its best of more than `nonmono` epochs ago; with `nonmono` None, never.
 
-    Merity et al. 2017, algorithm 1. The switch is to `torch.optim.ASGD(t0=0, lambd=0)` with the same learning rate and weight decay. From then on the
-    averaged weights are validated, and saved by callbacks up to the order of `SaveModelCallback`. torch's average leaves out the first step after the
-    switch: after s ≥ 2 steps it is the mean of w_2 … w_s. Each averaged step has the learning rate of its own batch; in torch, and so in the published
-    trainings, it has that of the batch before. `ValueError` for a `nonmono` below 1 and, when a fit begins, for a `monitor` that is not recorded.
+    This is algorithm 1 of Merity et al. 2017. The switch is to `torch.optim.ASGD(t0=0, lambd=0)` with the same learning rate and weight decay. From then on
+    validation sees the averaged weights, and so do callbacks that save the model, up to the order of `SaveModelCallback`. torch's average leaves out the very
+    first step after the switch: after s ≥ 2 steps it is the mean of w_2 … w_s. Each averaged step here has the learning rate of its own batch. torch, and so
+    the published trainings, take that of the batch before. `ValueError` for a `nonmono` below 1, and at the beginning of a fit for a `monitor` that is not
+    recorded.
     """
 
     order = SaveModelCallback.order + 1
@@ -38,21 +39,21 @@ class NTASGD(ValidatedEpochs):
         self.nonmono, self.monitor = nonmono if nonmono is None else whole_number("nonmono", nonmono), monitor
         self.logs: list[float] = []
         self.kept: list[tuple[Tensor, Tensor]] | None = None
-        self.before = 0  # validated epochs of earlier fits
+        self.before = 0  # how many epochs earlier fits validated
 
     @property
     def averaging(self) -> bool:
         return isinstance(getattr(self.learn.opt, "opt", None), torch.optim.ASGD)
 
     def start_fit(self):
-        self.put_back()  # of a fit that was interrupted in its validation, which left the averages in the model
+        self.put_back()  # a fit that was interrupted while it validated left the averages in place
         self.before = len(self.logs)
         names = list(self.recorder.metric_names[1:])
         self.column = names.index(one_of("monitor", self.monitor, names))
 
     def before_step(self):
         if self.averaging:
-            # torch computes the rate of a step at the end of the step before, from the learning rate of that batch; this batch has another
+            # torch computes a step's rate at the end of the step before, from the learning rate of that step's batch; this batch has its own
             for group in self.learn.opt.opt.param_groups:
                 for p in group["params"]:
                     if "eta" in self.learn.opt.opt.state[p]:
@@ -60,7 +61,7 @@ class NTASGD(ValidatedEpochs):
 
     @torch.no_grad()
     def before_validate(self):
-        if not self.averaging or self.kept is not None or self.learn.lock.locked():  # the lock: `get_preds(inner=True)`, which may come in the middle of an epoch
+        if not self.averaging or self.kept is not None or self.learn.lock.locked():  # locked: `get_preds(inner=True)`, which no `after_epoch` need follow
             return
         self.kept = []
         for p, state in self.learn.opt.opt.state.items():
@@ -82,7 +83,7 @@ class NTASGD(ValidatedEpochs):
 
     @torch.no_grad()
     def put_back(self):
-        """Puts the weights of the iteration back in place of their averages."""
+        """Put the weights of the iteration back in place of their averages."""
         for p, weight in self.kept or ():
             p.copy_(weight)
         self.kept = None
@@ -94,16 +95,17 @@ class NTASGD(ValidatedEpochs):
         self.learn.opt.frozen_idx = old.frozen_idx
 
     def since_best(self) -> int:
-        """Number of validated epochs of this fit since its best one."""
+        """How many epochs this fit has validated after the best one so far; all of them, if an earlier fit had the best one."""
         return len(self.logs) - max(self.before, self.logs.index(min(self.logs)) + 1) if self.logs else 0
 
     def state_dict(self) -> dict:
-        """For resuming: the monitored values so far and, once averaging, the averages. The weights themselves are the model's."""
+        """The state for resuming: the monitored values so far and, once averaging, the averages. The weights themselves are in the model's state."""
         return {"logs": list(self.logs), "averages": self.learn.opt.opt.state_dict() if self.averaging else None}
 
     def load_state_dict(self, state: dict) -> None:
-        """The inverse of `state_dict`, before `fit`."""
-        self.logs, self.before = list(state["logs"]), 0  # the resumed fit is the same one
+        """The inverse of `state_dict`. After this callback's `before_fit` it continues the same fit. Before `fit`, the epochs so far are an earlier fit's for
+        `since_best`."""
+        self.logs, self.before = list(state["logs"]), 0  # the same fit, which goes on
         if state["averages"] is not None:
             if self.learn.opt is None:
                 self.learn.create_opt()

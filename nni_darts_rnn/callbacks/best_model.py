@@ -1,4 +1,4 @@
-"""The best model of a fit, kept on disk while the fit goes on."""
+"""The best model of a fit, kept on disk during the fit."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .fit_only import ValidatedEpochs
 
 
 class BestModel(ValidatedEpochs, SaveModelCallback):
-    """`SaveModelCallback` without its message. It loads tensors only (fastai's own unpickles anything in the file), writes files whole, and never loads a
-    file that another fit has left."""
+    """`SaveModelCallback` without its message. It loads tensors only. It never leaves a half-written file, and never loads a file that another fit left
+    behind."""
 
     def __init__(self, monitor: str = "valid_loss", comp=None, min_delta: float = 0.0, fname: str = "best", with_opt: bool = False):
         super().__init__(monitor=monitor, comp=comp, min_delta=min_delta, fname=fname, with_opt=with_opt)
@@ -35,7 +35,7 @@ class BestModel(ValidatedEpochs, SaveModelCallback):
         with whole(path) as temporary:
             try:
                 save_model(temporary, self.learn.model, self.learn.opt, with_opt=self.with_opt)
-            except RuntimeError as error:  # torch's error for a full disk
+            except RuntimeError as error:  # torch's error when the disk is full
                 raise OSError(errno.ENOSPC, f"the best model cannot be written ({error})", str(path)) from None
         self.last_saved_path = path
 
@@ -44,12 +44,12 @@ class BestModel(ValidatedEpochs, SaveModelCallback):
             self.learn.load(self.fname, with_opt=self.with_opt, weights_only=True)
 
     def state_dict(self) -> dict:
-        """For resuming: the best value so far and the model that had it, if there is one (without its optimizer)."""
+        """The state for resuming: the best value and, once there is one, the model that had it (without its optimizer)."""
         kept = None if self.last_saved_path is None else torch.load(self.last_saved_path, map_location="cpu", weights_only=True)
         return {"best": float(self.best), "model": kept["model"] if self.with_opt and kept else kept}
 
     def load_state_dict(self, state: dict) -> None:
-        """The inverse of `state_dict`, to be called after `before_fit`; writes the file anew."""
+        """The inverse of `state_dict`. Call it after `before_fit`, which resets the best value. It writes the file anew."""
         self.best = state["best"]
         if state["model"] is not None:
             path = self.learn.path / self.learn.model_dir / f"{self.fname}.pth"

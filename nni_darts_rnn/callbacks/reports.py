@@ -1,4 +1,4 @@
-"""Reports of a fit: to a function, to NNI, into a table, beside the progress bar."""
+"""Callbacks that report on a fit: to a function, to NNI, in a table, on the console and beside the progress bar."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .fit_only import FitOnly, ValidatedEpochs
 
 
 class MetricsCSV(ValidatedEpochs, CSVLogger):
-    """`CSVLogger` with a row for every epoch that was trained and validated; rows of epochs that `fit(start_epoch=…)` skips stay. Unlike fastai's, it makes its
-    folder, keeps its file during `Learner.validate`, and can be left out by `Learner.export`."""
+    """`CSVLogger` that makes the Learner's folder, whose file `Learner.validate` does not truncate, and whose open file does not stop `Learner.export`.
+    The table has a row for every epoch that was trained and validated. Epochs that `fit(start_epoch=…)` skips keep the rows that they have."""
 
-    # after the progress bar, which calls no other logger; `no_bar` puts the bar back behind others of its order (fastai 2.8)
+    # after the bar, which calls no other logger, and which is the last of its order once `no_bar` has put it back (fastai 2.8)
     order, _stateattrs = ProgressCallback.order + 1, ("file", "old_logger")
 
     def start_fit(self):
-        if self.learn.logger == self._write_line:  # left so by a fit that was interrupted
+        if self.learn.logger == self._write_line:  # since a fit that was interrupted
             CSVLogger.after_fit(self)
         self.path.mkdir(parents=True, exist_ok=True)
         first, kept = getattr(getattr(self.learn, "skip_to_epoch", None), "_skip_to", 0), []
@@ -43,7 +43,7 @@ class MetricsCSV(ValidatedEpochs, CSVLogger):
 
 
 class PerplexityInBar(Callback):
-    """Perplexity beside fastai's progress bar, which shows the loss."""
+    """Shows the perplexity beside fastai's progress bar, in place of the loss."""
 
     order = ProgressCallback.order + 1
 
@@ -53,7 +53,7 @@ class PerplexityInBar(Callback):
 
 
 class PrintGenotype(ValidatedEpochs):
-    """Prints the cell that α stands for after every `every` epochs; `genotypes` keeps the cell of every epoch. The model must have `genotype()`."""
+    """Prints the cell that α stands for after every `every`-th validated epoch. `genotypes` keeps the cell of each. The model must have `genotype()`."""
 
     order = NTASGD.order + 1
 
@@ -66,15 +66,15 @@ class PrintGenotype(ValidatedEpochs):
         cell = self.learn.model.genotype()
         self.genotypes.append(cell)
         if len(self.genotypes) % self.every == 0:
-            bar = getattr(getattr(self.learn, "progress", None), "mbar", None)  # a plain print would break the bar
+            bar = getattr(getattr(self.learn, "progress", None), "mbar", None)  # a plain print would break into the bar
             (bar.write if bar else print)(f"epoch {self.epoch + 1}: {cell}")
 
 
 class EpochReport(FitOnly):
-    """Gives `report` a dictionary after every epoch: `default` and `perplexity` (validation), `phase`, `epoch` (from 1), `train_loss`
-    (nats per token), `train_perplexity`, `lr`, `asgd` (whether averaged weights were validated), `tokens_per_second` (of the training alone),
-    `seconds` (of the epoch), and for a supernet `alpha_entropy` (nats, mean over edges), `none_share` and `identity_share`. `rows` keeps the
-    dictionaries; the CSV file `table` is written anew after every epoch. Warns of a search that collapses."""
+    """Gives `report` a dictionary after every epoch that was trained and validated: `default` and `perplexity` (both of validation), `phase`, `epoch` (from 1),
+    `train_loss` (nats per token), `train_perplexity`, `lr`, `asgd` (whether averaged weights were validated), `tokens_per_second` (in training alone),
+    `seconds` (of the epoch), and for a supernet `alpha_entropy` (nats, mean over edges), `none_share` and `identity_share`. `rows` keeps the dictionaries.
+    `table` is a CSV file that is written anew after every such epoch, without `default`. If a search collapses, a warning says so."""
 
     order = NTASGD.order + 1
 
@@ -89,7 +89,7 @@ class EpochReport(FitOnly):
 
     def after_batch(self):
         if self.training:
-            whole = already_trained(self.dls.train) + self.n_iter  # batches of an epoch
+            whole = already_trained(self.dls.train) + self.n_iter  # batches of a whole epoch
             self.counts.add(self.yb[0].numel(), self.learn.loss, self.n_epoch, (self.n_epoch - self.epoch - 1) * whole + self.n_iter - self.iter - 1)
 
     def after_train(self):
@@ -120,15 +120,15 @@ class EpochReport(FitOnly):
 
 
 class NNIReporter(EpochReport):
-    """`EpochReport` that reports to NNI and its web page; outside of a trial it reports nothing."""
+    """`EpochReport` to NNI's web page. Outside a trial it reports nothing."""
 
     def __init__(self, phase: str = "retrain"):
         super().__init__(report_to_nni, phase)
 
 
 def report_to_nni(row: dict) -> None:
-    """Reports `row` as an intermediate result of the running NNI trial, if there is one."""
-    import nni  # here: fastai users need not have it
+    """Report `row` as an intermediate result of the running NNI trial, if there is one."""
+    import nni  # here, since users of fastai alone need not import it
 
     if nni.get_trial_id() != "STANDALONE":
         nni.report_intermediate_result(row)

@@ -1,4 +1,4 @@
-"""What a training step needs beyond fastai's own callbacks: AR/TAR, a learning rate for its place in the fit and its length, and a check for finite numbers."""
+"""Callbacks of a training step beside fastai's own: AR/TAR, a learning rate that depends on the place in the fit and on the length, a check for NaN."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from .fit_only import FitOnly
 
 
 class ActivationRegularizer(RNNRegularizer):
-    """`RNNRegularizer` (`alpha`: AR, `beta`: TAR) that checks the number of time steps where fastai's checks the batch size, so a batch of one step gives no NaN."""
+    """`RNNRegularizer` (`alpha`: AR, `beta`: TAR) that leaves out TAR for a batch of one time step. fastai's (2.8) leaves it out for a batch of one sequence,
+    and gives NaN for one time step."""
 
     def after_loss(self):
         if self.training:
@@ -25,10 +26,10 @@ class ActivationRegularizer(RNNRegularizer):
 
 
 class AnnealLR(FitOnly):
-    """Over the last `share` of the fit the learning rate falls to 0 along a cosine, as in `Learner.fit_flat_cos(pct_start=1 - share)`.
+    """Lets the learning rate fall to 0 along a cosine over the last `share` of the fit, as `Learner.fit_flat_cos(pct_start=1 - share)` does.
 
-    Unlike there, the rate depends only on the epoch and on the number of the batch in it. So a fit that is resumed after any batch has the right rate,
-    and a longer fit that resumes at the end of a shorter one begins at the full rate again.
+    Unlike there, the rate follows from the epoch, the batch's number in it, and the number of epochs alone. So a fit that is resumed after any batch continues
+    with the same rate. A longer fit that continues a finished shorter one begins with the full rate again.
     """
 
     order, run_valid = ParamScheduler.order, False
@@ -50,7 +51,7 @@ class AnnealLR(FitOnly):
 
 
 class ScaleLRByLength(Callback):
-    """Trains a batch of T time steps with the learning rate × T/bptt. Schedulers and loggers see the rate without that factor."""
+    """Trains a batch of T time steps with the learning rate × T/bptt. Schedulers and loggers see the rate without this factor."""
 
     order, run_valid = ParamScheduler.order + 1, False
 
@@ -69,17 +70,17 @@ class ScaleLRByLength(Callback):
     def after_cancel_batch(self):
         self.after_step()
 
-    after_cancel_train = after_cancel_epoch = after_cancel_batch  # a batch that is cancelled ends here
+    after_cancel_train = after_cancel_epoch = after_cancel_batch  # if these cancel a batch midway, no event of the batch follows
 
 
 class FiniteNumbers(FitOnly):
-    """Raises `NotFinite` in a step whose loss or gradient is NaN or infinite, before the weights move."""
+    """Raises `NotFinite` in a step whose loss or gradient is NaN or infinite, before the weights take the step."""
 
     order, run_valid = GradientClip.order + 1, False
 
     def start_fit(self):
         if self.learn.opt is not None:
-            self.learn.opt.zero_grad()  # gradients that a fit has left which ended within a step, by this callback or by Ctrl-C
+            self.learn.opt.zero_grad()  # gradients of a fit that ended within a step, by this callback or by Ctrl-C
 
     def before_step(self):
         check_finite(training_loss=self.learn.loss_grad, gradient_of_the_weights=[p.grad for p in self.model.parameters()])

@@ -1,4 +1,4 @@
-"""The batches that α learns from, read again and again, without an effect on the random numbers of the training."""
+"""The batches that α learns from, read again and again beside a training, which this does not change."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ..weight_step import Tensors
 
 
 class ValidStream:
-    """`batches`, read again from their beginning whenever they end; of epoch `epoch`, if they have epochs. Their loader draws from a random state of its own, which
-    begins as the training's and then goes on separately. `tensors` name the devices that have a random state."""
+    """Reads `batches` again and again, without end; for batches with `set_epoch`, always those of `epoch`. Their loader draws from a random state of its own,
+    which begins as a copy of the training's and then goes on by itself. The devices of `tensors` are those whose generators belong to it."""
 
     def __init__(self, batches, epoch: int, tensors: Tensors):
         self.reader, self.tensors = _read(batches, epoch), tensors
         self.random: RandomState | None = None
 
     def next(self, n_inputs: int, device) -> tuple[tuple, tuple]:
-        """The next batch as (inputs, targets), of which the first `n_inputs` are inputs; on `device`, as plain tensors and not fastai's subclasses."""
+        """The next batch as (inputs, targets), with `n_inputs` inputs, on `device`. Tensors are plain ones, not fastai's subclasses."""
         training = RandomState(self.tensors)
         if self.random is not None:
             self.random.restore()
@@ -31,7 +31,7 @@ class ValidStream:
         return tuple(placed[:n_inputs]), tuple(placed[n_inputs:])
 
 
-def _read(batches, epoch: int) -> Iterator:  # not a method: a generator that refers to its stream would keep it, and the loader's workers, alive
+def _read(batches, epoch: int) -> Iterator:  # not a method: a reader with a reference to its stream would outlive it, with the loader's workers
     while True:
         if hasattr(batches, "set_epoch"):
             batches.set_epoch(epoch)
