@@ -60,7 +60,7 @@ def read_parameters(parameters: dict) -> tuple[Genotype, int, dict]:
     for key, value in recipe_fields(parameters).items():
         if re.fullmatch(r"cell/node_\d+", key) and isinstance(value, dict):
             for other in value.keys() - {"_name", "input"}:
-                raise ValueError(f"setting {other!r}: in a choice of {key} only its input can be opened; settings such as retrain.lr go beside the nodes")
+                raise ValueError(f"setting {other!r}: the nested choice {key} may hold only its input; settings such as retrain.lr belong to the top level of the search space")
             sample |= {f"{key}/{label}": value[name] for label, name in (("op", "_name"), ("input", "input")) if name in value}
         elif re.fullmatch(r"cell/node_\d+/(op|input)", key):
             sample[key] = value
@@ -73,7 +73,7 @@ def read_parameters(parameters: dict) -> tuple[Genotype, int, dict]:
     genotype = Genotype.from_sample(sample)
     unread = sample.keys() - genotype.to_sample().keys()
     if unread:
-        raise ValueError(f"sample: label {sorted(unread)[0]} is of a node that is not there; the cell has nodes 1 to {genotype.n_nodes}")
+        raise ValueError(f"sample: {sorted(unread)[0]} belongs to no node of the cell, which has nodes 1 to {genotype.n_nodes}")
     return genotype, seed, settings
 
 

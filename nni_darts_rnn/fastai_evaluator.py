@@ -21,6 +21,7 @@ from .checkpoints.file import random_state, restore_random_state
 from .checks import whole_number
 from .corpus import Corpus, load_corpus
 from .files import write_text
+from .health import NotFinite
 from .learner import language_dls, lm_learner
 from .outputs.onnx_file import check_onnx, write_onnx
 from .pipeline import check_fits, take_fast_path
@@ -37,8 +38,7 @@ class _Report(Callback):
     order = 90  # after the Recorder and whatever changes the weights for validation
 
     def after_epoch(self):
-        names, values = self.recorder.metric_names[1:-1], self.recorder.values[-1]  # without epoch and time
-        row = dict(zip(names, map(float, values)))
+        row = dict(zip(self.recorder.metric_names[1:], map(float, self.recorder.values[-1])))  # without the epoch; the time, which may follow, is no value
         if math.isfinite(row.get("valid_loss", math.nan)):
             nni.report_intermediate_result({"default": -row["valid_loss"], "epoch": self.epoch + 1, **row})
 
@@ -123,7 +123,10 @@ class FastaiEvaluator(Evaluator):
             torch.manual_seed(self.seed)
             with learn.no_bar(), learn.no_logging():
                 if self.epochs:
-                    learn.fit(self.epochs, cbs=[_Report(), TerminateOnNaNCallback()])
+                    try:
+                        learn.fit(self.epochs, cbs=[_Report(), TerminateOnNaNCallback()])
+                    except NotFinite as error:  # whose text fastai has put words of its own before
+                        raise FloatingPointError(f"{error.what}; lower the learning rate or the clipping norm") from None
                 loss = float(learn.validate()[0])
             if self.onnx and output is not None:
                 write_onnx(output, model.lm)
@@ -138,7 +141,7 @@ class FastaiEvaluator(Evaluator):
         corpus, lm = self.corpus, model.lm
         if lm.vocab_size != len(corpus.vocab):
             raise ValueError(f"the model space has vocab_size {lm.vocab_size}, the corpus {corpus.name} has {len(corpus.vocab)} words")
-        trained = replace(self.recipe, hidden_size=lm.hidden_size, epochs=max(1, self.epochs))  # the size is the space's
+        trained = replace(self.recipe, hidden_size=lm.hidden_size, epochs=max(1, self.epochs), test_batch_size=1)  # the size is the space's; no test text is read
         check_fits(corpus, trained)
         take_fast_path(corpus, trained, self.device, model.genotype().n_nodes)
         return lm_learner(language_dls(corpus, self.recipe, self.seed, self.device, path=folder), lm, self.recipe, seed=self.seed, path=folder,

@@ -116,7 +116,7 @@ def load_trained_encoder(learn: Learner, folder: str | Path) -> Learner:
     """Load the embedding and the cell of the language model that `nni-darts-rnn retrain` left in `folder` into a learner of `AWD_DARTS` (see `config_of`).
 
     Each of the learner's words gets the vector of the same word there. fastai's `xxunk`, `xxbos` and `xxeos` get those of `<unk>` and `<eos>` (`SPECIAL`).
-    Any other word gets the mean of all vectors, as in fastai's `match_embeds`. A tied decoder changes with the embedding; its bias stays as it is.
+    Any other word gets the mean of all vectors, as in fastai's `match_embeds`. A tied decoder changes with the embedding, and its bias likewise.
     All groups but the last are frozen. Returns the learner. `ValueError` with one line where the encoder is no `AWD_DARTS`, or sizes or cells differ.
     """
     model, words = load_trained(folder)
@@ -130,9 +130,15 @@ def load_trained_encoder(learn: Learner, folder: str | Path) -> Learner:
                          f"{here[2]} of {here[3]}; make it with config=config_of(folder)")
     vectors, index = model.encoder.weight, {word: i for i, word in enumerate(words)}
     index |= {theirs: index[ours] for theirs, ours in SPECIAL.items() if ours in index}
-    mean = vectors.mean(0)
     vocab = learn.dls.vocab[0] if isinstance(learn.dls.vocab, L) else learn.dls.vocab  # a classifier's vocab is (words, classes)
-    encoder.encoder.weight.copy_(torch.stack([vectors[index[word]] if word in index else mean for word in vocab]))
+
+    def of_the_words(rows: Tensor) -> Tensor:
+        return torch.stack([rows[index[word]] if word in index else rows.mean(0) for word in vocab])  # (V, …) -> (V here, …)
+
+    encoder.encoder.weight.copy_(of_the_words(vectors))
     encoder.rnns[0].load_state_dict(model.rnn.state_dict())
+    decoder = getattr(learn.model[1], "decoder", None)  # of a language model
+    if decoder is not None and decoder.weight is encoder.encoder.weight and decoder.bias is not None:
+        decoder.bias.copy_(of_the_words(model.decoder.bias))
     learn.freeze()
     return learn

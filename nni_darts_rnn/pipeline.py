@@ -99,7 +99,7 @@ def search_phase(corpus: Corpus, recipe: SearchRecipe, seed: int, folder: Path, 
     """
     with alone_in(folder) as kept:
         if (folder / "model.json").exists():
-            raise ValueError(f"{folder} holds a trained model, beside which a search would leave another cell; give another folder for the results")
+            raise ValueError(f"{folder} holds a trained model; a search there would leave the cell of another beside it; give another folder for the results")
         store = _store(kept, "search", run_identity(corpus, recipe, seed), keeping)
         found = _search_phase(corpus, recipe, seed, folder, report, progress, device, store)
         store.clear()
@@ -170,7 +170,7 @@ def _check_cell(folder: Path, genotype: Genotype) -> None:
     """`ValueError` if the folder's genotype.json is another cell. It would stay there, and the pictures, which are drawn from it, would show the wrong cell."""
     path = folder / "genotype.json"
     if path.exists() and load_genotype(path) != genotype:
-        raise ValueError(f"{path} is another cell than the one to train, {genotype.to_json()}; give another folder for the results")
+        raise ValueError(f"{path} holds another cell than the one to train, {genotype.to_json()}; give another folder for the results")
 
 
 def _store(kept: Path, phase: str, identity: dict, keeping: Keeping) -> Checkpoints:

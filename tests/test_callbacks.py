@@ -495,7 +495,7 @@ def test_batches_for_alpha_that_come_to_an_end_are_refused():
         stream = ValidStream(batches, 0, [])
         for _ in range(before):
             stream.next(1, "cpu")
-        with pytest.raises(ValueError, match="^valid_batches holds no batch, or none when it is read again"):
+        with pytest.raises(ValueError, match="^valid_batches gives no batch, or none when it is read again"):
             stream.next(1, "cpu")
 
 
@@ -521,7 +521,7 @@ def test_settings_that_the_strategy_refuses_are_refused_here_too(options, words)
 
 @pytest.mark.parametrize("make, words", [
     (lambda: NTASGD(0), "nonmono: 0 must be a whole number of at least 1"), (lambda: NTASGD(2.5), "nonmono: 2.5 must be a whole number"),
-    (lambda: AnnealLR(1.5), "share: 1.5 must be a number of at least 0 and at most 1"), (lambda: AnnealLR(0), "share: 0 of a fit is none; leave AnnealLR out"),
+    (lambda: AnnealLR(1.5), "share: 1.5 must be a number of at least 0 and at most 1"), (lambda: AnnealLR(0), "share: 0 must be above 0; for a constant learning rate leave AnnealLR out"),
     (lambda: AnnealLR("0.5"), "share: '0.5' must be a number"), (lambda: AnnealLR(float("nan")), "share: nan must be a number"),
     (lambda: ScaleLRByLength(0), "bptt: 0 must be a whole number of at least 1"), (lambda: PrintGenotype(every=0), "every: 0 must be a whole number of at least 1")],
     ids=lambda value: value if isinstance(value, str) else "")
@@ -615,10 +615,10 @@ def test_a_search_stopped_and_resumed_is_the_whole_search(tmp_path):
     (lambda learn: setattr(learn, "opt_func", SGD), "unrolls a torch optimizer"),
     (lambda learn: setattr(learn, "splitter", lambda model: list(model.parameters())), "splitter=weight_parameters"),
     (lambda learn: setattr(learn, "opt_func", partial(learn.opt_func.func, opt=torch.optim.RMSprop)), "unrolls torch.optim.SGD, Adam and AdamW; not RMSprop"),
-    (lambda learn: learn.add_cb(GradientAccumulation(8)), "no GradientAccumulation"),
-    (lambda learn: learn.add_cb(ArchParamUpdate(learn.dls.arch)), "two ArchParamUpdate"),
+    (lambda learn: learn.add_cb(GradientAccumulation(8)), "remove GradientAccumulation"),
+    (lambda learn: learn.add_cb(ArchParamUpdate(learn.dls.arch)), "more than one ArchParamUpdate"),
     (lambda learn: setattr(learn.gradient_clip, "norm_type", float("inf")), "norm_type=2"),
-    (lambda learn: (setattr(learn.arch_param_update, "own_gradient", True), learn.add_cb(MixUp())), "own_gradient: the step would be unrolled before MixUp"),
+    (lambda learn: (setattr(learn.arch_param_update, "own_gradient", True), learn.add_cb(MixUp())), "own_gradient: MixUp and similar callbacks change the batch"),
     (lambda learn: (setattr(learn.arch_param_update, "reproduce_original", True), setattr(learn, "opt_func", partial(learn.opt_func.func, opt=partial(
         torch.optim.SGD, momentum=0.9)))), "plain SGD"),
 ])

@@ -361,9 +361,9 @@ def test_search_retrain_evaluate(place, capsys):
     assert json.loads(capsys.readouterr().out)["test_perplexity"] == trained["test_perplexity"]
     before = {path: path.read_bytes() for path in (place / "c").rglob("*") if path.is_file()}
     assert status(cli.main, "retrain", *common, "--genotype", "ENAS", "--out", place / "c") == 2
-    assert "genotype.json is another cell than the one to train" in capsys.readouterr().err
+    assert "genotype.json holds another cell than the one to train" in capsys.readouterr().err
     assert status(cli.main, "search", *common, "--out", place / "c") == 2
-    assert "c holds a trained model, beside which a search would leave another cell" in capsys.readouterr().err
+    assert "c holds a trained model; a search there would leave the cell of another beside it" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in (place / "c").rglob("*") if path.is_file()} == before
     (place.parent / "corpus" / "test.txt").write_text("the cat\n")
     assert status(cli.main, "evaluate", place / "b", *common[:2]) == 2

@@ -166,6 +166,7 @@ def test_a_retrained_language_model_becomes_an_encoder(dls, tmp_path):
     torch.manual_seed(0)
     words = ["<unk>", "<eos>", "class", "the", "zzz"]
     trained = LanguageModel.from_genotype(5, 12, SMALL)
+    torch.nn.init.normal_(trained.decoder.bias)
     save_trained(tmp_path / "trained", trained, words)
     learn = text_learner(dls, tmp_path, **config_of(tmp_path / "trained", {}))
     assert load_trained_encoder(learn, tmp_path / "trained") is learn
@@ -173,6 +174,8 @@ def test_a_retrained_language_model_becomes_an_encoder(dls, tmp_path):
     for word, expected in (("class", trained.encoder.weight[2]), ("the", trained.encoder.weight[3]), ("xxunk", trained.encoder.weight[0]),
                            ("import", mean)):
         torch.testing.assert_close(vectors[dls.vocab.index(word)], expected)
+    bias, there = learn.model[1].decoder.bias, trained.decoder.bias
+    assert [bias[dls.vocab.index(word)].item() for word in ("class", "xxbos", "import")] == pytest.approx([there[2].item(), there[1].item(), there.mean().item()])
     assert torch.equal(learn.model[0].rnns[0].W0, trained.rnn.W0) and learn.model[1].decoder.weight is vectors
     fitted(learn)
     with pytest.raises(ValueError, match=r"has 12 units in 1 layer of .*config=config_of"):

@@ -25,6 +25,7 @@ from nni_darts_rnn import strategies  # noqa: E402
 from nni_darts_rnn.corpus import load_corpus  # noqa: E402
 from nni_darts_rnn.fastai_evaluator import FastaiEvaluator  # noqa: E402
 from nni_darts_rnn.genotype import Genotype  # noqa: E402
+from nni_darts_rnn.learner import language_dls, lm_learner  # noqa: E402
 from nni_darts_rnn.model import perplexity  # noqa: E402
 from nni_darts_rnn.recipes import get_recipe  # noqa: E402
 from nni_darts_rnn.search import make_space  # noqa: E402
@@ -102,6 +103,39 @@ def test_the_size_is_that_of_the_space(text, monkeypatch):
     with Evaluator.mock_runtime(model):
         model.evaluator.evaluate(model.executable_model())
     assert asked == [(12, 1, 2)] and RECIPE.retrain.hidden_size != 12
+
+
+def evaluated(evaluator, text) -> float:
+    space = make_space(len(text.vocab), RECIPE.search)
+    model = RawFormatModelSpace(space, evaluator).freeze({label: choice.values[-1] for label, choice in space.simplify().items()})
+    with Evaluator.mock_runtime(model):
+        return evaluator.evaluate(model.executable_model())
+
+
+def test_numbers_that_go_wrong_are_told_in_one_line(text, monkeypatch):
+    monkeypatch.setattr("nni.trial._params", None)
+    with pytest.raises(FloatingPointError, match=r"^the [a-z ]+ is no longer finite; lower the learning rate or the clipping norm$"):
+        evaluated(FastaiEvaluator(text, RECIPE, {"lr": 1e30, "clip": None}, epochs=2, device="cpu"), text)
+
+
+def test_a_short_test_text_is_no_obstacle(text, monkeypatch):
+    """It is not read: a strategy goes by validation."""
+    monkeypatch.setattr("nni.trial._params", None)
+    assert evaluated(FastaiEvaluator(dataclasses.replace(text, test=text.test[:20]), RECIPE, epochs=0, device="cpu"), text) < 0
+
+
+def test_a_learner_without_a_time_column_reports_its_epochs(text, monkeypatch):
+    monkeypatch.setattr("nni.trial._params", None)
+    said = []
+    monkeypatch.setattr("nni.report_intermediate_result", said.append)
+
+    def learner(model):
+        learn = lm_learner(language_dls(text, RECIPE.retrain), model.lm, RECIPE.retrain)
+        learn.recorder.add_time, learn.metrics = False, []
+        return learn
+
+    assert evaluated(FastaiEvaluator(learner=learner, epochs=2), text) < 0
+    assert [row["epoch"] for row in said] == [1, 2] and all(row["default"] == -row["valid_loss"] for row in said)
 
 
 def test_shared_weights(text, tmp_path):

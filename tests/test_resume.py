@@ -320,7 +320,7 @@ def test_begin_anew_or_must_go_on(tmp_path, monkeypatch):
         stopped_after(3, signal.SIGTERM, patch)
         phase("retrain", tmp_path / "cell")
     kept = sorted((tmp_path / "cell" / "checkpoint").iterdir())
-    with pytest.raises(ValueError, match="is another cell than the one to train"):
+    with pytest.raises(ValueError, match="holds another cell than the one to train"):
         pipeline.retrain_phase(corpus(), "ENAS", RECIPE.retrain, 3, tmp_path / "cell", device="cpu", keeping=Keeping(resume="never"))
     assert kept and sorted((tmp_path / "cell" / "checkpoint").iterdir()) == kept  # what was refused has begun nothing anew
     with pytest.raises(ValueError, match="--resume: 'mst' is none of auto, must, never"):

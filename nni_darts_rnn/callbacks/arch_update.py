@@ -81,7 +81,7 @@ class ArchParamUpdate(FitOnly):
         if self.valid_batches is None:
             raise ValueError("valid_batches: a copy of a Learner, or one from load_learner, comes without them; set them in its ArchParamUpdate")
         if sum(isinstance(cb, ArchParamUpdate) for cb in self.learn.cbs) > 1:
-            raise ValueError("two ArchParamUpdate: one moves α, the other would move it again; the Learner of search_learner has one already")
+            raise ValueError("the Learner has more than one ArchParamUpdate, and each would move α; keep one (search_learner adds one itself)")
         alphas = self._alphas()
         if not alphas:
             named = architecture_parameters(self.learn.model)
@@ -92,9 +92,9 @@ class ArchParamUpdate(FitOnly):
         if any(id(p) in moved for p in alphas):
             raise ValueError("the weights' optimizer holds α: give the Learner splitter=weight_parameters")
         if any(isinstance(cb, GradientAccumulation) or (isinstance(cb, GradientClip) and cb.norm_type != 2) for cb in self.learn.cbs):
-            raise ValueError("the step that is unrolled follows each batch and is clipped by its Euclidean norm: no GradientAccumulation, and norm_type=2 of GradientClip")
+            raise ValueError("ArchParamUpdate unrolls one weight step for each batch, clipped by the Euclidean norm: remove GradientAccumulation, and use GradientClip with norm_type=2")
         if self.own_gradient and not is_first_order(self.hvp, self.unrolled_lr) and any(isinstance(cb, MixHandler) for cb in self.learn.cbs):
-            raise ValueError("own_gradient: the step would be unrolled before MixUp and its like change the batch that it is taken on; leave it False")
+            raise ValueError("own_gradient: MixUp and similar callbacks change the batch after α's gradient has been computed from it; leave it False")
         if self.reproduce_original:
             plain_sgd(self._optimizer())
         if self.arch_opt is not None:
@@ -156,8 +156,8 @@ class ArchParamUpdate(FitOnly):
         if self.only_looking or self.epochs_done < self.warmup_epochs:
             return
         if not self.stepped and any(w.grad is not None for w in weight_parameters(self.learn.model)):
-            raise ValueError("the gradients of a batch that was cancelled are still there and would take part in the next step, of which α knows nothing: raise "
-                             "CancelStepException, after which they are removed, or call opt.zero_grad()")
+            raise ValueError("a batch was cancelled after its backward pass and left its gradients, which the next weight step would take and α's gradient would not: cancel with "
+                             "CancelStepException, which removes them, or call opt.zero_grad()")
         self.stepped = False
         self.before = Before(self.learn.model)
         if self.own_gradient:
@@ -197,8 +197,8 @@ class ArchParamUpdate(FitOnly):
         state.restore()
         apart = [a if b is None else -b if a is None else a - b for a, b in zip(grads, ran.grads)]
         if float(norm(apart)) > ALMOST * float(norm(ran.grads)) + 1e-12:
-            raise ValueError("the weights' gradients are not those of loss_func of the model on this batch: a callback or a hook changes them, or the loss, or the model or loss has a state, or "
-                             "changes its input, in ways that are not unrolled; put it into the model or loss_func, or use hvp='first_order'")
+            raise ValueError("loss_func of the model on this batch, run again, has other gradients than the training pass: a callback or a hook changes the loss or the gradients, or the model or "
+                             "loss_func keeps a state or changes its input; move such a change into the model or loss_func, or use hvp='first_order'")
 
     def _unroll(self, ran: TrainingPass | None) -> None:
         """Compute α's gradient for the step that the weights are about to take, and note that step if the weights have to take it."""

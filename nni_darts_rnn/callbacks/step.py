@@ -36,7 +36,7 @@ class AnnealLR(FitOnly):
 
     def __init__(self, share: float):
         if not fraction("share", share, below=False):
-            raise ValueError(f"share: {share!r} of a fit is none; leave AnnealLR out")
+            raise ValueError(f"share: {share!r} must be above 0; for a constant learning rate leave AnnealLR out")
         self.share, self.full = share, []
 
     def start_fit(self):

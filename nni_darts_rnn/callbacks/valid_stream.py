@@ -40,5 +40,5 @@ def _read(batches, epoch: int) -> Iterator:  # not a method: a reader with a ref
             empty = False
             yield batch
         if empty:
-            raise ValueError("valid_batches holds no batch, or none when it is read again: the validation text is too short for this batch size, or it is a generator, "
-                             "where a list or a DataLoader can be read from its beginning")
+            raise ValueError("valid_batches gives no batch, or none when it is read again: the validation text is too short for this batch size, or valid_batches is a "
+                             "generator, which can be read once only; give a list or a DataLoader")
