@@ -1,8 +1,9 @@
 """A genotype's cell beside `nn.LSTM` and `nn.GRU` of as many parameters: the same text, tokens, optimizer, dropout and schedule, from several seeds.
 
-    python benchmarks/against_lstm.py --corpus FOLDER --recipe drawn --genotype DRAWN_V1 --threads 1 --work DIR --save
+    python benchmarks/against_lstm.py --corpus FOLDER --recipe drawn --genotype DRAWN_V1 --rates 0.003 0.006 0.012 --threads 1 --work DIR --save
 
-Each training's figures are kept in DIR, and one that is there is not made again. With `--models` several processes can share the work.
+A recipe's learning rate was chosen for cells. torch's layers may be given several: all for the first seed, and for the others the one that was best on
+validation. Each training's figures are kept in DIR, and one that is there is not made again. With `--models` several processes can share the work.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -80,6 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_run_options(parser)
     parser.add_argument("--genotype", default="DRAWN_V1")
+    parser.add_argument("--rates", nargs="+", type=float, help="learning rates for torch's layers; default: the recipe's")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each model; default %(default)s")
     parser.add_argument("--models", nargs="+", choices=("cell", *LIBRARY), default=["cell", *LIBRARY], help="train these; default all")
     parser.add_argument("--work", type=Path, required=True, help="folder for the figures of each training")
@@ -94,28 +96,33 @@ def main(argv: list[str] | None = None) -> None:
     aim = expected_parameters(V, recipe.hidden_size, N)
     take_fast_path(corpus, recipe, arguments.device, N)
 
-    def trained(name: str, seed: int) -> dict:
-        answer = arguments.work / f"{name}-{seed}.json"
+    def trained(name: str, seed: int, lr: float) -> dict:
+        answer = arguments.work / f"{name}-{seed}-{lr:g}.json"
         if answer.exists():
             return json.loads(answer.read_text(encoding="utf-8"))
         H = recipe.hidden_size if name == "cell" else library_size(name, aim, V)
-        print(f"{arguments.genotype if name == 'cell' else name} with {H} units, seed {seed}", flush=True)
+        print(f"{arguments.genotype if name == 'cell' else name} with {H} units, seed {seed}, learning rate {lr:g}", flush=True)
 
         def report(row):
             print(f"  epoch {row['epoch']}: validation perplexity {row['default']:.2f}, {row['tokens_per_second']:,.0f} tokens/s", flush=True)
 
         with tempfile.TemporaryDirectory() as folder:
-            done = learner.retrain(corpus, genotype if name == "cell" else library_model(name, V, H, recipe, seed), recipe, seed, folder, report, device=arguments.device)
+            done = learner.retrain(corpus, genotype if name == "cell" else library_model(name, V, H, recipe, seed), replace(recipe, lr=lr), seed, folder, report,
+                                   device=arguments.device)
         arguments.work.mkdir(parents=True, exist_ok=True)
-        row = {"model": name, "seed": seed, "hidden_size": H} | {key: done[key] for key in KEPT}
+        row = {"model": name, "seed": seed, "lr": lr, "hidden_size": H} | {key: done[key] for key in KEPT}
         write_text(answer, json.dumps(row))
         return row
 
-    rows = [trained(name, seed) for seed in range(1, arguments.seeds + 1) for name in arguments.models]
+    rows = []
+    for name in arguments.models:
+        first = [trained(name, 1, lr) for lr in ([recipe.lr] if name == "cell" or not arguments.rates else arguments.rates)]
+        best = min(first, key=lambda row: row["valid_perplexity"])["lr"]
+        rows += first + [trained(name, seed, best) for seed in range(2, arguments.seeds + 1)]
     for row in rows:
-        print(f"{row['model']:8} {row['seed']} test perplexity {row['test_perplexity']:8.2f}  {row['parameters']:,} parameters")
+        print(f"{row['model']:8} {row['seed']} {row['lr']:g} test perplexity {row['test_perplexity']:8.2f}  {row['parameters']:,} parameters")
     words = ["--corpus", corpus.name, "--recipe", arguments.recipe, "--genotype", arguments.genotype, *(f"--set {setting}" for setting in arguments.set),
-             "--threads", str(torch.get_num_threads()), "--seeds", str(arguments.seeds), "--work", "DIR"]
+             *(["--rates", *(f"{lr:g}" for lr in arguments.rates)] if arguments.rates else []), "--threads", str(torch.get_num_threads()), "--seeds", str(arguments.seeds), "--work", "DIR"]
     counts = {"unigram_perplexity": unigram_perplexity(corpus), "bigram_perplexity": bigram_perplexity(corpus)}
     keep(arguments.save, {"genotype": arguments.genotype, "recipe": asdict(recipe), "versions": package_versions(), **counts, "trained": rows}
          | ({"note": arguments.note} if arguments.note else {}) | made(__file__, words, threads=torch.get_num_threads()))

@@ -209,19 +209,19 @@ def long_training() -> str:
 
 def lstm() -> str:
     parts = ["## A cell beside nn.LSTM and nn.GRU\n", "Penn Treebank with all of its words; the same tokens, optimizer, dropout and schedule, as many parameters in all. The settings are those "
-             "that were made for cells.\n"]
+             "that were chosen for cells; where torch's layers were given several learning rates, the one that was best on validation has the other seeds.\n"]
     for stem in ("against_lstm", "against_lstm_mixture"):
         if (found := stored(f"{stem}.json")) is None:
             continue
         recipe = found["recipe"]
         parts.append(f"The cell `{found['genotype']}`, {recipe['hidden_size']} units, {recipe['epochs']} epochs of {'Adam' if recipe.get('optimizer') == 'adam' else 'SGD'}:\n")
         rows = []
-        for model in dict.fromkeys(row["model"] for row in found["trained"]):
-            runs = [row for row in found["trained"] if row["model"] == model]
+        for model, lr in dict.fromkeys((row["model"], row["lr"]) for row in found["trained"]):
+            runs = [row for row in found["trained"] if (row["model"], row["lr"]) == (model, lr)]
             valid, test = (spread(*mean_sd([row[f"{text}_perplexity"] for row in runs])) for text in ("valid", "test"))
-            rows.append((model if model == "cell" else f"nn.{model.upper()}", runs[0]["hidden_size"], f"{runs[0]['parameters']:,}", len(runs), valid, test,
+            rows.append((model if model == "cell" else f"nn.{model.upper()}", f"{lr:g}", runs[0]["hidden_size"], f"{runs[0]['parameters']:,}", len(runs), valid, test,
                          f"{fmean(row['seconds'] for row in runs) / 60:.0f}"))
-        parts += [table(("", "units", "parameters", "seeds", "validation", "test", "minutes"), rows),
+        parts += [table(("", "learning rate", "units", "parameters", "seeds", "validation", "test", "minutes"), rows),
                   f"Unigram perplexity of the test text {found['unigram_perplexity']:.1f}, interpolated bigram {found['bigram_perplexity']:.1f}.\n",
                   *([found["note"] + "\n"] if "note" in found else []), made(found)]
     return "\n".join(parts)

@@ -151,18 +151,18 @@ def test_a_cell_and_torchs_layers_of_as_many_parameters_are_trained_alike(tmp_pa
     sizes = ["bptt=16", "max_bptt_above=8", "batch_size=16", "eval_batch_size=16", "test_batch_size=16", "hidden_size=16", "epochs=1"]
     words = ["--corpus", str(tmp_path), "--recipe", "tiny", "--device", "cpu", "--seeds", "2", "--work", str(tmp_path / "work"),
              *(word for size in sizes for word in ("--set", f"retrain.{size}"))]
-    against_lstm.main([*words, "--models", "gru"])  # as a second process that shares the work
+    against_lstm.main([*words, "--models", "gru", "--rates", "1", "1e-6"])  # as a second process that shares the work
     trained, train = [], against_lstm.learner.retrain
     monkeypatch.setattr(against_lstm.learner, "retrain", lambda *args, **more: trained.append(args[1]) or train(*args, **more))
-    against_lstm.main([*words, "--save", str(tmp_path / "found.json")])
+    against_lstm.main([*words, "--rates", "1", "1e-6", "--save", str(tmp_path / "found.json")])
     kept = json.loads((tmp_path / "found.json").read_text())
-    assert len(trained) == 4  # the cell and the LSTM: a GRU's trainings are there
-    found = {(row["model"], row["seed"]): row for row in kept["trained"]}
-    assert set(found) == {(model, seed) for model in ("cell", "lstm", "gru") for seed in (1, 2)}
-    for (model, seed), row in found.items():
-        assert row["parameters"] == pytest.approx(found["cell", seed]["parameters"], rel=0.05)
-        assert 1 < row["test_perplexity"] < 8  # guessing every word alike has 8
-        assert row["test_perplexity"] != found[model, 3 - seed]["test_perplexity"]
+    assert len(trained) == 2 + 3  # of the cell and the LSTM: a GRU's trainings are there
+    found = {(row["model"], row["seed"], row["lr"]): row for row in kept["trained"]}
+    assert set(found) == {("cell", 1, 5.0), ("cell", 2, 5.0)} | {(model, *rest) for model in ("lstm", "gru") for rest in ((1, 1.0), (1, 1e-6), (2, 1.0))}
+    assert len({row["test_perplexity"] for row in found.values()}) == len(found)
+    for (*_, lr), row in found.items():
+        assert row["parameters"] == pytest.approx(found["cell", 1, 5.0]["parameters"], rel=0.05)
+        assert lr == 1e-6 or 1 < row["test_perplexity"] < 7.9  # guessing every word alike has 8
 
 
 def test_torchs_layers_read_a_text_as_themselves_and_lose_no_state():
