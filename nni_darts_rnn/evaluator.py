@@ -214,6 +214,6 @@ def search_evaluator(corpus: Corpus, recipe: SearchRecipe, seed: int = 0, report
     valid = TaggedBatches(BpttBatches(streams(corpus.for_alpha, recipe.batch_size), lengths, seed + 1), VALID, lambda: trainer.current_epoch, train)
     if recipe.anneal:
         if options["max_epochs"] in (None, -1):
-            raise ValueError(f"search.anneal: {recipe.anneal} of the epochs needs their number; give max_epochs, or a recipe with search.anneal=0")
+            raise ValueError(f"search.anneal: the learning rate falls over the last {recipe.anneal} of all epochs, whose number is not known; give max_epochs, or a recipe with search.anneal=0")
         trainer.callbacks.append(AnnealLR(recipe.anneal, train))
     return Lightning(module, trainer, train_dataloaders=train, val_dataloaders=valid)

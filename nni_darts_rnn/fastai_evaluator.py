@@ -93,7 +93,7 @@ class FastaiEvaluator(Evaluator):
             if name in settings:
                 raise ValueError(f"settings: {name} is the model space's; give it there")
         if learner is not None and (epochs is None or settings or device != "auto" or any(v is not None for v in (corpus, recipe, corpus_folder, corpus_mirror))):
-            raise ValueError("learner: a learner of your own goes with epochs, and without corpus, recipe, settings and device, which its loaders have")
+            raise ValueError("learner: with a learner of your own give epochs, but no corpus, recipe, settings or device, which the learner has itself")
         if onnx:
             if learner is not None:
                 raise ValueError("onnx: only the language model is written; leave it out with a learner of your own")

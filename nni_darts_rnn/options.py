@@ -120,7 +120,7 @@ def checked_recipe(arguments: argparse.Namespace, parameters: dict):
 def without_search(arguments: argparse.Namespace) -> str | None:
     """One line about the fields of `--set` that are of a search, for a command that has none."""
     unread = [key for key in settings(arguments) if key.startswith("search.")]
-    return f"a retraining has no search, so {', '.join(unread)} changes nothing here" if unread else None
+    return f"a retraining has no search: without effect here: {', '.join(unread)}" if unread else None
 
 
 def open_corpus(arguments: argparse.Namespace):

@@ -61,7 +61,7 @@ class SearchRecipe:
     anneal: float = _field(0.0, 0, 1, help="the share of the epochs, at the end, over which the weights' learning rate falls to 0 along a cosine")
     epochs: int = _field(50, 1, help="passes over the training text")
     relaxation: str = _field("edge", choices=RELAXATIONS,
-                             help="what one softmax of α is over: an edge's primitives, with BatchNorm, or all of a node's, without; gumbel: one of these drawn at a time")
+                             help="edge: one softmax of α for each edge, and BatchNorm; node: one for all edges into a node, no BatchNorm; gumbel: as node, but one edge and primitive drawn a node")
     draws: int = _field(1, 1, help="cells drawn for a batch, with gumbel: each for an equal part of its streams")
     arch_lr: float = _field(3e-3, 0, help="Adam's learning rate for α")
     arch_weight_decay: float = _field(1e-3, 0, help="Adam's weight decay for α")
@@ -95,8 +95,8 @@ class SearchRecipe:
             raise ValueError(f"search.unrolled_lr: {self.unrolled_lr:g} is a step for SGD; with search.optimizer = adam, which moves each weight by about that, it is at most "
                              f"{ADAMS_LR}, or none: search.lr")
         if self.neumann_terms and self.first_order:
-            raise ValueError(f"search.neumann_terms: {self.neumann_terms} terms of the second-order gradient go with no first-order one "
-                             f"(hvp = {self.hvp}, unrolled_lr = {self.unrolled_lr}); give 0")
+            raise ValueError(f"search.neumann_terms: {self.neumann_terms} terms belong to the second-order gradient, and hvp = {self.hvp} with unrolled_lr = "
+                             f"{self.unrolled_lr} is first order; give 0")
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"search.warmup_epochs: {self.warmup_epochs} must be below search.epochs = {self.epochs}: α would never move")
 
@@ -163,7 +163,7 @@ class RetrainRecipe:
 
     def __post_init__(self):
         if self.optimizer == "adam" and self.nonmono is not None:
-            raise ValueError(f"retrain.nonmono: averaging is of SGD, not of retrain.optimizer = adam; give none instead of {self.nonmono}")
+            raise ValueError(f"retrain.nonmono: {self.nonmono} turns averaging on, which needs retrain.optimizer = sgd; with adam give none")
         _check_rate("retrain", self.optimizer, self.lr, 0.005)
         if self.patience is not None and self.nonmono is not None and self.patience < self.nonmono + 2:
             raise ValueError(f"retrain.patience: {self.patience} must be at least retrain.nonmono + 2 = {self.nonmono + 2}: averaging, which begins after {self.nonmono + 1} epochs "

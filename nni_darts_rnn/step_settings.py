@@ -30,7 +30,7 @@ def check_step(*, hvp: str, unrolled_lr: float | None, neumann_terms: int, repro
                 raise ValueError(f"{name}: {value!r} must be True or False")
         elif name in BETAS:
             if not isinstance(value, Sequence) or len(value) != 2 or not all(_number(name, beta) and 0 <= beta < 1 for beta in value):
-                raise ValueError(f"{name}: {value!r} must be at least 0 and below 1, two of them")
+                raise ValueError(f"{name}: {value!r} must be two numbers, each at least 0 and below 1")
         elif value is not None or name not in OPTIONAL:
             if not (_number(name, value) and (0 < value if name in ABOVE_0 else 0 <= value) and value < math.inf):
                 raise ValueError(f"{name}: {value!r} must be {'above' if name in ABOVE_0 else 'at least'} 0, and finite")
@@ -38,9 +38,9 @@ def check_step(*, hvp: str, unrolled_lr: float | None, neumann_terms: int, repro
                 raise ValueError(f"{name}: {value!r} must be a whole number")
     one_of("hvp", hvp, MODES)
     if neumann_terms and is_first_order(hvp, unrolled_lr):
-        raise ValueError(f"neumann_terms: {neumann_terms} terms of the second-order gradient go with no first-order one; give 0")
+        raise ValueError(f"neumann_terms: {neumann_terms} terms belong to the second-order gradient, and this one is first order; give 0")
     if reproduce_original and (hvp == "exact" or neumann_terms):
-        raise ValueError(f"reproduce_original: the published code has a finite difference and no series; hvp={hvp!r} and neumann_terms={neumann_terms} go without it")
+        raise ValueError(f"reproduce_original: the published code has a finite difference and no series; leave it out with hvp={hvp!r} and neumann_terms={neumann_terms}")
 
 
 def gradient_by(settings, module: nn.Module, weights: dict[str, Tensor], alphas: Tensors, train_batch, valid_batch, train_loss: Loss, valid_loss: Loss,
@@ -57,7 +57,7 @@ def gradient_by(settings, module: nn.Module, weights: dict[str, Tensor], alphas:
         known = {id(w) for w in tensors}
         strangers = sum(p.requires_grad and id(p) not in known for group in optimizer.param_groups for p in group["params"])
         if strangers:
-            raise ValueError(f"{strangers} tensors that the optimizer moves are in no module of the model, as those of layers in a plain list; use nn.ModuleList or nn.ParameterList")
+            raise ValueError(f"the optimizer moves {strangers} tensors that belong to no module of the model (are layers in a plain list?); use nn.ModuleList or nn.ParameterList")
     if settings.reproduce_original and settings.hvp != "first_order":
         group = plain_sgd(optimizer)
         lr = group["lr"] if settings.unrolled_lr is None else settings.unrolled_lr
@@ -68,8 +68,8 @@ def gradient_by(settings, module: nn.Module, weights: dict[str, Tensor], alphas:
     def unrolled_loss(*at) -> Tensor:
         loss = valid_loss(*at)
         if first and step is not None and loss.requires_grad and any(g is not None for g in torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True)):
-            raise ValueError("the loss takes weights that it keeps apart, as in a list, and not from their modules, where those of the unrolled step are; take them from "
-                             "parameters() each time, or use hvp='first_order'")
+            raise ValueError("the loss keeps weights of its own, as in a list, so it does not see those of the unrolled step; take them from parameters() each time, or "
+                             "use hvp='first_order'")
         return loss
 
     return architecture_gradient(train_loss, tensors, alphas, train_batch, valid_batch, step, settings.hvp, settings.epsilon, settings.neumann_terms, unrolled_loss,

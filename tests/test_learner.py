@@ -339,7 +339,7 @@ def test_a_search_of_so_many_steps(tmp_path):
     made = strategy.mutate_evaluator(made)
     made.evaluate(supernet)
     assert made.trainer.global_step in (3, 4)  # the steps of both optimizers count
-    with pytest.raises(ValueError, match="search.anneal: 0.5 of the epochs needs their number; give max_epochs"):
+    with pytest.raises(ValueError, match="search.anneal: the learning rate falls over the last 0.5 of all epochs, whose number is not known; give max_epochs"):
         evaluator(anneal=0.5)
 
 

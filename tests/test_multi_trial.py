@@ -188,9 +188,9 @@ def report(trained: list) -> None:
 
 @pytest.mark.parametrize("arguments, words", [
     (dict(settings={"hidden_size": 3}), "hidden_size is the model space's"), (dict(epochs=-1), "epochs: -1"), (dict(recipe="tin"), "did you mean 'tiny'"),
-    (dict(settings={"epoch": 3}), "did you mean 'retrain.epochs'"), (dict(learner=print), "goes with epochs"),
-    (dict(learner=print, epochs=1, corpus="pydoc"), "without corpus"),
-    (dict(learner=print, epochs=1, device="cpu"), "and device, which its loaders have"), (dict(learner=print, epochs=1, onnx=True), "only the language model")])
+    (dict(settings={"epoch": 3}), "did you mean 'retrain.epochs'"), (dict(learner=print), "give epochs"),
+    (dict(learner=print, epochs=1, corpus="pydoc"), "no corpus, recipe"),
+    (dict(learner=print, epochs=1, device="cpu"), "or device, which the learner has itself"), (dict(learner=print, epochs=1, onnx=True), "only the language model")])
 def test_refusals(arguments, words):
     with pytest.raises(ValueError) as error:
         FastaiEvaluator(**arguments)

@@ -47,7 +47,7 @@ def test_each_phase_says_on_what_it_works_and_the_next_command_works(corpus, cap
     assert status(cli.main, "plot", "found") == 0  # which does not know the text that it was found on
     assert capsys.readouterr().err.splitlines()[-1] == "next: nni-darts-rnn retrain --corpus FOLDER --genotype found"
     assert status(cli.main, "retrain", *corpus, "--genotype", "ENAS", "--out", "other") == 0
-    assert "a retraining has no search, so search.batch_size, search.eval_batch_size, search.n_nodes changes nothing here\n" in capsys.readouterr().err
+    assert "a retraining has no search: without effect here: search.batch_size, search.eval_batch_size, search.n_nodes\n" in capsys.readouterr().err
 
 
 def test_machines_get_one_line_of_json_and_no_other_word(corpus, place):  # noqa: F811
