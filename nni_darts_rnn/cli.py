@@ -17,12 +17,12 @@ EXPERIMENT = "id of an NNI experiment on this machine (running, stopped or finis
 
 
 def new_folder(text: str) -> Path:
-    """A folder that is there or can be made."""
+    """The path of a folder that exists or can be made, for argparse. `argparse.ArgumentTypeError` otherwise."""
     try:
         path = at_home(text, "the path")
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-    there = next((place for place in (path, *path.parents) if os.path.lexists(place)), path)  # of a place that may not be looked at it says no
+    there = next((place for place in (path, *path.parents) if os.path.lexists(place)), path)  # lexists is False for a place that may not be read
     if not text or not os.path.isdir(there):
         what = "it is empty" if not text else f"{there} is a {'file' if os.path.exists(there) else 'link to nothing'}"
         raise argparse.ArgumentTypeError(f"{text!r} is not possible: {what}; give a folder")
@@ -30,9 +30,9 @@ def new_folder(text: str) -> Path:
 
 
 def new_file(text: str) -> Path:
-    """A file that is there or can be made."""
+    """The path of a file that exists or can be made, for argparse. `argparse.ArgumentTypeError` otherwise."""
     path = new_folder(str(Path(text).parent)) / Path(text).name
-    if text and os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):  # a file in its place would be the end of, say, /dev/null
+    if text and os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):  # a file written there would replace, say, /dev/null
         raise argparse.ArgumentTypeError(f"{text!r} is not possible: {path} is a device or a pipe; give a file")
     if not text or os.path.isdir(path):
         raise argparse.ArgumentTypeError(f"{text!r} is not possible: {f'{path} is a folder' if text else 'it is empty'}; give a file")
@@ -71,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
             add_keeping_options(command)
             command.add_argument("--out", type=new_folder, help=f"folder for the results; default runs/{command.prog.split()[-1]}-CORPUS-SEED"
                                  + (", with --from runs/retrain-EXPERIMENT-TRIAL-SEED" if command is retrain else ""))
-    retrain.set_defaults(corpus=None, recipe=None)  # those of the trial with --from, the usual ones otherwise
+    retrain.set_defaults(corpus=None, recipe=None)  # with --from the trial's, otherwise the usual ones
     evaluate.set_defaults(recipe=None)
 
     plot = add("plot", afterwards.plot, "pictures from a folder of results",
@@ -107,18 +107,18 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with interrupts_remembered():
             arguments.action(arguments)
-        if sys.stdout is not None:  # closed by who started it
+        if sys.stdout is not None:  # None if whoever started the program closed it
             sys.stdout.flush()
-    except BrokenPipeError:  # whoever read the answer has had enough
+    except BrokenPipeError:  # whoever read the output has stopped reading
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + 13  # SIGPIPE's number, as of a program that it ends
+        return 128 + 13  # the status of a program that SIGPIPE ends
     except REFUSALS as error:
         print(f"nni-darts-rnn: error: {refusal(error)}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, Terminated) as stop:
         kept = "; what was finished is kept, and the same command goes on from there" if "resume" in arguments else ""
         print(f"nni-darts-rnn: interrupted{kept}", file=sys.stderr)
-        return getattr(stop, "code", 130)  # 128 + SIGTERM's number after SIGTERM
+        return getattr(stop, "code", 130)  # 143 after SIGTERM
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Corpora by name or folder: their texts read, encoded, and mapped into memory where they are large. Vocabulary and batches are re-exported here."""
+"""Load a corpus by name or from a folder. Texts are read and encoded; large ones are mapped into memory. Vocabulary and batches are re-exported here."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ __all__ = ["EOS", "NAMES", "UNK", "Batch", "BpttBatches", "Corpus", "LengthRule"
 
 SPLITS = download.SPLITS
 
-PUBLISHED_COUNTS = {  # tokens of train, valid, test with one <eos> a line; words
+PUBLISHED_COUNTS = {  # tokens of train, valid and test, with one <eos> a line; words of the vocabulary
     "penn": (929_589, 73_760, 82_430, 10_000),
     "wikitext-2": (2_088_628, 217_646, 245_569, 33_278),
     "wikitext-103": (103_227_021, 217_646, 245_569, 267_735),
 }
 NAMES = ("pydoc", *PUBLISHED_COUNTS)
 
-_BLOCK = 1 << 20  # bytes read at once, and the longest word allowed
-_ON_DISK = 64 << 20  # bytes of training text from which token ids are kept in the cache folder and mapped, not read, into memory
-_MOST_WORDS = 4_000_000  # distinct; a softmax over more fits no machine
+_BLOCK = 1 << 20  # bytes: how many are read at once, and the longest word allowed
+_ON_DISK = 64 << 20  # bytes: from this size of the training text on, token ids are files in the cache folder, mapped into memory instead of read
+_MOST_WORDS = 4_000_000  # distinct words; no machine has memory for a softmax over more
 
 
 @dataclass
 class Corpus:
-    """Three token streams (tokens,) of dtype int64 and their vocabulary. `alpha`: the stream for the architecture; None: `valid`. `undivided`: the training text
-    that `train` and `alpha` are parts of, where they are."""
+    """Three token streams (tokens,) of dtype int64, and their vocabulary. `alpha` is the stream that the architecture learns from; if it is None, `valid` is.
+    `undivided` is the whole training text, where `train` and `alpha` are its two parts."""
 
     name: str
     vocab: Vocabulary
@@ -51,15 +51,15 @@ class Corpus:
 
     @property
     def for_alpha(self) -> Tensor:
-        """What the architecture learns from: `alpha`, or `valid` where there is none."""
+        """The stream that the architecture learns from: `alpha`, or `valid` if `alpha` is None."""
         return self.valid if self.alpha is None else self.alpha
 
     def without_alpha(self) -> Corpus:
-        """For what has no α, as a retraining: the training text is whole again."""
+        """The corpus with its whole training text, for phases that have no α, such as retraining."""
         return self if self.undivided is None else replace(self, train=self.undivided, alpha=None, undivided=None)
 
     def describe(self) -> str:
-        """One line: tokens of each split, words of the vocabulary."""
+        """One line with the number of tokens of each split and of words in the vocabulary."""
         splits = {"training": self.train, "α": self.alpha, "validation": self.valid, "test": self.test}
         return (f"{self.name}: " + ", ".join(f"{len(t):,} {name}" for name, t in splits.items() if t is not None)
                 + f" tokens; {len(self.vocab):,} words")
@@ -67,12 +67,13 @@ class Corpus:
 
 def load_corpus(name_or_folder: str | Path, *, folder: str | Path | None = None, mirror: str | None = None,
                 alpha_fraction: float = 0.0) -> Corpus:
-    """A corpus by name (`NAMES`), or a folder with train.txt, valid.txt and test.txt (a `Path`, or "./penn", for one called as a name is).
+    """Load a corpus by its name (one of `NAMES`), or from a folder that holds train.txt, valid.txt and test.txt.
 
-    `pydoc` is the text of the running Python's own language reference. The others are read from `folder`, or downloaded once from
-    the URL `mirror` (of a folder with the published files, or of an archive) into `files.cache_folder("corpora")`; they must be the
-    published texts. `alpha_fraction` > 0 splits that last part of the training text off for the architecture parameters; a retraining has all of it.
-    Raises `ValueError` with one line that says what is wrong where, and what is allowed.
+    A folder that has the name of a corpus is given as a `Path`, or as "./penn". `pydoc` is the text of the running Python's own language reference. The
+    other named corpora must be the published texts. They are read from `folder`, or downloaded once into `files.cache_folder("corpora")` from the URL
+    `mirror`, which is a folder of the published files or an archive. `alpha_fraction` > 0 sets that last part of the training text aside for the
+    architecture parameters; a retraining still gets the whole text.
+    Raises `ValueError` with one line that says what is wrong, where, and what is allowed.
     """
     fraction("alpha_fraction", alpha_fraction)
     if not isinstance(name_or_folder, (str, Path)) or not str(name_or_folder):
@@ -87,7 +88,7 @@ def load_corpus(name_or_folder: str | Path, *, folder: str | Path | None = None,
     elif name in PUBLISHED_COUNTS:
         corpus = _published(name, folder, mirror)
     elif os.path.isdir(path):
-        corpus = _from_folder(os.fsencode(path.resolve().name).decode("utf-8", "backslashreplace"), path)  # a name that can be written
+        corpus = _from_folder(os.fsencode(path.resolve().name).decode("utf-8", "backslashreplace"), path)  # a name that can be printed, also if it is not UTF-8
     elif os.path.exists(path):
         raise ValueError(f"corpus {name!r} is a file; give the folder that holds {', '.join(s + '.txt' for s in SPLITS)}")
     else:
@@ -140,7 +141,7 @@ def _from_folder(name: str, folder: Path, published: bool = False) -> Corpus:
 
 
 def _pieces(path: Path) -> Iterator[list[str]]:
-    """The words of a UTF-8 file, about a megabyte of text at a time, with `<eos>` after each line, the last one included."""
+    """The words of a UTF-8 file, in pieces of about a megabyte of text, with `<eos>` after each line, also after a last line without a line break."""
     rest, done, last, some = b"", 0, b"\n", False
 
     def words(raw: bytes) -> list[str]:
@@ -155,9 +156,9 @@ def _pieces(path: Path) -> Iterator[list[str]]:
     with open(path, "rb") as file:
         while block := file.read(_BLOCK):
             last, block = block[-1:], rest + block
-            if not done and block.startswith(codecs.BOM_UTF8):  # some editors' first three bytes, no part of a word
+            if not done and block.startswith(codecs.BOM_UTF8):  # the three bytes that some editors begin a file with; no part of a word
                 done, block = len(codecs.BOM_UTF8), block[len(codecs.BOM_UTF8):]
-            cut = 1 + max(block.rfind(space) for space in (b" ", b"\n", b"\t"))  # 0 where there is none; never inside a character
+            cut = 1 + max(block.rfind(space) for space in (b" ", b"\n", b"\t"))  # 0 if there is no white space; a cut never splits a character
             if len(block) - cut > _BLOCK:
                 raise ValueError(f"{path}: a word of more than {_BLOCK:,} bytes at byte {done + cut}; is this text?")
             if cut:
@@ -170,7 +171,7 @@ def _pieces(path: Path) -> Iterator[list[str]]:
 
 
 class _Growing(dict):
-    """Word -> id, where a new word gets the next id: ids are in the order of first appearance, whatever the hash seed."""
+    """Word -> id. A new word gets the next id, so ids are in the order of first appearance, whatever the hash seed."""
 
     def __missing__(self, word: str) -> int:
         self[word] = new = len(self)
@@ -178,7 +179,7 @@ class _Growing(dict):
 
 
 def _ids(pieces: Iterable[list[str]], index: dict[str, int]) -> Iterator[array]:
-    """The ids of each piece as 8-byte integers, so that no Python object is kept for a token."""
+    """The ids of each piece, as 8-byte integers in an `array`: a Python object for each token would take too much memory."""
     for words in pieces:
         yield array("q", map(index.__getitem__, words))
         if len(index) > _MOST_WORDS:
@@ -190,7 +191,7 @@ def _vocabulary(index: dict[str, int]) -> Vocabulary:
 
 
 def _encode(name: str, pieces: dict[str, Iterable[list[str]]]) -> Corpus:
-    """The corpus of three texts, in memory. The vocabulary is the training text's."""
+    """The corpus of three texts, held in memory. Its vocabulary is that of the training text, with `<eos>` and `<unk>`."""
     index: dict[str, int] = _Growing()
     streams_, vocab = {}, None
     for split in SPLITS:
@@ -203,9 +204,9 @@ def _encode(name: str, pieces: dict[str, Iterable[list[str]]]) -> Corpus:
 
 
 def _mapped(name: str, paths: dict[str, Path]) -> Corpus:
-    """The corpus of three large texts as ids in files of the cache folder, mapped into memory: pages are read when they are used."""
+    """The corpus of three large texts. Their ids are files in the cache folder, mapped into memory: a page is read from disk when it is first used."""
     key = "-".join(download.digest(path)[:20] for path in paths.values())
-    folder = cache_folder("corpora") / f"encoded-2-{key}"  # 2: a version of how texts are cut into words
+    folder = cache_folder("corpora") / f"encoded-2-{key}"  # 2: the version of the rules that cut texts into words
     with download.made_once(folder) as new:
         if new:
             index: dict[str, int] = _Growing()
@@ -217,5 +218,5 @@ def _mapped(name: str, paths: dict[str, Path]) -> Corpus:
                 vocab = vocab or _vocabulary(index)
             (new / "words.json").write_text(vocab.to_json(), encoding="utf-8")
     vocab = Vocabulary.from_json((folder / "words.json").read_text(encoding="utf-8"))
-    # Mode "c" (copy on write): torch wants memory it could write to, and the file stays as it is.
+    # Mode "c" (copy on write): torch wants writable memory, and the file must not change.
     return Corpus(name, vocab, *(torch.from_numpy(np.memmap(folder / f"{split}.int64", dtype=np.int64, mode="c")) for split in SPLITS))

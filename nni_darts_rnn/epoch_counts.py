@@ -1,4 +1,4 @@
-"""What an epoch has come to so far, and how long its phase will take: for the reports of both phases."""
+"""The counts of the current epoch, and an estimate of how long its phase will take. The reports of both phases use them."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from torch import Tensor
 from .talk import duration, many
 
 logger = logging.getLogger(__name__)
-LOOK = 2.0  # seconds of batches from which the rest of a phase is foretold
+LOOK = 2.0  # seconds of batches after which the duration of the phase is estimated
 
 
 def perplexity_of(nats: float) -> float:
-    """e^`nats`, the mean over tokens; no more than e^700, as float64 ends at e^709."""
+    """e^`nats`, where `nats` is the mean over tokens. At most e^700, since float64 ends at e^709."""
     return math.exp(min(nats, 700.0))
 
 
 class EpochCounts:
-    """Training tokens of the epoch at hand, the sum of their losses (nats) and the epoch's seconds.
+    """The training tokens of the current epoch, the sum of their losses (nats), and the epoch's seconds.
 
-    Once, some seconds into a phase, it says how long the phase has to go (level INFO): what a corpus and a recipe take depends on the machine,
-    and the first batches tell.
+    Once in a phase, LOOK seconds after its first batch, it logs (level INFO) how long the phase will still take. That depends on the machine, the
+    corpus and the recipe, so it is estimated from the first batches.
     """
 
     def __init__(self, phase: str):
         self.phase, self.foretold = phase, False
-        self.since: float | None = None  # when the first batch was done, which compiles, allocates and so on
-        self.batches = 0  # after that one
+        self.since: float | None = None  # when the first batch was done; it is not timed, as it compiles, allocates and so on
+        self.batches = 0  # batches after the first
         self.begin()
 
     def begin(self) -> None:
         self.began, self.tokens, self.nats = time.perf_counter(), 0, 0.0
 
     def add(self, tokens: int, loss: Tensor, epochs: int, left: float) -> None:
-        """A batch of `tokens` with a mean loss in nats, which stays on its device; `left` batches of all `epochs` are still to come."""
+        """Count a batch of `tokens` tokens with the mean loss `loss` (nats), which stays on its device. `left` batches of all `epochs` are still to come."""
         self.tokens += tokens
         self.nats = self.nats + loss.detach() * tokens
         if self.foretold:
@@ -52,11 +52,11 @@ class EpochCounts:
             logger.info("%s: about %s to go, for %s in all", self.phase, duration(left * took), many(epochs, "epoch"))
 
     def state(self) -> dict:
-        """For a checkpoint in the middle of the epoch."""
+        """What a checkpoint in the middle of the epoch keeps."""
         return {"seconds": self.seconds, "tokens": self.tokens, "nats": self.nats}
 
     def go_on(self, seconds: float, tokens: int, nats: Tensor | float) -> None:
-        """The inverse of `state`."""
+        """Go on from what `state` returned."""
         self.began, self.tokens, self.nats = time.perf_counter() - seconds, tokens, nats
 
     @property

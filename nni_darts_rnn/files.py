@@ -1,4 +1,4 @@
-"""Files written whole or not at all."""
+"""Write files completely or not at all, and lock them."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from typing import BinaryIO
 
 try:
     import fcntl
-except ImportError:  # Windows: processes are not kept apart there
+except ImportError:  # Windows: no locks there
     fcntl = None
 
-PARTIAL = ".nni-darts-rnn-partial-"  # nothing of anybody else is called so
+PARTIAL = ".nni-darts-rnn-partial-"  # a prefix that no other program uses
 
 
 @contextlib.contextmanager
 def whole(path: str | Path):
-    """Yields a temporary path of the same name, in a folder of its own beside `path`; renamed to `path` when the block ends well, removed otherwise.
+    """Yield a temporary path with the name of `path`, in a new folder beside it. If the block ends without an error, the file is renamed to `path`; otherwise
+    it is removed.
 
-    What was written is on the disk before it gets its name, so a machine that loses its power leaves the old file or the new one. The folder is of its own
-    because who writes the file may write others beside it first (safetensors from 0.8 on), which a kill would leave there.
+    The data are on the disk before the file gets its name, so a power failure leaves either the old file or the new one. The temporary file has a folder to
+    itself because its writer may first write other files beside it (safetensors from 0.8 on), and a kill would leave those there.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,13 +35,13 @@ def whole(path: str | Path):
     try:
         temporary.touch()
         yield temporary
-        os.chmod(temporary, 0o666 & ~_umask())  # who made it may have kept it from NNI's server and from colleagues
+        os.chmod(temporary, 0o666 & ~_umask())  # its writer may have made it unreadable for NNI's server and for colleagues
         _to_disk(temporary)
         os.replace(temporary, path)
         if os.name == "posix":
-            _to_disk(path.parent)  # the new name
+            _to_disk(path.parent)  # so that the new name is on the disk too
     except OSError as error:
-        if error.errno and error.filename is None:  # a write that fails does not tell of what
+        if error.errno and error.filename is None:  # the error of a failed write does not name the file
             error.filename = str(path)
         raise
     finally:
@@ -48,7 +49,7 @@ def whole(path: str | Path):
 
 
 def at_home(path: str | Path, setting: str) -> Path:
-    """The path with the home folder in the place of `~`. `ValueError` with one line that begins with `setting` where that is not known."""
+    """The path, with `~` replaced by the home folder. `ValueError` with one line, which begins with `setting`, if that folder is not known."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -56,7 +57,7 @@ def at_home(path: str | Path, setting: str) -> Path:
 
 
 def cache_folder(what: str = "") -> Path:
-    """`$XDG_CACHE_HOME/nni_darts_rnn`, by default under `~/.cache`, or `what` in it. It may not exist yet."""
+    """`$XDG_CACHE_HOME/nni_darts_rnn`, by default `~/.cache/nni_darts_rnn`, or the folder `what` in it. It may not exist yet."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(base) if os.path.isabs(base) else at_home("~/.cache", "XDG_CACHE_HOME")) / "nni_darts_rnn" / what
 
@@ -70,9 +71,9 @@ def _to_disk(path: str | Path) -> None:
 
 
 def hold(path: str | Path, wait: bool = True) -> BinaryIO:
-    """The lock file at `path`, made if need be and held until it is closed; the system frees the lock of a process that dies.
+    """Open the lock file at `path`, made if need be, and lock it until the returned file is closed. The system frees the lock of a process that dies.
 
-    Where another process holds it: waits, or `BlockingIOError` with `wait=False`.
+    If another process holds the lock, wait for it; with `wait=False`, `BlockingIOError`. On Windows nothing is locked.
     """
     lock = open(path, "ab")
     try:
@@ -80,17 +81,17 @@ def hold(path: str | Path, wait: bool = True) -> BinaryIO:
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
         lock.close()
-        error.filename = str(path)  # some file systems have no locks; the system does not tell where
+        error.filename = str(path)  # some file systems have no locks; the system's error does not name the file
         raise
     return lock
 
 
 def remove_partial(folder: str | Path) -> None:
-    """Removes what a process that was killed left half written in the folder. Only for whoever alone writes there."""
+    """Remove the half-written files that killed processes left in the folder. Call it only where no other process writes."""
     for path in Path(folder).glob(PARTIAL + "*"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
-        else:  # versions before left files
+        else:  # earlier versions left files, not folders
             path.unlink(missing_ok=True)
 
 
@@ -113,32 +114,32 @@ _SEAL = '{"checksum": "%s", '
 
 
 def sealed(data: dict) -> str:
-    """JSON text of `data` (not empty) that begins with the SHA-256 of all the rest, so that any change to it is noticed."""
+    """JSON text of `data` (not empty). It begins with the SHA-256 of all the rest, so that `check_seal` notices any change."""
     body = json.dumps({key: value for key, value in data.items() if key != "checksum"})
     return _SEAL % hashlib.sha256(body.encode()).hexdigest() + body[1:]
 
 
 def check_seal(text: str) -> None:
-    """`ValueError` where the text is not one of `sealed`, byte for byte."""
+    """`ValueError` unless the text is, byte for byte, one that `sealed` made."""
     body = "{" + text[len(_SEAL) - 2 + 64:]
     if text[:-len(body) + 1] != _SEAL % hashlib.sha256(body.encode()).hexdigest():
         raise ValueError("its checksum is missing or wrong: the file is damaged")
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Writes UTF-8 text, whole or not at all."""
+    """Write UTF-8 text, completely or not at all."""
     with whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return Path(path)
 
 
 def write_json(path: str | Path, data) -> Path:
-    """Writes JSON, whole or not at all."""
+    """Write `data` as JSON, completely or not at all."""
     return write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_csv(path: str | Path, rows: list[dict]) -> Path:
-    """Writes dictionaries as CSV, whole or not at all; columns in the order of first appearance, absent values empty."""
+    """Write dictionaries as the rows of a CSV file, completely or not at all. Columns are in the order of first appearance; missing values are empty."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with whole(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)

@@ -1,4 +1,4 @@
-"""Numbers that go wrong: what is not finite is noticed in the step that made it, and a search that collapses is named."""
+"""Watch the numbers of a run: what is not finite ends the step that made it, the phase then goes back to a checkpoint, and a search that collapses is named."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 ROLLBACKS, SHRINK = 4, 0.5
-"""A run whose numbers go wrong returns to the last end of an epoch so many times, each time with the learning rate times SHRINK."""
+"""A phase whose numbers go wrong goes back to the end of an epoch, at most ROLLBACKS times, and multiplies its learning rate by SHRINK each time."""
 HOPELESS = 10.0
-"""An epoch whose perplexity is so many times the vocabulary's size (that of guessing every word alike) went wrong, though its numbers are finite."""
+"""An epoch went wrong, though its numbers are finite, if its perplexity is above HOPELESS times V, the perplexity of guessing every word alike."""
 
 
 class NotFinite(FloatingPointError):
-    """A loss, a gradient or α that is NaN or infinite, or an epoch that is hopeless; `what` says which. fastai puts words of its own before the
-    text of any exception in a callback."""
+    """A loss, a gradient, weights or α with a NaN or an infinite number, or an epoch that is hopeless. `what` says which; fastai puts words of its own
+    before the message of an exception from a callback."""
 
     def __init__(self, what: str):
         super().__init__(what)
@@ -32,12 +32,12 @@ class NotFinite(FloatingPointError):
 
 
 def check_finite(**named: Tensor | Iterable[Tensor | None] | None) -> None:
-    """`NotFinite` that names the first of these that holds a NaN or an infinite number. One synchronisation with the device."""
+    """Raise `NotFinite`, with the name of the first argument that holds a NaN or an infinite number. Synchronises with the device once if there is none."""
     found = {}
     for name, value in named.items():
         tensors = [t for t in ([value] if isinstance(value, Tensor) else value or ()) if t is not None]
         if tensors:
-            # a norm is finite where every number is, and short of an overflow that would be as bad
+            # a norm is finite if every number is, unless the sum of squares overflows, which would be as bad
             found[name] = torch.stack([torch.linalg.vector_norm(t.detach()).float() for t in tensors]).sum()
     sums = torch.stack(list(found.values())) if found else torch.zeros(1)
     if not bool(torch.isfinite(sums).all()):
@@ -46,22 +46,25 @@ def check_finite(**named: Tensor | Iterable[Tensor | None] | None) -> None:
 
 
 def check_epoch(perplexity: float, vocab_size: int, what: str) -> None:
-    """`NotFinite` for the perplexity of an epoch that is not finite, or more than HOPELESS times that of guessing every word alike."""
+    """Raise `NotFinite` if the perplexity of an epoch is not finite, or more than HOPELESS times that of guessing every word alike."""
     if not math.isfinite(perplexity) or perplexity > HOPELESS * vocab_size:
         raise NotFinite(f"the {what} perplexity is {perplexity:.3g}, where guessing every word alike has {vocab_size:,}")
 
 
 def name_poor(phase: str, perplexity: float, vocab_size: int) -> None:
-    """Says in words that a phase ended worse than guessing."""
-    if perplexity > vocab_size * (1 + 1e-6):  # more than rounding
+    """Log a warning if a phase ended with a perplexity worse than guessing every word alike."""
+    if perplexity > vocab_size * (1 + 1e-6):  # the margin is for rounding
         logger.warning("%s: a validation perplexity of %.4g is worse than guessing every word alike (%d); %s.lr may be too large, or the text too short",
                        phase, perplexity, vocab_size, phase)
 
 
 def with_rollbacks(store: Checkpoints, phase: str, epochs: int, once: Callable[[dict | None, float], Result]) -> Result:
-    """`once(state, factor)` from the newest checkpoint. Where it ends with `NotFinite`, again from the last end of an epoch with the learning rate
-    times SHRINK, up to ROLLBACKS times in all; then `FloatingPointError` with one line. The count is in the checkpoints: a run that is
-    stopped and goes on takes no more turns than one that is not."""
+    """Run `once(state, factor)` from the newest checkpoint; `state` is None if there is none, and `factor` multiplies the learning rate.
+
+    Each `NotFinite` multiplies `factor` by SHRINK, and `once` begins again from the newest checkpoint at an epoch's end, ROLLBACKS times at most. Then, or if
+    there is no such checkpoint, `FloatingPointError` with one line. The checkpoints that follow hold the count, so a run that was
+    stopped and resumed has no more attempts than one that was not.
+    """
     state = store.load()
     rollbacks = state["rollbacks"] if state else 0
     if state and state["epoch"] < epochs:
@@ -76,22 +79,22 @@ def with_rollbacks(store: Checkpoints, phase: str, epochs: int, once: Callable[[
             rollbacks += 1
             try:
                 state = store.roll_back() | {"rollbacks": rollbacks}
-            except ValueError as nothing:  # no checkpoint could be written, or none is whole
+            except ValueError as nothing:  # no checkpoint could be written, or none is intact
                 raise FloatingPointError(f"{phase}: {error.what}; {nothing}") from None
             logger.warning("%s: %s; back to the beginning of epoch %d with %g times the learning rate (%d of at most %d times)",
                            phase, error.what, state["epoch"] + 1, SHRINK**rollbacks, rollbacks, ROLLBACKS)
 
 
 def spread(probabilities: Tensor, primitives) -> dict[str, float]:
-    """Of softmax(α) (E, K): the entropy (nats, of an edge, mean over edges) and the shares of `none` and `identity`, where they are among the primitives."""
+    """For softmax(α), (E, K): the entropy of an edge in nats, averaged over the edges, and the shares of `none` and `identity` if they are primitives."""
     p = probabilities.double()
-    edge = p / p.sum(1, keepdim=True)  # a row has less than 1 where the softmax is over all edges of a node
+    edge = p / p.sum(1, keepdim=True)  # a row sums to less than 1 if the softmax is over all edges of a node
     found = {"alpha_entropy": float(-(edge * edge.clamp_min(1e-30).log()).sum(1).mean())}
     return found | {f"{name}_share": float(p[:, list(primitives).index(name)].sum() / p.sum()) for name in ("none", "identity") if name in primitives}
 
 
 def watched_spread(mixed, phase: str, epoch: int) -> dict[str, float]:
-    """`spread` of a mixed cell after an epoch; a collapse is named."""
+    """The `spread` of a mixed cell after an epoch. Logs a warning if the search collapses."""
     shares = spread(mixed.probabilities(), mixed.primitives)
     if words := collapse(shares, mixed.genotype()):
         logger.warning("%s, epoch %d: %s", phase, epoch, words)
@@ -99,7 +102,8 @@ def watched_spread(mixed, phase: str, epoch: int) -> dict[str, float]:
 
 
 def collapse(shares: dict[str, float], genotype: Genotype) -> str | None:
-    """One sentence about a search that collapses, or None: `none` or `identity` has most of the weight, or the cell is nothing but identity."""
+    """One sentence about how a search collapses, or None if it does not. It does if `none` or `identity` has more than half
+    of the weight, or if more than three quarters of the cell's nodes (three or more) are identity."""
     ops = [op for op, _ in genotype.recurrent]
     if shares.get("none_share", 0) > 0.5:
         return f"none has {shares['none_share']:.0%} of the weight of all edges: the supernet computes little, and the cell is read from what is left"

@@ -1,4 +1,4 @@
-"""The options of commands and trials: declared, checked, carried out, and written as the words of a command again."""
+"""The options of commands and trials: declare them, check them, apply them, and write them as the words of a command again."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ REFUSALS = (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError)
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as every other refusal; `--help` has the usage."""
+    """Reports an error in one line, as all other refusals are reported. The usage is shown by `--help` only."""
 
     def parse_known_args(self, args=None, namespace=None):
         namespace, unknown = super().parse_known_args(args, namespace)
-        if unknown:  # said here, and not by `parse_args`, since here it is the command's own options that are known
+        if unknown:  # reported here rather than in `parse_args`: only here are the subcommand's own options known
             near = did_you_mean(unknown[0].partition("=")[0], self._option_string_actions) if unknown[0].startswith("-") else ""
             self.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
         return namespace, unknown
@@ -33,24 +33,24 @@ class Parser(argparse.ArgumentParser):
 
 
 def refusal(error: Exception) -> str:
-    """What a command says of one of REFUSALS. A `RuntimeError` that tells of anything but memory is a fault of the program's own, and goes on."""
+    """The one line that a command prints for an error of REFUSALS. A `RuntimeError` about anything but memory is a fault of the program; it is raised again."""
     if not isinstance(error, (MemoryError, RuntimeError)):
-        return " ".join(str(error).splitlines())  # a path may have a line break in it
+        return " ".join(str(error).splitlines())  # a path may contain a line break
     if isinstance(error, RuntimeError) and type(error).__name__ != "OutOfMemoryError" and not re.search("not enough memory|can't allocate memory", str(error)):
         raise error
     return f"out of memory ({one_line(error)[-120:] or type(error).__name__}); take fewer units, a smaller batch, or a shorter bptt"
 
 
 def in_any_locale() -> None:
-    """What is printed has letters such as α; where a locale lacks them they are escaped. Without a standard error nobody hears what is said there."""
-    if sys.stderr is None:  # closed by who started it; `print` would take standard output
+    """Let output work in any environment. Letters such as α are escaped where the locale lacks them. Without a standard error, messages are dropped."""
+    if sys.stderr is None:  # whoever started the program closed it; `print` would use standard output
         sys.stderr = open(os.devnull, "w", encoding="utf-8")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def add_run_options(parser: argparse.ArgumentParser, learns: bool = True, searches: bool = True) -> None:
-    """The options that every command with a corpus and a recipe shares; the text for α is of those that search."""
+    """Add the options that all commands with a corpus and a recipe share. Only those that search have `--alpha-fraction`."""
     parser.add_argument("--corpus", default="pydoc", help="pydoc (default), penn, wikitext-2, wikitext-103, or a folder with train/valid/test.txt")
     parser.add_argument("--corpus-folder", help="where the files of a named corpus are")
     parser.add_argument("--corpus-mirror", help="https URL that a named corpus is fetched from")
@@ -72,7 +72,7 @@ def add_run_options(parser: argparse.ArgumentParser, learns: bool = True, search
 
 
 def add_keeping_options(parser: argparse.ArgumentParser) -> None:
-    """The options of every command that computes for long, and can be stopped and gone on with."""
+    """Add the options of every command that runs long, and can be stopped and resumed."""
     parser.add_argument("--checkpoint-every", default="5min", metavar="WHEN",
                         help="how often the run keeps itself between the ends of epochs: 90s, 5min (default), 1h, 100steps, never")
     parser.add_argument("--resume", default="auto",
@@ -81,7 +81,7 @@ def add_keeping_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_onnx_option(parser: argparse.ArgumentParser) -> None:
-    """An option of what nnictl runs in a trial."""
+    """Add `--onnx`, an option of the programs that nnictl runs as trials."""
     parser.add_argument("--onnx", action="store_true", help="leave the trained model as model.onnx too, which the Visualization of NNI's web page opens")
 
 
@@ -102,7 +102,7 @@ def checked_seed(value) -> int:
 
 
 def settings(arguments: argparse.Namespace) -> dict[str, str]:
-    """What `--set` gives, by field."""
+    """The values that `--set` gives: field -> text."""
     found = {}
     for text in arguments.set:
         key, equals, value = text.partition("=")
@@ -113,12 +113,12 @@ def settings(arguments: argparse.Namespace) -> dict[str, str]:
 
 
 def checked_recipe(arguments: argparse.Namespace, parameters: dict):
-    """The recipe with `--set` and the tuner's parameters in place; the tuner's win."""
+    """The recipe, with `--set` and the tuner's `parameters` in place. Where both set a field, the tuner's value counts."""
     return get_recipe(get_recipe(arguments.recipe, settings(arguments)), parameters)
 
 
 def without_search(arguments: argparse.Namespace) -> str | None:
-    """One line about the fields of `--set` that are of a search, for a command that has none."""
+    """One line that names the fields of `--set` that belong to a search, for a command that has none; None if there are no such fields."""
     unread = [key for key in settings(arguments) if key.startswith("search.")]
     return f"a retraining has no search: without effect here: {', '.join(unread)}" if unread else None
 
@@ -130,24 +130,25 @@ def open_corpus(arguments: argparse.Namespace):
 
 
 def quiet_hosts() -> None:
-    """Silences the hosts' warnings that mean nothing to the person who runs this; others stay."""
+    """Silence those warnings of NNI, Lightning and torch that mean nothing to the person who runs this. All others stay."""
     import logging
     import warnings
 
-    # NNI 3.0 lists the layers of torch as it knew them and warns of each one that came later
+    # NNI 3.0 has a fixed list of torch's layers, and warns of each layer that is not in it because torch added it later
     warnings.filterwarnings("ignore", category=RuntimeWarning, message=".*is found to be not a nn.Module.*")
     warnings.filterwarnings("ignore", message=".*(pkg_resources is deprecated|isinstance.treespec, LeafSpec|torch.jit.script. is deprecated).*")
     warnings.filterwarnings("ignore", message=".*Running trial code without runtime.*")
-    # NNI says itself that this one is safe to ignore with one-shot strategies
+    # NNI's own text says that this one is safe to ignore with one-shot strategies
     logging.getLogger("nni.nas.evaluator.pytorch.lightning").addFilter(lambda record: "Validation dataloaders are missing" not in record.getMessage())
 
 
 def prepare_torch(arguments: argparse.Namespace) -> None:
-    """Threads and device, checked and set; large pages for large tensors; quiet hosts."""
+    """Check and set the threads, check the device, ask for large pages for large tensors, and quiet the hosts."""
     if arguments.threads is not None and not 1 <= arguments.threads <= 1024:
         raise ValueError(f"--threads: {arguments.threads} must be from 1 to 1024")
     quiet_hosts()
-    # gradients are new memory in every step; torch asks this once, before its first tensor of 2 MiB, and Linux for pages of that size then
+    # Gradients are new memory in every step, and large pages make it cheaper. torch reads this variable once, before its first tensor of 2 MiB; it then asks
+    # Linux for pages of that size.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     import torch
 
@@ -156,12 +157,13 @@ def prepare_torch(arguments: argparse.Namespace) -> None:
     choose_device(arguments.device)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    # TF32 on a GPU, sums of two bfloat16 numbers where a CPU has tiles for them (compiled.py); where those are too few digits, bilevel.py asks for all of them
+    # "high" is TF32 on a GPU, and sums of two bfloat16 numbers where a CPU has tiles for them (compiled.py). Where that has too few digits, bilevel.py asks
+    # for full precision.
     torch.set_float32_matmul_precision("high")
 
 
 def corpus_words(options, searches: bool = False) -> list[str]:
-    """The options that name the corpus again, as a command's words; the text for α only where the command searches."""
+    """The options that name the corpus, as the words of a command. `--alpha-fraction` is among them only if the command searches."""
     words = ["--corpus", named(options.corpus)]
     for name in ("corpus_folder", "corpus_mirror"):
         if getattr(options, name):
@@ -170,13 +172,13 @@ def corpus_words(options, searches: bool = False) -> list[str]:
 
 
 def set_words(recipe: Recipe, part: str) -> list[str]:
-    """`--set` for every field of a part that differs from the recipe of that name."""
+    """A `--set` for every field of `part` that differs from the named recipe, as the words of a command."""
     return [word for key, (_, value) in differences(recipe).items() if key.startswith(part + ".")
             for word in ("--set", f"{key}={str(value).lower() if value is None or isinstance(value, bool) else value}")]
 
 
 def differences(recipe: Recipe) -> dict[str, tuple]:
-    """Field -> (value in the recipe of that name, value here), where they differ."""
+    """Field -> (its value in the named recipe, its value in this one), for the fields that differ."""
     named, found = RECIPES[recipe.name], {}
     for part in ("search", "retrain"):
         there, here = getattr(named, part), getattr(recipe, part)

@@ -1,7 +1,8 @@
-"""Named hyper-parameter sets, and the one place where a hyper-parameter is checked.
+"""Named sets of hyper-parameters, and the one place where a hyper-parameter is checked.
 
-The figures of `penn`, and of `wikitext-2`'s retraining, are those of the DARTS paper (appendix A.1.2, A.2.2, A.3) and of quark0/darts `rnn/train_search.py`, `rnn/train.py`,
-whose default is 8,000 epochs. The paper's cell for WikiText-2 is the one found on Penn: the search of `wikitext-2` is that of `penn` with the retraining's `dropout_h`.
+The values of `penn`, and those of `wikitext-2`'s retraining, are from the DARTS paper (appendix A.1.2, A.2.2, A.3) and from quark0/darts
+(`rnn/train_search.py`, and `rnn/train.py`, whose default is 8,000 epochs). For WikiText-2 the paper trains the cell that it found on Penn. The search of
+`wikitext-2` is therefore that of `penn`, with the `dropout_h` of the retraining.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from dataclasses import dataclass, field
 from .checks import did_you_mean, one_of
 from .genotype import RELAXATIONS
 
-ADAMS_LR = 0.1  # Adam moves every weight by about its rate in each step, and no weights are so large that more would teach them anything
-MOST = 1e30  # of a number without a limit of its own: what it is multiplied by must find room in float32 too
+ADAMS_LR = 0.1  # the largest rate for Adam: it moves every weight by about its rate in each step, and no weights are so large that they can learn by more
+MOST = 1e30  # the limit of a number that has none of its own: its products must fit into float32 too
 
 
 def _field(default, low=None, high=MOST, *, below=False, choices=None, optional=False, help=""):
-    """A recipe's field: allowed from `low` to `high` (`below`: strictly below `high`), or one of `choices`; `optional` allows None."""
+    """A recipe's field: a number from `low` to `high` (with `below`, less than `high`), or one of `choices`. `optional` allows None too."""
     return field(default=default, metadata=dict(low=low, high=high, below=below, choices=choices, optional=optional, help=help))
 
 
@@ -32,7 +33,7 @@ def _check_rate(part: str, optimizer: str, lr: float, usual: float) -> None:
 
 
 def annealed(done: float, share: float) -> float:
-    """What the learning rate is multiplied by once a part `done` of a phase is over: over its last `share` it falls to 0 along a cosine."""
+    """The factor on the learning rate when the share `done` of a phase is over. It is 1 at first; over the last `share` it falls to 0 along a cosine."""
     return (1 + math.cos(math.pi * max(0.0, (done - (1 - share)) / share))) / 2
 
 
@@ -102,28 +103,29 @@ class SearchRecipe:
 
     @property
     def first_order(self) -> bool:
-        """Whether α's gradient unrolls no step."""
+        """Whether α's gradient is the first-order one, which unrolls no step."""
         return self.hvp == "first_order" or self.unrolled_lr == 0
 
     def passes(self, epoch: int, words: int) -> float:
-        """The arithmetic of a step in that epoch (from 0), in forward passes of the mixed cell and the decoder of so many words (`docs/scale.md`).
+        """The arithmetic of one step in epoch `epoch` (from 0), in forward passes of the mixed cell and of a decoder of `words` words (`docs/scale.md`).
 
-        The weights' gradient counts 3, and with α that at w′ another 3, those at w ± r 2 each, and a term of the Neumann series 6.
+        The weights' gradient counts 3 passes. A second-order step of α adds 3 for the gradient at w′, 2 each for those at w + r and w − r, and 6 for each term
+        of the Neumann series; if the weight step has a gradient of its own, that adds 3. A first-order step of α adds 2.
         """
         edges = self.n_nodes * (self.n_nodes + 1) // 2
 
-        def forward(edges: int) -> float:  # in products with a matrix (H, 2H), of which the decoder is worth V/2H
+        def forward(edges: int) -> float:  # in products with a matrix (H, 2H); the decoder counts as V/2H of them
             return edges + 2 + words / (2 * self.hidden_size)
 
         run = forward(self.n_nodes if self.relaxation == "gumbel" else edges)
-        passes, mixed = 3, 0  # `mixed`: in which the edges that were not drawn run forward too, as α's gradient asks
+        passes, mixed = 3, 0  # `mixed`: in how many passes the edges that were not drawn run forward too, which α's gradient needs
         if epoch >= self.warmup_epochs:
             passes += 2 if self.first_order else 7 + 6 * self.neumann_terms + 3 * (self.own_gradient or self.reproduce_original)
             mixed = 1 if self.first_order else 3
         return (passes * run + mixed * (forward(edges) - run)) / forward(edges)
 
     def passes_of(self, first: int, end: int, words: int) -> float:
-        """`passes` of all epochs from `first` to before `end` together."""
+        """The sum of `passes` over the epochs from `first` up to, and without, `end`."""
         warm = max(0, min(end, self.warmup_epochs) - first)
         return warm * self.passes(0, words) + (end - first - warm) * self.passes(self.warmup_epochs, words)
 
@@ -191,23 +193,23 @@ RECIPES = {
     "penn": Recipe("penn", SearchRecipe(), RetrainRecipe()),
     "wikitext-2": Recipe("wikitext-2", SearchRecipe(dropout_h=0.15),
                          RetrainRecipe(hidden_size=700, dropout_h=0.15, weight_decay=5e-7)),
-    # For two cores and a text of a million words, such as the Penn Treebank: the search whose cells were better than random ones at 64 units and 2,000
-    # words with SGD, and no better at 128 units and all words with Adam (docs/results.md), as many steps of it. Weights start as wide as ±0.04 is at
-    # 850 units: by the root of the size. Adam, and little dropout, since ten epochs are few (docs/method.md, Retraining).
+    # For two cores and a text of a million words, such as the Penn Treebank. The search is the one whose cells were better than random ones at 64 units and
+    # 2,000 words with SGD, with as many steps; at 128 units and all words with Adam its cells were no better (docs/results.md). Weights start in a range that
+    # is ±0.04 at 850 units and grows with the root of 850 / units. Adam and little dropout, since ten epochs are few (docs/method.md, Retraining).
     "drawn": Recipe("drawn",
                     SearchRecipe(hidden_size=64, batch_size=64, eval_batch_size=64, clip=0.1, dropout=0.4, dropout_h=0.2, dropout_x=0.4, dropout_i=0.2,
                                  init_range=0.15, epochs=3, warmup_epochs=2, relaxation="gumbel", unrolled_lr=2.0),
                     RetrainRecipe(hidden_size=128, eval_batch_size=64, test_batch_size=10, optimizer="adam", lr=0.006, nonmono=None, dropout=0.15,
                                   dropout_h=0.075, dropout_x=0.15, dropout_i=0.075, dropout_e=0.0, init_range=0.1, epochs=10, anneal=0.34)),
-    # For two cores and a text of a hundred thousand words: a whole search and retraining in about two minutes. Of the searches compared on the example's
-    # text (docs/results.md) this is one of the four whose cells were best, which differ by no more than chance; the one with eight draws takes longer.
+    # For two cores and a text of a hundred thousand words: search and retraining take about two minutes together. Of the searches compared on the example's
+    # text (docs/results.md), it is one of the four whose cells were best; they differ by no more than chance. The one of them with eight draws takes longer.
     "small": Recipe("small",
                     SearchRecipe(hidden_size=64, batch_size=16, bptt=20, lr=20.0, clip=0.1, dropout=0.3, dropout_h=0.1, dropout_x=0.3, dropout_i=0.1,
                                  init_range=0.12, anneal=0.5, epochs=6, warmup_epochs=4, relaxation="gumbel", unrolled_lr=2.0, alpha_dropout=False,
                                  eval_batch_size=16),
                     RetrainRecipe(hidden_size=96, batch_size=16, bptt=20, bptt_std=2.0, max_bptt_above=10, dropout=0.3, dropout_h=0.1,
                                   dropout_x=0.3, dropout_i=0.1, dropout_e=0.05, init_range=0.12, epochs=5, anneal=0.5, nonmono=2, test_batch_size=4)),
-    # The smallest run that touches every part; its perplexities mean nothing.
+    # The smallest run that goes through every part. Its perplexities mean nothing.
     "tiny": Recipe("tiny",
                    SearchRecipe(hidden_size=8, n_nodes=3, batch_size=32, bptt=8, lr=5.0, dropout=0.1, dropout_h=0.1, dropout_x=0.1, dropout_i=0.1,
                                 epochs=1, eval_batch_size=32),
@@ -218,10 +220,10 @@ RECIPES = {
 
 
 def get_recipe(name: str | Recipe, overrides: dict | None = None) -> Recipe:
-    """The named recipe with some fields replaced.
+    """The named recipe, with some of its fields replaced.
 
-    `overrides` maps `"search.<field>"` and `"retrain.<field>"`, or `"search"` and `"retrain"` with a dictionary, to values; texts are read
-    as the field's type ("3e-3", "none"). Raises `ValueError` with one line for an unknown name or key (naming the nearest) or a bad value.
+    `overrides` maps `"search.<field>"` and `"retrain.<field>"` to values, or `"search"` and `"retrain"` to dictionaries of them. Texts are read as the
+    field's type ("3e-3", "none"). `ValueError` with one line for an unknown name or key (it suggests the nearest), or for a value that is not allowed.
     """
     if isinstance(name, Recipe):
         chosen = name
@@ -240,7 +242,7 @@ def get_recipe(name: str | Recipe, overrides: dict | None = None) -> Recipe:
 
 
 def override(recipe, values: dict, prefix: str = ""):
-    """A copy of a SearchRecipe or RetrainRecipe with `values` in place, each checked; `prefix` goes before names in messages."""
+    """A copy of a SearchRecipe or RetrainRecipe in which `values` replace fields. Each is checked; messages put `prefix` before a field's name."""
     fields = {f.name: f for f in dataclasses.fields(recipe)}
     checked = {}
     for name, value in values.items():
@@ -252,17 +254,17 @@ def override(recipe, values: dict, prefix: str = ""):
 
 
 def flatten(mapping: dict) -> dict:
-    """Nested dictionaries, as a tuner draws them, as one with dotted keys."""
+    """Flatten nested dictionaries, as a tuner draws them, into one with dotted keys."""
     flat = {}
     for key, value in mapping.items():
         if key == "_name":
-            continue  # what NNI calls a branch of a nested choice
+            continue  # NNI's key for the chosen branch of a nested choice
         flat.update({f"{key}.{inner}": v for inner, v in flatten(value).items()} if isinstance(value, dict) else {key: value})
     return flat
 
 
 def _check(name: str, value, spec: dataclasses.Field):
-    """`value` as the field's type, or `ValueError` saying what is allowed."""
+    """`value` converted to the field's type, or `ValueError` that says what is allowed."""
     kind, meta = spec.type, spec.metadata
     if meta["choices"]:
         return one_of(name, value, meta["choices"])

@@ -1,4 +1,4 @@
-"""What the commands say: words for people on standard error, the result on standard output, nothing but JSON with `--json`."""
+"""What the commands print: messages on standard error, the result on standard output. With `--json` it is JSON, and of the messages only warnings remain."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 class Talk:
-    """Words on standard error, so that standard output holds the result alone; nothing with --json. `epochs`: how many there will be."""
+    """Prints messages on standard error, so that standard output has only the result. With --json it prints none. `epochs`: how many the phase has."""
 
     def __init__(self, arguments):
         self.silent = arguments.json
@@ -31,17 +31,17 @@ class Talk:
 
 
 def say(text: str) -> None:
-    """On standard error. A line for which a log has no room costs nothing but itself."""
+    """Print `text` on standard error. If it cannot be written, say to a log on a full disk, it is lost and the run goes on."""
     try:
         print(text, file=sys.stderr, flush=True)
-    except BrokenPipeError:  # nobody reads on
+    except BrokenPipeError:  # nobody reads any more
         raise
     except OSError:
         pass
 
 
 def duration(seconds: float) -> str:
-    """Such as `45 s`, `12 min`, `3 h 20 min`."""
+    """A duration in words, such as `45 s`, `12 min` or `3 h 20 min`."""
     if seconds < 99.5:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -54,7 +54,7 @@ def many(count: int, noun: str) -> str:
 
 
 class _Lines(logging.StreamHandler):
-    """A line on standard error, as that is when the line is written. One that cannot be written costs nothing but itself."""
+    """Writes each record as a line to what `sys.stderr` is at that moment. If a line cannot be written, it is lost and the run goes on."""
 
     def __init__(self):
         logging.Handler.__init__(self)
@@ -65,7 +65,7 @@ class _Lines(logging.StreamHandler):
 
 
 def _tell(level: int) -> None:
-    """Shows what the package logs, from a level on; Python by itself shows warnings alone. (In a trial NNI writes notes into trial.log.)"""
+    """Show what the package logs at `level` and above; by default Python shows warnings only. (In a trial, NNI writes the log into trial.log.)"""
     ours = logging.getLogger(__package__)
     ours.setLevel(level)
     if not any(isinstance(handler, _Lines) for handler in ours.handlers):
@@ -73,12 +73,12 @@ def _tell(level: int) -> None:
 
 
 def named(path: str | Path) -> str:
-    """A path as a word of a command, which is not to take it for an option."""
+    """A path as a word of a command. If it begins with "-", "./" goes before it, so that it is not taken for an option."""
     return f"./{path}" if str(path).startswith("-") else str(path)
 
 
 def answer(arguments, data: dict, words: str, then: Sequence[object] = ()) -> None:
-    """The result, and the command that a person is likely to want next: `then`, its words."""
+    """Print the result: `data` with --json, otherwise `words`. `then` is the command that a person is likely to want next, word by word."""
     command = shlex.join([named(word) if isinstance(word, Path) else str(word) for word in then])
     if arguments.json:
         print(json.dumps(data | ({"next": command} if command else {})))

@@ -1,4 +1,4 @@
-"""A trained language model on disk: `model.safetensors` (numbers only, no pickled code) and `model.json` (what is needed to build it)."""
+"""A trained language model on disk, in two files: `model.safetensors` (numbers only, no pickled code) and `model.json` (what is needed to build the model)."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from .outputs.versions import package_versions
 
 FORMAT, FORMAT_VERSION = "nni_darts_rnn language model", 1
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
-TIED = "decoder.weight"  # the same numbers as encoder.weight, stored once
+TIED = "decoder.weight"  # the same tensor as encoder.weight, which alone is stored
 DROPOUTS = ("dropout", "dropout_i", "dropout_e")
 RNN_DROPOUTS = ("dropout_x", "dropout_h")
-DTYPES = {"torch.float64", "torch.float32", "torch.float16", "torch.bfloat16"}  # in which a cell can be computed
+DTYPES = {"torch.float64", "torch.float32", "torch.float16", "torch.bfloat16"}  # a cell can be computed in these
 
 
 def save_trained(folder: str | Path, model: LanguageModel, vocab_words, extra: dict | None = None) -> Path:
-    """Writes the two files into `folder`, each whole or not at all; returns the folder.
+    """Write `model.safetensors` and `model.json` into `folder`, each completely or not at all. Returns the folder.
 
-    `vocab_words` are the V words in the order of their ids. `extra` is anything JSON can hold (seed, recipe, results); it is kept under "extra".
-    The description holds its own SHA-256 and the weights', so that what is damaged, or of two different saves, is never loaded.
+    `vocab_words` are the V words in the order of their ids. `extra` is anything that JSON can hold (seed, recipe, results); it is stored under "extra".
+    `model.json` holds its own SHA-256 and that of the weights, so `load_trained` refuses damaged files and two files of different saves. `ValueError` if
+    the number of words is not the model's V, or if the recurrent layer is not a `DiscreteRNN`.
     """
     words = [str(word) for word in vocab_words]
     if len(words) != model.vocab_size:
@@ -44,7 +45,7 @@ def save_trained(folder: str | Path, model: LanguageModel, vocab_words, extra: d
         "dropouts": {name: getattr(model, name) for name in DROPOUTS} | {name: getattr(model.rnn, name) for name in RNN_DROPOUTS},
         "packages": package_versions(), "extra": extra or {}, "words": words,
     }
-    text = sealed(description)  # before anything is written: `extra` may hold what JSON cannot
+    text = sealed(description)  # before anything is written: it fails if `extra` holds what JSON cannot
     folder = Path(folder)
     with whole(folder / WEIGHTS) as temporary:
         temporary.write_bytes(weights)
@@ -55,7 +56,7 @@ def save_trained(folder: str | Path, model: LanguageModel, vocab_words, extra: d
 def load_trained(folder: str | Path) -> tuple[LanguageModel, list[str]]:
     """The model, in evaluation mode on the CPU, and its words.
 
-    `ValueError` with one line when a file is missing, cut short, changed, of another kind or of a later version. Nothing in the files is executed.
+    `ValueError` with one line if a file is missing, cut short, changed, of another kind or of another version of the format. Nothing in the files is executed.
     """
     folder = Path(folder)
     described = read_description(folder)
@@ -74,7 +75,7 @@ def load_trained(folder: str | Path) -> tuple[LanguageModel, list[str]]:
         found = {name: tuple(t.shape) for name, t in tensors.items()}
         if kinds := {str(t.dtype) for t in tensors.values()} - DTYPES:
             raise ValueError(f"expected weights of {', '.join(sorted(DTYPES))}, found {', '.join(sorted(kinds))}")
-        if found != shapes:  # before a model of that size is made
+        if found != shapes:  # checked before a model of that size is built
             raise ValueError(f"expected weights of shapes {shapes}, found {found}")
         model = LanguageModel.from_genotype(V, H, genotype, **{name: described["dropouts"][name] for name in DROPOUTS + RNN_DROPOUTS})
     except KeyError as error:
@@ -87,7 +88,7 @@ def load_trained(folder: str | Path) -> tuple[LanguageModel, list[str]]:
 
 
 def read_description(folder: str | Path) -> dict:
-    """What `model.json` says, checked for format and version. `ValueError` with one line otherwise."""
+    """The content of `model.json`. `ValueError` with one line if it cannot be read, or if its format, version or checksum is wrong."""
     path = Path(folder) / DESCRIPTION
     data = _read(path)
     try:
@@ -109,11 +110,11 @@ def read_description(folder: str | Path) -> dict:
 
 
 def load_searched_model(source: Genotype | str | Path, vocab_size: int | None = None, hidden_size: int | None = None, **dropouts: float) -> LanguageModel:
-    """The discrete language model of a genotype, a name (`DARTS_V2`), a genotype file, or a folder with a trained model.
+    """The discrete language model of a genotype, which is given in any form that `load_genotype` takes: a `Genotype`, a name (`DARTS_V2`), a file, a folder.
 
-    A folder that holds a trained model gives it with its weights, sizes and dropout rates, and nothing else may be given; otherwise `vocab_size` is
-    needed, `hidden_size` is 850 where it is not given, `dropouts` are those of `LanguageModel.from_genotype`, and the weights are new.
-    `ValueError` with one line where that is not possible.
+    If `source` is a folder with a trained model, that model is loaded with its own weights, sizes and dropout rates. No other argument may be given then.
+    Otherwise the weights are new. `vocab_size` is then needed, `hidden_size` is 850 by default, and `dropouts` are the rates that
+    `LanguageModel.from_genotype` takes. `ValueError` with one line if the model cannot be built or loaded.
     """
     if not isinstance(source, Genotype) and os.path.isfile(Path(source) / DESCRIPTION):
         given = [name for name, value in (("vocab_size", vocab_size), ("hidden_size", hidden_size)) if value is not None] + list(dropouts)

@@ -1,1 +1,1 @@
-"""Checkpoints: a run can be stopped at any moment and resumes from where it was."""
+"""Checkpoints, with which a run that is stopped at any moment goes on from where it was."""

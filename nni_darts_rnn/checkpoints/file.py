@@ -1,7 +1,7 @@
-"""One checkpoint on disk: a safetensors file for tensors, a JSON file for the rest, each with a checksum.
+"""One checkpoint on disk, in two files: safetensors for the tensors, JSON for the rest, each with a checksum.
 
-The tensors are written first. The JSON file, which holds their SHA-256, is written last, so a checkpoint exists whole or not at all.
-Reading the files executes nothing in them.
+The tensors are written first. The JSON file, which names their SHA-256, is written last, so without it there is no checkpoint.
+Nothing in the files is executed when they are read.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ TENSORS, DESCRIPTION = ".safetensors", ".json"
 
 
 def write_checkpoint(path: Path, state: dict, about: dict) -> None:
-    """Writes `path` + ".safetensors" and ".json". `state` may nest dictionaries, lists and tuples of tensors, numbers, texts and None; `about` is
-    anything that JSON can hold. `OSError` where the disk refuses it; a file of the same name then stays as it was."""
+    """Write `path` + ".safetensors" and `path` + ".json". `state` is a nest of dictionaries, lists and tuples with tensors, numbers, texts and None in it;
+    `about` is a dictionary for JSON. `OSError` if the disk refuses a file; an older file of that name then stays, but older JSON does not fit new
+    tensors: that checkpoint is damaged."""
     skeleton, tensors = flatten(state)
     with whole(path.with_suffix(TENSORS)) as temporary:
         try:
             safetensors.torch.save_file(tensors, temporary, metadata={"format": FORMAT})
-        except safetensors.SafetensorError as error:  # its text says what the system said
+        except safetensors.SafetensorError as error:  # its text contains the system's message
             raise OSError(one_line(error)) from None
         sha256 = digest(temporary)
     write_text(path.with_suffix(DESCRIPTION),
@@ -40,7 +41,7 @@ def write_checkpoint(path: Path, state: dict, about: dict) -> None:
 
 
 def read_about(path: Path) -> dict:
-    """The content of a checkpoint's JSON file. `ValueError` with one line where its checksum, format or version is not right."""
+    """The content of a checkpoint's JSON file. `ValueError` with one line if it cannot be read, or if its format, version or checksum is wrong."""
     file = path.with_suffix(DESCRIPTION)
     try:
         text = file.read_bytes().decode("utf-8")
@@ -58,7 +59,7 @@ def read_about(path: Path) -> dict:
 
 
 def read_state(path: Path, about: dict) -> dict:
-    """The state of a checkpoint; `about` is from `read_about`. `ValueError` with one line where the tensors are damaged or belong to another checkpoint."""
+    """The state of a checkpoint; `about` is what `read_about` returned. `ValueError` with one line if the tensors are damaged or of another checkpoint."""
     file = path.with_suffix(TENSORS)
     try:
         if digest(file) != about["sha256"]:
@@ -74,9 +75,9 @@ def read_state(path: Path, about: dict) -> dict:
 
 
 def flatten(state: Any) -> tuple[Any, dict[str, Tensor]]:
-    """(what JSON can hold, tensors by name). A tensor that occurs several times (tied weights) is stored once.
+    """Split a state into what JSON can hold, and its tensors by name. A tensor that occurs in several places (tied weights) is kept once.
 
-    `TypeError` for what is neither a container, a tensor, a number, a text nor None.
+    `TypeError` for anything that is not a container, a tensor, a real number, a text or None.
     """
     tensors: dict[str, Tensor] = {}
     names: dict[tuple, str] = {}
@@ -108,7 +109,7 @@ def flatten(state: Any) -> tuple[Any, dict[str, Tensor]]:
 
 
 def rebuild(skeleton: Any, tensors: dict[str, Tensor]) -> Any:
-    """The inverse of `flatten`. `KeyError` or `ValueError` for what `flatten` would not have written."""
+    """The inverse of `flatten`. `KeyError`, `TypeError` or `ValueError` for what `flatten` does not write."""
     if isinstance(skeleton, list):
         return [rebuild(item, tensors) for item in skeleton]
     if not isinstance(skeleton, dict):
@@ -128,15 +129,15 @@ def rebuild(skeleton: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def random_state() -> dict:
-    """The state of every global random generator: Python's, numpy's, torch's on the CPU and on every CUDA device in use."""
-    numpy: Any = np.random.get_state()  # a tuple; numpy's type hints before 2.5 allow a dictionary too
+    """The state of every global random generator: Python's, numpy's, torch's on the CPU and, if CUDA has been used, on every CUDA device."""
+    numpy: Any = np.random.get_state()  # always a tuple; numpy's types before 2.5 also allow a dictionary
     kind, keys, *rest = numpy
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     return {"python": random.getstate(), "numpy": (kind, keys.tolist(), *rest), "torch": torch.get_rng_state(), "cuda": cuda}
 
 
 def restore_random_state(state: dict) -> None:
-    """Restores what `random_state` returned; CUDA's generators only where there are as many devices as then."""
+    """Set the generators to a state of `random_state`. Those of CUDA are set only if the state has as many devices as this machine."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])

@@ -1,4 +1,4 @@
-"""Checkpoints of a retraining as a fastai callback, and a Learner whose fit can begin in the middle."""
+"""Checkpoints of a retraining, written by a fastai callback; and a Learner whose `fit` can begin in the middle."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from .store import Checkpoints
 
 
 class ResumableLearner(Learner):
-    """A Learner whose `fit` can begin with any epoch. fastai's `fit(start_epoch=…)` runs the callbacks of the epochs before that, too.
+    """A Learner whose `fit` can begin at `first_epoch`. fastai's `fit(start_epoch=…)` also runs the callbacks of the epochs before it.
 
-    The fit ends, successfully, at the first epoch before which `converged()` is true.
+    Before every epoch, `fit` calls `converged`; once that returns True, it ends normally.
     """
 
     first_epoch = 0
@@ -36,11 +36,11 @@ class ResumableLearner(Learner):
         return self.patience is not None and averaging is not None and averaging.since_best() >= self.patience
 
     def load(self, *args, **kwargs):
-        """fastai's, and also for a file saved before NT-ASGD's switch where this Learner is after it, or the other way round."""
+        """fastai's `load`. The file may also be from the other side of NT-ASGD's switch from SGD to ASGD; the optimizer is then changed to fit it."""
         super().load(*args, **kwargs)
         averaging = self._averaging
         if averaging is not None:
-            averaging.kept = None  # weights that an interrupted validation set aside; the loaded ones replace them
+            averaging.kept = None  # left by an interrupted validation; the loaded weights replace them
         torch_optimizer = getattr(self.opt, "opt", None)
         if isinstance(torch_optimizer, (torch.optim.SGD, torch.optim.ASGD)):
             averages = "lambd" in torch_optimizer.param_groups[0]
@@ -54,7 +54,7 @@ class ResumableLearner(Learner):
         return self
 
     def export(self, *args, **kwargs):
-        """fastai's, after which this Learner has its optimizer and its loaders again, even if that fails."""
+        """fastai's `export`. Whether it succeeds or not, this Learner keeps its optimizer and its text."""
         optimizer, dls = self.opt, self.dls
         try:
             super().export(*args, **kwargs)
@@ -63,7 +63,8 @@ class ResumableLearner(Learner):
 
     @contextlib.contextmanager
     def _text_as_it_was(self):
-        """A context in which a pass over the training text, as in a validation, does not count as an epoch of training."""
+        """Keep the training text at its epoch. A whole pass over the text normally moves it to the next epoch's batch lengths; a pass that trains nothing
+        must not."""
         train = self.dls.train
         epoch = train.dataset.epoch if isinstance(train, StreamLoader) else None
         try:
@@ -81,23 +82,24 @@ class ResumableLearner(Learner):
             self._epochs()
 
     def _epochs(self):
-        first, self.first_epoch = self.first_epoch, 0  # the next `fit` begins with the first epoch
+        first, self.first_epoch = self.first_epoch, 0  # 0 again for the next `fit`
         for epoch in range(first, self.n_epoch):
-            if self.converged():  # before the epoch, so that a fit that was stopped after its last epoch also ends when it is resumed
+            if self.converged():  # before the epoch, so that a fit that stopped after its last epoch ends there when resumed
                 break
             self.epoch = epoch
             self._with_events(self._do_epoch, "epoch", CancelEpochException)
 
 
 class RetrainCheckpoints(Callback):
-    """Saves a retraining so that it can resume after any step, and resumes it from `state`.
+    """Writes checkpoints from which a retraining can go on after any step, and lets it go on from one of them, `state`.
 
-    A checkpoint holds the weights, the hidden state, the state of Adam or the averages of NT-ASGD, the best model so far, the state of every random
-    generator, the position in the text, and what `EpochReport` and fastai's Recorder have counted. The Learner must be a `ResumableLearner` whose
-    training loader is a `StreamLoader`. fastai's lists of every step's rate and loss are emptied after each epoch, as they would grow for days.
+    A checkpoint holds the weights, the hidden state, the optimizer's state (Adam's, or the averages once NT-ASGD averages), the best model so far, every
+    random generator, the position in the text, and what `EpochReport` and fastai's Recorder have counted. The Learner must be a `ResumableLearner`, and its
+    training loader a `StreamLoader`. After each epoch fastai's lists of every step's rate and loss are emptied, so that a run of days does not fill the
+    memory.
     """
 
-    order, run_valid = 100, False  # after everything that changes the state
+    order, run_valid = 100, False  # after all callbacks that change the state
 
     def __init__(self, store: Checkpoints, state: dict | None, stop: StopRequest, vocab_size: int):
         self.store, self.state, self.stop, self.vocab_size = store, state, stop, vocab_size
@@ -107,7 +109,7 @@ class RetrainCheckpoints(Callback):
 
     @property
     def seconds(self) -> float:
-        """Seconds of training in all processes that took part in it."""
+        """The seconds of training so far, all parts of a run that was stopped and resumed together."""
         return self.past + time.perf_counter() - self.began
 
     def _cb(self, kind):
@@ -124,7 +126,7 @@ class RetrainCheckpoints(Callback):
         self._cb(NTASGD).load_state_dict(state["averaging"])
         if state["optimizer"] is not None:
             self.opt.opt.load_state_dict(state["optimizer"])
-        self.opt.set_hyper("lr", rate)  # after a rollback to this checkpoint the rate is smaller than the stored one
+        self.opt.set_hyper("lr", rate)  # after a rollback it is smaller than the checkpoint's
         self._cb(BestModel).load_state_dict(state["best"])
         self._cb(EpochReport).rows = list(state["rows"])
         self.recorder.values = [list(values) for values in state["values"]]
@@ -132,7 +134,7 @@ class RetrainCheckpoints(Callback):
         self.dls.train.go_on(*self.first)
 
     def before_train(self):
-        if self.state is not None and self.first[1]:  # in the middle of an epoch; the beginning of one sets these to zero
+        if self.state is not None and self.first[1]:  # in the middle of an epoch; its beginning has set these to zero
             self.model.hidden = self.state["hidden"].to(self.model.hidden.device)
             self._cb(EpochReport).counts.go_on(**self.state["in_epoch"])
 
@@ -143,7 +145,7 @@ class RetrainCheckpoints(Callback):
 
     def after_batch(self):
         if self.iter + 1 == self.n_iter:
-            return  # the checkpoint at the end of the epoch follows
+            return  # `after_epoch` saves soon
         if self.store.due() or self.stop.signum is not None:
             done = self.iter + 1 + (self.first[1] if self.epoch == self.first[0] else 0)
             self._save(self.epoch, done, self._cb(EpochReport).counts.state())
@@ -151,7 +153,7 @@ class RetrainCheckpoints(Callback):
 
     def after_validate(self):
         if self.learn.lock.locked():
-            return  # `Learner.validate`
+            return  # inside `Learner.validate`
         valid_loss = float(self.recorder.log[list(self.recorder.metric_names).index("valid_loss")])
         check_epoch(self._cb(EpochReport).row["train_perplexity"], self.vocab_size, "training")
         check_epoch(perplexity_of(valid_loss), self.vocab_size, "validation")
@@ -164,11 +166,11 @@ class RetrainCheckpoints(Callback):
         self.stop.obey()
 
     def _save(self, epoch: int, batch: int, in_epoch: dict | None = None) -> None:
-        check_finite(weights=list(self.model.parameters()))  # a run must not return to bad numbers
+        check_finite(weights=list(self.model.parameters()))  # a rollback must find good weights
         smooth, averaging = self.recorder.smooth_loss, self._cb(NTASGD)
         self.store.save(epoch, batch, {
             "model": self.model.state_dict(), "hidden": self.model.hidden, "averaging": averaging.state_dict(),
-            "optimizer": None if averaging.averaging else self.opt.opt.state_dict(),  # the state of `averaging` includes it
+            "optimizer": None if averaging.averaging else self.opt.opt.state_dict(),  # while averaging, it is in `averaging`
             "best": self._cb(BestModel).state_dict(), "random": random_state(), "rows": self._cb(EpochReport).rows,
             "values": [list(values) for values in self.recorder.values], "smooth_loss": (smooth.count, smooth.val),
             "train_iter": self.learn.train_iter, "in_epoch": in_epoch, "rollbacks": self.rollbacks, "seconds": self.seconds})

@@ -1,4 +1,4 @@
-"""Checkpoints of a search as a Lightning callback."""
+"""Checkpoints of a search, written by a Lightning callback."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .store import Checkpoints
 
 
 class SearchCheckpoints(pl.Callback):
-    """Saves a search so that it can resume after any step, and resumes it from `state`. It must come after `SupernetReport` among the callbacks.
+    """Writes checkpoints from which a search can go on after any step, and lets it go on from one of them, `state`. It must come after `SupernetReport`.
 
-    A checkpoint holds the supernet (weights, α, hidden states of both streams), both optimizers, the state of every random generator, the position in
-    the texts, and what `SupernetReport` has counted. Lightning's own checkpoints have no random generators, and in the middle of an epoch their form
-    differs between its versions.
+    A checkpoint holds the supernet (weights, α, hidden states of both streams), both optimizers, every random generator, the position in the texts, and what
+    `SupernetReport` has counted. Lightning's own checkpoints lack the random generators, and in the middle of an epoch their form differs between
+    Lightning's versions.
     """
 
     def __init__(self, store: Checkpoints, report: SupernetReport, loaders: list[TaggedBatches], state: dict | None, stop: StopRequest):
@@ -32,11 +32,11 @@ class SearchCheckpoints(pl.Callback):
 
     @property
     def seconds(self) -> float:
-        """Seconds of the search in all processes that took part in it."""
+        """The seconds of the search so far, all parts of a run that was stopped and resumed together."""
         return self.before + time.perf_counter() - self.began
 
     def on_fit_start(self, trainer, pl_module):
-        if self.state is not None:  # here, before Lightning asks the loaders for the length of the epoch
+        if self.state is not None:  # before Lightning asks the loaders for the epoch's length
             progress = trainer.fit_loop.epoch_progress.current
             progress.ready = progress.started = progress.processed = progress.completed = self.epoch
             self.report.rows, self.report.alphas = list(self.state["rows"]), list(self.state["alphas"])
@@ -51,7 +51,7 @@ class SearchCheckpoints(pl.Callback):
             optimizer.load_state_dict(kept)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if self.state is not None:  # the first batch; the beginning of the epoch has set hidden states and counts to zero
+        if self.state is not None:  # the first batch after resuming; the epoch's beginning has set hidden states and counts to zero
             if self.batch:
                 pl_module.load_state_dict(self.state["model"])
                 self.report.counts.go_on(**self.state["in_epoch"])
@@ -60,7 +60,7 @@ class SearchCheckpoints(pl.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.is_last_batch:
-            return  # the checkpoint at the end of the epoch follows
+            return  # `on_train_epoch_end` saves at once
         done = batch_idx + 1 + (self.batch if trainer.current_epoch == self.epoch else 0)
         if self.store.due() or self.stop.signum is not None:
             self._save(trainer, pl_module, trainer.current_epoch, done, self.report.counts.state())
@@ -71,7 +71,7 @@ class SearchCheckpoints(pl.Callback):
         self.stop.obey()
 
     def _save(self, trainer, pl_module, epoch: int, batch: int, in_epoch: dict | None = None) -> None:
-        check_finite(weights_and_α=list(pl_module.parameters()))  # a run must not return to bad numbers
+        check_finite(weights_and_α=list(pl_module.parameters()))  # a rollback must find good weights and α
         self.store.save(epoch, batch, {
             "model": pl_module.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
             "random": random_state(), "rows": self.report.rows, "alphas": self.report.alphas,

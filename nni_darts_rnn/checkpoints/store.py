@@ -1,4 +1,4 @@
-"""The checkpoints of a run: when one is written, which are kept, which one a run resumes from, and to which run they belong."""
+"""The checkpoints of a run that can be stopped at any moment: which ones are kept, from which one the run goes on, and to which run they belong."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from .file import DESCRIPTION, TENSORS, read_about, read_state, write_checkpoint
 logger = logging.getLogger(__name__)
 
 FOLDER = "checkpoint"
-"""Name of the folder of checkpoints in the folder of a run's results."""
+"""The folder of a run's checkpoints, inside the folder of its results."""
 NAME = re.compile(r"(search|retrain)-\d{6,}-\d{8,}")
-"""Names of checkpoints; other files in that folder are not ours."""
+"""The names of checkpoints. Other files in their folder belong to the user."""
 RESUME = ("auto", "must", "never")
 
 
 @dataclass(frozen=True)
 class Every:
-    """How often a checkpoint is written, besides the one at the end of every epoch: every `seconds`, every `steps`, or never."""
+    """How often a checkpoint is written inside an epoch: after so many `seconds`, after so many `steps`, or never. The end of an epoch always writes one."""
 
     seconds: float | None = None
     steps: int | None = None
 
     @classmethod
     def parse(cls, text: str) -> Every:
-        """"90s", "5min", "1h", "100steps" or "never". `ValueError` with one line otherwise."""
+        """Read "90s", "5min", "1h", "100steps" or "never". `ValueError` with one line for other texts."""
         if text == "never":
             return cls()
         found = re.fullmatch(r"(\d{1,9}) ?(s|min|h|steps?)", str(text))
@@ -48,7 +48,8 @@ class Every:
 
 @dataclass(frozen=True)
 class Keeping:
-    """How a run saves its state and resumes. `resume`: "auto" resumes if there is a checkpoint, "must" refuses to begin anew, "never" begins anew."""
+    """How a run writes and uses checkpoints. `resume`: "auto" goes on from a checkpoint if there is one, "must" raises an error if there is none, "never"
+    removes what is there and begins anew."""
 
     every: Every = Every(seconds=300)
     resume: str = "auto"
@@ -61,14 +62,14 @@ USUAL = Keeping()
 
 
 class AnotherRun(ValueError):
-    """Raised for a good checkpoint of a run with other settings."""
+    """A checkpoint belongs to a run with other settings."""
 
 
 class Checkpoints:
     """The checkpoints of one phase ("search", "retrain") of a run, in `folder`.
 
-    `identity` (JSON) is what a run must have in common with the one that wrote them: recipe, seed, corpus, …. The two newest are kept, and the newest
-    from the end of an epoch, to which `roll_back` returns.
+    `identity` (recipe, seed, corpus, …; JSON) is what a run must have in common with the one that wrote the checkpoints in order to go on from them. The two
+    newest checkpoints are kept, and the newest from an epoch's end, to which `roll_back` returns.
     """
 
     def __init__(self, folder: str | Path, phase: str, identity: dict, every: Every = Keeping.every):
@@ -77,22 +78,22 @@ class Checkpoints:
         self.last, self.steps = time.monotonic(), 0
 
     def due(self) -> bool:
-        """Counts a step. Whether a checkpoint is due after it."""
+        """Count a step. Returns whether a checkpoint is to be written after it."""
         self.steps += 1
         if self.every.steps is not None:
             return self.steps >= self.every.steps
         return self.every.seconds is not None and time.monotonic() - self.last >= self.every.seconds
 
     def save(self, epoch: int, batch: int, state: dict) -> bool:
-        """Writes what a run needs to resume with batch `batch` of epoch `epoch`, both counted from 0. Returns False where the disk refuses it: then it
-        warns, the checkpoint before stays, and the run goes on."""
+        """Write what a run needs to go on with batch `batch` of epoch `epoch`, both counted from 0. Returns False if the disk does not take it: the run then
+        goes on, with a warning and with the checkpoint before."""
         self.last, self.steps = time.monotonic(), 0
         path = self._path((epoch, batch))
         try:
             write_checkpoint(path, state, {"phase": self.phase, "epoch": epoch, "batch": batch, "identity": self.identity})
         except OSError as error:
             if not path.with_suffix(DESCRIPTION).exists():
-                path.with_suffix(TENSORS).unlink(missing_ok=True)  # tensors without a description are no checkpoint, and the disk may be full
+                path.with_suffix(TENSORS).unlink(missing_ok=True)  # without a description the tensors are no checkpoint, and the disk may be full
             kept = self._positions()
             logger.warning("%s: no checkpoint was written (%s); %s", self.folder, error.strerror or one_line(error),
                            f"the one before stays ({where(*kept[-1])})" if kept else "there is none yet")
@@ -105,14 +106,15 @@ class Checkpoints:
         return True
 
     def load(self) -> dict | None:
-        """The state of the newest intact checkpoint, with its "epoch" and "batch", or None where there is no checkpoint.
+        """The state of the newest intact checkpoint, with its "epoch" and "batch"; None if there is no checkpoint.
 
-        Warns of a damaged one and takes the one before it. `ValueError` with one line where all are damaged, `AnotherRun` where they are of another run.
+        A damaged checkpoint is reported, and the one before it is used. `ValueError` with one line if none is intact; `AnotherRun` if one that can
+        be read belongs to a run with other settings.
         """
         return self._newest(self._positions())
 
     def roll_back(self) -> dict:
-        """The state at the newest end of an epoch, or at the beginning of the run. Removes the checkpoints after it."""
+        """The state at the newest end of an epoch, or at the beginning of the run. Newer checkpoints are removed. `ValueError` if there is no such state."""
         state = self._newest([position for position in self._positions() if position[1] == 0])
         if state is None:
             raise ValueError(f"{self.folder}: no checkpoint of the {self.phase} to return to")
@@ -122,11 +124,11 @@ class Checkpoints:
         return state
 
     def __bool__(self) -> bool:
-        """Whether there is a checkpoint."""
+        """Whether there is a checkpoint of this phase."""
         return bool(self._positions())
 
     def clear(self) -> None:
-        """Removes this phase's checkpoints."""
+        """Remove this phase's checkpoints."""
         for position in self._positions():
             self._remove(position)
 
@@ -161,17 +163,17 @@ class Checkpoints:
         return sorted((int(name[1]), int(name[2])) for name in names if name)
 
     def _remove(self, position: tuple[int, int]) -> None:
-        self._path(position).with_suffix(DESCRIPTION).unlink(missing_ok=True)  # first, as tensors without it are no checkpoint
+        self._path(position).with_suffix(DESCRIPTION).unlink(missing_ok=True)  # first, since without it the tensors are no checkpoint
         self._path(position).with_suffix(TENSORS).unlink(missing_ok=True)
 
 
 def where(epoch: int, batch: int) -> str:
-    """Such as `epoch 3, batch 12`; words count from 1, arguments from 0."""
+    """A position in words, such as `epoch 3, batch 12`, counted from 1."""
     return f"epoch {epoch + 1}, batch {batch + 1}"
 
 
 def difference(there, here, name: str = "") -> str:
-    """In words, the first setting in which two identities differ."""
+    """The first setting in which two identities differ, with its two values."""
     if isinstance(there, dict) and isinstance(here, dict):
         for key in [*here, *there]:
             if there.get(key) != here.get(key):
@@ -180,8 +182,8 @@ def difference(there, here, name: str = "") -> str:
 
 
 def run_identity(corpus, recipe, seed: int, **more) -> dict:
-    """`identity` of a phase with this part of a recipe. A corpus is identified by its numbers of tokens and words, and by a hash of its words and of each
-    split: all of a split up to 65,536 tokens, else 64 evenly spread parts, so that a large one is not read for this."""
+    """The `identity` of a phase with this part of a recipe. It tells texts apart by their numbers of tokens and words, and by a hash of the words and of each
+    split. Up to 65,536 tokens the whole split is hashed; of a longer one 64 evenly spread parts of 1,024 tokens, so that a large text need not be read."""
     sha = hashlib.sha256("\n".join(corpus.vocab.words).encode())
     splits = {name: tokens for name in ("train", "valid", "test", "alpha") if (tokens := getattr(corpus, name)) is not None}
     for tokens in splits.values():
@@ -193,22 +195,23 @@ def run_identity(corpus, recipe, seed: int, **more) -> dict:
 
 
 def unfinished_search(kept: Path) -> bool:
-    """Whether the folder of checkpoints holds a search that has not trained all of its epochs."""
+    """Whether the folder of checkpoints `kept` holds a search that has not yet trained all of its epochs."""
     search = Checkpoints(kept, "search", {})
     if not search:
         return False
     newest = search._positions()[-1]
     try:
         return newest[0] < read_about(search._path(newest))["identity"]["recipe"]["epochs"]
-    except (KeyError, TypeError, ValueError):  # damaged, so it cannot be resumed
+    except (KeyError, TypeError, ValueError):  # damaged: there is nothing that could go on
         return False
 
 
 @contextlib.contextmanager
 def alone_in(folder: str | Path, wait: bool = False) -> Iterator[Path]:
-    """Makes and locks the folder of checkpoints in the folder of results, and yields it. Where another process holds it: waits, or `ValueError`.
+    """Lock the folder of checkpoints in `folder`, the folder of a run's results, and yield it; it is made if need be. If another process works there, wait
+    for it with `wait`, otherwise `ValueError`.
 
-    Removes files that a killed process left half written and, at the end, the folder of checkpoints if it is empty.
+    Half-written files of processes that were killed are removed first. At the end the folder of checkpoints is removed if it is empty.
     """
     folder = Path(folder)
     kept = folder / FOLDER
@@ -217,19 +220,19 @@ def alone_in(folder: str | Path, wait: bool = False) -> Iterator[Path]:
         remove_partial(kept)
         for path in kept.glob(f"*{TENSORS}"):
             if NAME.fullmatch(path.stem) and not path.with_suffix(DESCRIPTION).exists():
-                path.unlink(missing_ok=True)  # tensors without a description, which was never written or is already removed
+                path.unlink(missing_ok=True)  # without its description it is no checkpoint
         try:
             yield kept
         finally:
             if {path.name for path in kept.iterdir()} == {"lock"}:
                 (kept / "lock").unlink()
-                with contextlib.suppress(OSError):  # another process has begun to use it
+                with contextlib.suppress(OSError):  # another process has begun to use the folder
                     kept.rmdir()
 
 
 @contextlib.contextmanager
 def _locked(path: Path, refusal: str, wait: bool) -> Iterator[None]:
-    """Holds the lock file. Where another process holds it: waits, or `ValueError(refusal)`. The system releases the lock of a process that dies."""
+    """Hold the lock file. If another process holds it, wait for it with `wait`, otherwise `ValueError(refusal)`. A process that dies loses its locks."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -239,6 +242,6 @@ def _locked(path: Path, refusal: str, wait: bool) -> Iterator[None]:
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
                 break
-        lock.close()  # the last holder has removed this file in the meantime
+        lock.close()  # the process that held it before has removed the file in the meantime
     with lock:
         yield

@@ -1,1 +1,1 @@
-"""What the commands of `nni-darts-rnn` do; `cli` has their options, `talk` their words."""
+"""The actions of the commands of `nni-darts-rnn`. Their options are declared in `cli`; what they print goes through `talk`."""

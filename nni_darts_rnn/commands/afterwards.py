@@ -1,4 +1,4 @@
-"""The commands for what comes after a search: pictures, an experiment's best trial and report; and the one that writes the example out."""
+"""The commands that follow a search: `plot`, `best` and `report`; and `init`, which writes the examples into a folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def plot(arguments) -> None:
 
 
 def _after(folder) -> list:
-    """A trained model is evaluated next, a cell trained."""
+    """The next command, word by word: `evaluate` for a trained model, `retrain` for a cell, nothing if the folder has neither."""
     if not (folder / "model.safetensors").is_file():
         return ["nni-darts-rnn", "retrain", "--corpus", "FOLDER", "--genotype", folder] if (folder / "genotype.json").is_file() else []
     try:

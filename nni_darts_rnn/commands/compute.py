@@ -1,4 +1,4 @@
-"""The commands that compute: search, retrain, evaluate; and the table of recipes."""
+"""The commands that compute, `search`, `retrain` and `evaluate`; and `recipes`, which prints the table of recipes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ..report.experiments import load_experiment
 from ..report.trial_folder import as_folder
 from ..talk import Talk, answer, many
 
-READING = ("retrain.bptt", "retrain.eval_batch_size", "retrain.test_batch_size")  # all that a recipe says of how a text is read to measure perplexity
-MOST_EPOCHS = 1000  # of a retraining that ends when it no longer gets better
+READING = ("retrain.bptt", "retrain.eval_batch_size", "retrain.test_batch_size")  # the only fields that decide how a text is read to measure perplexity
+MOST_EPOCHS = 1000  # limit for a retraining that ends once it no longer improves
 
 
 def search(arguments) -> None:
@@ -47,7 +47,7 @@ def retrain(arguments) -> None:
     from ..text.baselines import bigram_perplexity, unigram_perplexity
 
     check_fits(corpus, recipe.retrain)
-    if isinstance(given, str) and given not in NAMED and os.path.exists(given):  # a file or a folder
+    if isinstance(given, str) and given not in NAMED and os.path.exists(given):  # the path of a file or a folder, not a name
         found = Path(given if os.path.isdir(given) else os.path.dirname(given))
         if (arguments.out is None or found.resolve() != Path(arguments.out).resolve()) and unfinished_search(found / FOLDER):
             raise ValueError(f"--genotype {given}: {found} holds an unfinished search, whose cell may still change; let it end first")
@@ -81,8 +81,8 @@ def evaluate(arguments) -> None:
         if key not in READING:
             raise ValueError(f"--set {key}: evaluating takes no other field of a recipe than {', '.join(READING)}" + did_you_mean(key, READING))
     extra = read_description(arguments.model).get("extra")
-    extra = extra if isinstance(extra, dict) else {}  # somebody's own notes
-    if arguments.recipe is None:  # the perplexities that its training ended with depend on the batches, if little
+    extra = extra if isinstance(extra, dict) else {}  # written by the user, in another form than ours
+    if arguments.recipe is None:  # as its training read the text: perplexity depends a little on the batches
         trained = extra.get("recipe")
         arguments.recipe = get_recipe("small", {key: trained[name] for key in READING if isinstance(trained, dict) and (name := key.partition(".")[2]) in trained})
     recipe, _, corpus, talk = _start(arguments)
@@ -123,7 +123,7 @@ def recipes(arguments) -> None:
 
 
 def _start(arguments):
-    """Checks every setting, then opens the corpus: (recipe, seed, corpus, talk)."""
+    """Check every setting, then open the corpus. Returns (recipe, seed, corpus, talk)."""
     seed, recipe = checked_seed(getattr(arguments, "seed", 0)), checked_recipe(arguments, {})
     if getattr(arguments, "genotype", None) is not None:
         from ..genotype import load_genotype
@@ -159,8 +159,8 @@ def _out(arguments, name: str, seed: int) -> Path:
 
 
 def _to_convergence(recipe: Recipe) -> Recipe:
-    """The recipe of a trial, which is often short, with a retraining that goes on while it gets better: by SGD and averaging, and with the search's dropout, as Adam and
-    little dropout are ahead for few epochs only."""
+    """A trial's recipe, changed so that the retraining goes on for as long as it improves; a trial's own retraining is often short. Adam and little dropout are
+    ahead in short trainings only, so a recipe with Adam gets SGD with averaging, and the search's dropout."""
     r = recipe.retrain
     changed = {"epochs": max(MOST_EPOCHS, r.epochs), "anneal": 0.0}
     if r.optimizer == "adam":
@@ -172,7 +172,8 @@ def _to_convergence(recipe: Recipe) -> Recipe:
 
 
 def _choose_cell(arguments) -> str | None:
-    """Puts the best trial's cell, corpus and recipe in place for `--from`, the usual ones otherwise; a name for the results, or None."""
+    """Complete `arguments`. With `--from` the cell is that of the experiment's best trial, and so are corpus and recipe unless others are given; otherwise
+    corpus and recipe are the usual ones unless others are given. Returns a name for the results with `--from`, else None. `ValueError` without a cell."""
     name = None
     if arguments.experiment is not None:
         experiment = load_experiment(arguments.experiment)
@@ -192,6 +193,6 @@ def _choose_cell(arguments) -> str | None:
                         f"validation perplexity {trial.result.valid_perplexity:.2f}{how}")
     elif arguments.genotype is None:
         raise ValueError("the following arguments are required: --genotype or --from")
-    arguments.corpus = "pydoc" if arguments.corpus is None else arguments.corpus  # an empty text is no corpus, and is refused as one
+    arguments.corpus = "pydoc" if arguments.corpus is None else arguments.corpus  # an empty text stays, and is refused later
     arguments.recipe = "small" if arguments.recipe is None else arguments.recipe
     return name

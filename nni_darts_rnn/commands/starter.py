@@ -1,4 +1,4 @@
-"""The example experiments and their search spaces, written into a folder of the user's: `nni-darts-rnn init DIR`."""
+"""`nni-darts-rnn init DIR`: write the example experiments and their search spaces into a folder of the user's."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ..files import write_text
 
 FOLDERS = ("examples", "search_spaces")
 SUFFIXES = (".yml", ".json")
-CONFIG = Path("examples") / "darts_rnn.yml"  # what `nnictl create --config` is given
+CONFIG = Path("examples") / "darts_rnn.yml"  # the argument for `nnictl create --config`
 
 
 def example_files() -> dict[Path, Path]:
-    """Path in the user's folder -> file of this installation. From the checkout where the package runs from one, else from share/nni_darts_rnn."""
+    """Path in the user's folder -> file of this installation: in the checkout if the package runs from one, otherwise in share/nni_darts_rnn."""
     checkout = Path(__file__).resolve().parents[2]
     if (checkout / "setup.cfg").is_file() and (checkout / CONFIG).is_file():
         return _in(checkout)
@@ -26,7 +26,7 @@ def example_files() -> dict[Path, Path]:
     except PackageNotFoundError:
         pass
     found = {name: path for name, path in found.items() if path.is_file()}
-    for root in (checkout, Path(sysconfig.get_path("data"))):  # first beside the package, as `pip install --target` leaves them
+    for root in (checkout, Path(sysconfig.get_path("data"))):  # first beside the package, where `pip install --target` puts them
         found = found or _in(root / "share" / "nni_darts_rnn")
     if CONFIG not in found:
         raise ValueError(f"{CONFIG} is not part of this installation; install nni-darts-rnn from a wheel or a checkout")
@@ -38,8 +38,8 @@ def _in(root: Path) -> dict[Path, Path]:
 
 
 def write_examples(folder: Path, force: bool = False) -> list[Path]:
-    """Writes the files below `folder`, each whole. `ValueError`, before anything is written, where one would replace another's (`force` allows it), or where a
-    folder of theirs is a file."""
+    """Write the example files below `folder`, each completely or not at all. `ValueError`, before anything is written, if one of their folders exists as a
+    file, or (without `force`) if a file of the same name but other content exists."""
     texts = {folder / name: source.read_text(encoding="utf-8") for name, source in example_files().items()}
     for parent in dict.fromkeys(path.parent for path in texts):
         if parent.exists() and not parent.is_dir():

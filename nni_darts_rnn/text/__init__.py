@@ -1,1 +1,1 @@
-"""Text as numbers: words and their ids, published corpora, batches, and what counting models make of them."""
+"""Text as numbers: words and their ids, published corpora, batches, and the perplexities of models that only count words."""

@@ -1,8 +1,8 @@
-"""Perplexities of counting models: what a language model must beat to have learned more than the frequencies of words and of pairs.
+"""Perplexities of models that count words. A language model has to beat them to have learned more than how often words and pairs of words occur.
 
-Both average over the N-1 targets that follow the first test token, as perplexity over token streams does: exp of nats per target.
-V words of the vocabulary, N training tokens, n(w) how often w stands in them, n(v, w) how often w follows v, n(v ·) = Σ_w n(v, w).
-Training tokens are `corpus.train` alone, as for the neural model.
+Notation: V words in the vocabulary, N training tokens, n(w) the number of times w occurs among them, n(v, w) the number of times w follows v, and
+n(v ·) = Σ_w n(v, w). Both perplexities are exp of the mean nats over the targets, which are all test tokens but the first, as for a neural model.
+The training tokens are `corpus.train` alone, also as for a neural model.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..corpus import Corpus
 
-_ROUNDS = 30  # halvings: λ to 1e-9
+_ROUNDS = 30  # bisections: λ to 1e-9
 
 
 def unigram_perplexity(corpus: Corpus) -> float:
@@ -22,11 +22,11 @@ def unigram_perplexity(corpus: Corpus) -> float:
 
 
 def bigram_perplexity(corpus: Corpus) -> float:
-    """Test perplexity of p(w | v) = λ_b n(v, w) / n(v ·) + (1 - λ_b) p(w), p(w) as in `unigram_perplexity` (Jelinek and Mercer 1980).
+    """Test perplexity of p(w | v) = λ_b n(v, w) / n(v ·) + (1 - λ_b) p(w), with p(w) as in `unigram_perplexity` (Jelinek and Mercer 1980).
 
-    λ_b is one weight for all v whose n(v ·) lies in [2^(b-1), 2^b). It is 0 where v was never seen before a word; otherwise it maximises
-    the likelihood of the validation text, which is concave in it, from 0 to 0.999; it is 1/2 where no validation pair has a say.
-    Peak memory is about 25 bytes a training token.
+    All v with n(v ·) in [2^(b-1), 2^b) share one weight λ_b. It is 0 for v that no training token follows. Otherwise it is the value from 0 to 0.999 that
+    maximises the likelihood of the validation text, whose logarithm is concave in it; without a validation pair in the bucket b it is 1/2.
+    Peak memory is about 25 bytes a training token. `ValueError` if the training or the test text has fewer than two tokens.
     """
     train, n_words = _ids(corpus.train), len(corpus.vocab)
     if len(train) < 2:
@@ -34,10 +34,10 @@ def bigram_perplexity(corpus: Corpus) -> float:
     unigram = _unigram(train, n_words)
     pairs, counts = np.unique(train[:-1] * n_words + train[1:], return_counts=True)
     followers = np.bincount(train[:-1], minlength=n_words)  # n(v ·), (V,)
-    bucket = np.frexp(followers)[1]  # (V,): 0 for none, 1 for 1, 2 for 2 and 3, 3 for 4 to 7, …
+    bucket = np.frexp(followers)[1]  # b of each word, (V,): 0 for n(v ·) = 0, 1 for 1, 2 for 2 and 3, 3 for 4 to 7, …
 
     def parts(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """n(v, w) / n(v ·), p(w) and b of each target (tokens - 1,)."""
+        """n(v, w) / n(v ·), p(w) and b for each target of the text, (tokens - 1,) each."""
         first, second = tokens[:-1], tokens[1:]
         key = first * n_words + second
         place = np.minimum(np.searchsorted(pairs, key), len(pairs) - 1)
@@ -49,7 +49,7 @@ def bigram_perplexity(corpus: Corpus) -> float:
     low, high = np.zeros(n_buckets), np.full(n_buckets, 0.999)
     for _ in range(_ROUNDS):
         middle = (low + high) / 2
-        slope = np.bincount(b, (relative - single) / (middle[b] * relative + (1 - middle[b]) * single), n_buckets)  # of the log likelihood
+        slope = np.bincount(b, (relative - single) / (middle[b] * relative + (1 - middle[b]) * single), n_buckets)  # derivative of the log likelihood
         low, high = np.where(slope > 0, middle, low), np.where(slope > 0, high, middle)
     weight = np.where(np.bincount(b, minlength=n_buckets) > 0, (low + high) / 2, 0.5)
     weight[0] = 0.0
@@ -68,7 +68,7 @@ def _unigram(train: np.ndarray, n_words: int) -> np.ndarray:
 
 
 def _perplexity(p: np.ndarray) -> float:
-    """exp(-mean log p) of the probabilities of the targets."""
+    """exp(-mean log p), where `p` are the probabilities of the targets."""
     if not len(p):
         raise ValueError("perplexity: the test text has fewer than two tokens")
     return float(np.exp(-np.log(p).mean()))

@@ -18,9 +18,9 @@ from ..checks import whole_number
 
 
 def streams(tokens: Tensor, batch_size: int) -> Tensor:
-    """(tokens,) as B = `batch_size` streams (S, B): column b is the b-th of B equal consecutive parts; what is over at the end is cut off.
+    """Cut (tokens,) into B = `batch_size` streams, (S, B). Column b is the b-th of B consecutive, equally long parts. Tokens left over at the end are dropped.
 
-    A view, not a copy. `ValueError` for a text of less than two tokens a stream.
+    The result is a view, not a copy. `ValueError` if there are fewer than two tokens for each stream.
     """
     whole_number("batch_size", batch_size)
     if len(tokens) < 2 * batch_size:
@@ -32,10 +32,11 @@ def streams(tokens: Tensor, batch_size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class LengthRule:
-    """How many time steps the next batch has: the whole part of N(`bptt`, `std`), of N(`bptt`/2, `std`) with `short_probability`,
-    kept between `minimum` and `maximum`. With a `bptt` alone, always that. `ValueError` for values that make no length.
+    """The rule for the number of time steps of the next batch. It is drawn from the normal distribution N(`bptt`, `std`), with `short_probability` from
+    N(`bptt`/2, `std`), cut to its whole part and kept between `minimum` and `maximum`. With `bptt` alone, every batch has that length. `ValueError` for
+    values that make no length.
 
-    quark0/darts searches with a `short_probability` of 0.05 (`rnn/train_search.py`), and retrains with a `std` of 5 and a `minimum` of 5 too (`rnn/train.py`).
+    quark0/darts has a `short_probability` of 0.05 in its search (`rnn/train_search.py`); its retraining also has a `std` and a `minimum` of 5 (`rnn/train.py`).
     """
 
     bptt: int
@@ -60,17 +61,17 @@ class LengthRule:
 
 
 class Batch(NamedTuple):
-    """Views on a stream, (T, B) each: `targets` are the tokens one step later."""
+    """Two views on the streams, (T, B) each. `targets` are the tokens one time step later."""
 
     tokens: Tensor
     targets: Tensor
 
 
 class BpttBatches:
-    """The batches of streams (S, B) for one epoch: consecutive, and each of the (S-1)·B targets in exactly one.
+    """The batches of streams (S, B) in one epoch. They are consecutive, and each of the (S-1)·B targets is in exactly one of them.
 
-    The lengths of epoch e (`set_epoch`) come from a generator seeded with (`seed`, e) alone, so a resumed run has the same ones, and
-    nothing else that draws random numbers changes them. Batches can also be taken by number, so a run can go on in the middle of an epoch.
+    `set_epoch` draws the lengths of epoch e from a generator of its own, seeded with (`seed`, e). So a resumed run has the same lengths, and nothing else that
+    draws random numbers changes them. Batches can also be taken by number, which lets a run go on in the middle of an epoch.
     """
 
     def __init__(self, stream: Tensor, lengths: LengthRule, seed: int = 0, device: torch.device | str | None = None):
@@ -81,7 +82,7 @@ class BpttBatches:
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw the lengths of this epoch. An iterator already begun keeps its own."""
+        """Draw the lengths of this epoch. An iterator that has already begun keeps the old ones."""
         generator = np.random.default_rng((self.seed, epoch))
         starts, targets = [0], len(self.stream) - 1
         while starts[-1] < targets:
@@ -90,7 +91,7 @@ class BpttBatches:
 
     @property
     def lengths(self) -> list[int]:
-        """T of each batch of this epoch; they sum to S-1."""
+        """T of each batch of this epoch. They sum to S-1."""
         return [end - start for start, end in zip(self._starts, self._starts[1:])]
 
     def __len__(self) -> int:
@@ -110,10 +111,10 @@ class BpttBatches:
         return (self._batch(starts, number) for number in range(len(starts) - 1))
 
     def new_empty(self) -> BpttBatches:
-        """Of no text, but for one target a stream: what fastai's `export` keeps of its DataLoaders."""
+        """The same, but with one target per stream in place of the text. fastai's `export` keeps this of its DataLoaders."""
         return BpttBatches(self.stream.new_zeros(2, self.stream.shape[1]), self.rule, self.seed)
 
     def to(self, device: torch.device | str) -> BpttBatches:
-        """The same batches on another device; returns itself."""
+        """Move the streams to another device. Returns self."""
         self.stream = self.stream.to(device)
         return self

@@ -1,4 +1,4 @@
-"""Published corpora fetched once from a mirror: pinned checksums, broken downloads continued, archives not trusted."""
+"""Fetch published corpora once, from a mirror. Checksums are pinned, downloads that break off are continued, and archives are not trusted."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Source(NamedTuple):
     """What a mirror serves for one corpus. Checksums are SHA-256 in hexadecimal."""
 
     files: dict[str, str]
-    """File name on the mirror -> checksum: three texts, or one archive that holds them."""
+    """Name of a file on the mirror -> its checksum. The files are the three texts, or one archive that holds them."""
     texts: dict[str, str]
-    """Split -> checksum of its text, where it is known; such texts are also accepted out of any archive or folder."""
+    """Split -> checksum of its text, where known. Such texts are then accepted from any archive or folder."""
 
 
 _PENN = {"train": "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf",
@@ -42,7 +42,7 @@ _PENN = {"train": "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102
 SOURCES = {
     # Mikolov's files, as in his simple-examples.tgz.
     "penn": Source({f"ptb.{split}.txt": _PENN[split] for split in SPLITS}, _PENN),
-    # The archives published with Merity et al. 2016; the checksums are those that mlx-data and Julia's CorpusLoaders pin.
+    # The archives that Merity et al. 2016 published. mlx-data and Julia's CorpusLoaders pin the same checksums.
     "wikitext-2": Source({"wikitext-2-v1.zip": "92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c"}, {}),
     "wikitext-103": Source({"wikitext-103-v1.zip": "242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590"}, {}),
 }
@@ -50,15 +50,16 @@ SOURCES = {
 _ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
 _LARGEST = 2 << 30  # bytes of one download or one text; WikiText-103's training text is 0.54e9
 _TRIES = 4
-_TIMEOUT = 30  # seconds without a byte
+_TIMEOUT = 30  # seconds to wait for the next byte
 
 
 @contextlib.contextmanager
 def made_once(target: Path):
-    """Make the folder `target`: the block fills the folder it is given, which becomes `target` when the block ends well and vanishes otherwise.
+    """Make the folder `target` once. The block is given a new folder and fills it. If the block ends without an error, that folder becomes `target`;
+    otherwise it is removed.
 
-    It is given None where `target` is there already. Of several processes one does the work and the others wait; the system frees the
-    lock of a process that dies. `ValueError` with one line when the cache cannot be written.
+    If `target` exists already, the block is given None. Of several processes one does the work while the others wait; the system frees the lock of a
+    process that dies. `ValueError` with one line if the cache cannot be written.
     """
     if target.is_dir():
         yield None
@@ -70,10 +71,10 @@ def made_once(target: Path):
     except OSError as error:
         raise ValueError(f"{target.parent}: cannot be written ({error.strerror}); {hint}") from None
     with lock:
-        if target.is_dir():  # made by another process in the meantime
+        if target.is_dir():  # another process has made it in the meantime
             yield None
             return
-        shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
+        shutil.rmtree(new, ignore_errors=True)  # a killed process may have left it
         try:
             new.mkdir()
             yield new
@@ -85,17 +86,17 @@ def made_once(target: Path):
 
 
 def find_text(folder: Path, split: str) -> Path | None:
-    """The text of `split` in a folder, under one of its usual names, or None."""
+    """The path of the text of `split` in a folder, under one of its usual names, or None."""
     return next((folder / name for name in names(split) if (folder / name).exists()), None)
 
 
 def names(split: str) -> tuple[str, ...]:
-    """What the text of `split` may be called."""
+    """The names that the text of `split` may have."""
     return f"{split}.txt", f"ptb.{split}.txt", f"wiki.{split}.tokens"
 
 
 def check_texts(name: str, folder: Path) -> None:
-    """`ValueError` when a text of the published corpus `name` has a known checksum and not that."""
+    """`ValueError` if the folder has a text of the published corpus `name` whose checksum is not the known one."""
     for split, expected in SOURCES[name].texts.items():
         path = find_text(folder, split)
         if path is not None and path.is_file() and digest(path) != expected:
@@ -104,10 +105,10 @@ def check_texts(name: str, folder: Path) -> None:
 
 
 def fetch(name: str, mirror: str) -> Path:
-    """The folder in the cache with train.txt, valid.txt and test.txt of corpus `name`, downloaded from `mirror` if it is not there.
+    """The folder in the cache with train.txt, valid.txt and test.txt of the corpus `name`. They are downloaded from `mirror` if the folder does not exist.
 
-    `mirror` is the URL of a folder that holds the corpus's published files, or of an archive. Only https is taken, http from this
-    machine itself, and file. Raises `ValueError` with one line; what was downloaded till then is kept and used by the next call.
+    `mirror` is the URL of a folder with the corpus's published files, or of an archive. It must be https, file, or http of this machine itself. `ValueError`
+    with one line if that fails; what has been downloaded by then is kept, and the next call goes on from there.
     """
     source, target, path = SOURCES[name], cache_folder("corpora") / name, urlsplit(check_url(mirror)).path
     if path.endswith(_ARCHIVES):
@@ -129,14 +130,14 @@ def fetch(name: str, mirror: str) -> Path:
                     else:
                         shutil.copyfile(part, new / f"{next(s for s in SPLITS if file in names(s))}.txt")
                 check_texts(name, new)
-            finally:  # whole and used, or refused: of no further use either way
+            finally:  # the parts are now either used or refused, so nobody needs them any more
                 for part in parts.values():
                     part.unlink(missing_ok=True)
     return target
 
 
 def check_url(url: str) -> str:
-    """`url` if it is https, file, or http of this machine itself; `ValueError` otherwise."""
+    """`url` if it is https, file, or http of this machine itself, otherwise `ValueError`."""
     try:
         parts = urlsplit(url)
         allowed = {"https": bool(parts.hostname), "http": _is_loopback(parts.hostname), "file": True}.get(parts.scheme, False)
@@ -156,14 +157,15 @@ def _is_loopback(host: str | None) -> bool:
 
 class _SafeRedirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, request, file, code, message, headers, new_url):
-        check_url(new_url)  # https must not lead to plain http
+        check_url(new_url)  # https must not lead to plain http elsewhere
         return super().redirect_request(request, file, code, message, headers, new_url)
 
 
 def download(url: str, part: Path, sha256: str | None) -> None:
-    """Make `part` the file at `url`, going on where an earlier call was cut off. `sha256` None: whoever reads the file checks it.
+    """Make `part` the file at `url`, continuing what an earlier call left of it. With a `sha256` of None, whoever reads the file has to check it.
 
-    Raises `ValueError` with one line: not there, cut off again and again (what came is kept), or another checksum (nothing is kept).
+    `ValueError` with one line if the server refuses the file, or if the download breaks off again and again (what has come is kept), or if the file is too
+    large, is redirected to a URL that is not allowed, or has another checksum (nothing is kept).
     """
     check_url(url)
     handlers = [_SafeRedirect()] + ([urllib.request.ProxyHandler({})] if _is_loopback(urlsplit(url).hostname) else [])
@@ -179,7 +181,7 @@ def download(url: str, part: Path, sha256: str | None) -> None:
                     raise ValueError(f"{url}: {error.code} {error.reason}") from None
                 failure = f"{error.code} {error.reason}"
                 continue
-            except ValueError:  # too large, or led elsewhere
+            except ValueError:  # too large, or redirected to a URL that is not allowed
                 part.unlink(missing_ok=True)
                 raise
             except (OSError, http.client.HTTPException) as error:
@@ -190,18 +192,18 @@ def download(url: str, part: Path, sha256: str | None) -> None:
         part.unlink()
         if not have:
             raise ValueError(f"{url}: wrong checksum, the published file has SHA-256 {sha256}; nothing was kept")
-        failure = "wrong checksum after going on with a broken download"  # begun from another file perhaps: once more from nothing
+        failure = "wrong checksum after going on with a broken download"  # the first part may be of another file: once more from the beginning
     kept = part.stat().st_size if part.exists() else 0
     raise ValueError(f"{url}: {failure}; {kept:,} bytes are kept and the next call goes on from there")
 
 
 def _append(opener, url: str, part: Path, have: int) -> int:
-    """Read `url` from byte `have` on to the end of `part`; from 0 where the server knows no ranges. The byte it began at."""
+    """Append the bytes of `url` from `have` on to `part`, or write it from 0 if the server knows no ranges. Returns the byte at which it began."""
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         response = opener.open(request, timeout=_TIMEOUT)
     except urllib.error.HTTPError as error:
-        if error.code != 416:  # 416: there is nothing after byte `have`, so it is whole or of another file; the checksum tells
+        if error.code != 416:  # 416: nothing follows byte `have`, so `part` is complete or of another file; the checksum tells
             raise
         return have
     with response:
@@ -214,7 +216,7 @@ def _append(opener, url: str, part: Path, have: int) -> int:
         length = response.headers.get("Content-Length")
         with open(part, "ab" if start else "wb") as file:
             _copy(response, file, url, _LARGEST - start)
-    # A connection that closes early reads like an end of file.
+    # a connection that closes early looks like the end of the file
     if length is not None and part.stat().st_size < start + int(length):
         raise ConnectionError("the connection closed early")
     return start
@@ -229,9 +231,9 @@ def _copy(source, target, what: str, limit: int) -> None:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Write train.txt, valid.txt and test.txt of a zip or tar archive into `folder`. Nothing else of it is written, and no path of it used.
+    """Write train.txt, valid.txt and test.txt of a zip or tar archive into `folder`. Nothing else is unpacked, and no path from the archive is used.
 
-    Raises `ValueError` for an archive that is broken, lacks a text or has it twice, or names a path outside itself.
+    `ValueError` if the archive is broken, lacks a text or has it twice, holds a link or a device, names a path outside itself, or has a text that is too large.
     """
     try:
         if zipfile.is_zipfile(archive):
@@ -245,13 +247,13 @@ def unpack(archive: Path, folder: Path) -> None:
                     raise ValueError(f"{archive.name}: {links[0]!r} is a link or device; refused")
                 _pick(archive, folder, [(m.name, m.isfile()) for m in members], opened.extractfile)
     except (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, RuntimeError, NotImplementedError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # of the disk: bz2's, of its data, has none
+        if isinstance(error, OSError) and error.errno is not None:  # an error of the disk; bz2's, about its data, has no errno
             raise
         raise ValueError(f"{archive.name}: no archive that can be read ({(str(error) or type(error).__name__).splitlines()[0]})") from None
 
 
 def _pick(archive: Path, folder: Path, members: list[tuple[str, bool]], opener) -> None:
-    """`members`: names, and whether they are files."""
+    """Write the texts among `members`: (name, whether it is a file)."""
     for name, _ in members:
         path = PurePosixPath(name.replace("\\", "/"))
         if path.is_absolute() or ".." in path.parts or re.match("[A-Za-z]:", name):

@@ -9,14 +9,15 @@ from collections.abc import Iterable
 from .vocabulary import EOS, UNK
 
 SPLITS = ("train", "valid", "test")
-_SAME = 12  # words from which a paragraph of two topics counts as one repeated, not as a phrase such as "see also"
+_SAME = 12  # words: a paragraph this long in two topics counts as repeated text; a shorter one may be a phrase such as "see also"
 
 
 def pydoc_splits() -> dict[str, Iterable[list[str]]]:
-    """The language reference of the running Python: its version decides the text, and nothing else does. A paragraph is a line.
+    """The language reference of the running Python, as lists of words. A paragraph is a line. The text depends on Python's version and on nothing else.
 
-    Topics repeat each other's paragraphs. Those that share one go to training, so that no validation or test paragraph of more than a few
-    words stands in the training text; of the others, taken by name, each split gets its share. Words seen once in training become `<unk>`.
+    Topics repeat each other's paragraphs. A topic that shares one of at least `_SAME` words goes to training, so that no such paragraph of the validation or
+    test text is in the training text. The other topics, in the order of their names, are dealt out so that each split gets its share. Words that
+    occur less than twice in the training text become `<unk>` in every split.
     """
     from pydoc_data.topics import topics
 
@@ -30,7 +31,7 @@ def pydoc_splits() -> dict[str, Iterable[list[str]]]:
     split_of, got, total = dict.fromkeys(texts, "train"), dict.fromkeys(SPLITS, 0), 0
     for topic in alone:
         total += size[topic]
-        split = max(SPLITS, key=lambda s: shares[s] * total - got[s])  # the one that lags behind most: all reach over the alphabet
+        split = max(SPLITS, key=lambda s: shares[s] * total - got[s])  # the split that lags behind most, so that each spans the whole alphabet
         got[split] += size[topic]
         split_of[topic] = split
 
@@ -40,7 +41,7 @@ def pydoc_splits() -> dict[str, Iterable[list[str]]]:
 
 
 def _tokenise(paragraph: str) -> list[str]:
-    """Lower-case words (with inner hyphens and apostrophes), numbers as `N`, operators and other punctuation as tokens of their own."""
-    text = re.sub(r"([^\w\s])\1{3,}", " ", paragraph.lower())  # lines under titles, frames of tables
+    """Lower-case words (with hyphens and apostrophes inside), `N` for each number, and one token for each operator or other punctuation mark."""
+    text = re.sub(r"([^\w\s])\1{3,}", " ", paragraph.lower())  # underlines of titles, frames of tables
     tokens = re.findall(r"[^\W\d](?:\w|[-'](?=[^\W\d]))*|\d(?:[\w.]*\w)?|::=|[.]{3}|->|\*\*|//|<<|>>|[=!<>:+*/%&|^-]=|\S", text)
     return ["N" if token[0].isdigit() else token for token in tokens]

@@ -15,7 +15,7 @@ EOS, UNK = "<eos>", "<unk>"
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """V distinct words; the id of a word is its position. `<eos>` and `<unk>` are among them. `ValueError` otherwise."""
+    """V distinct words without white space, among them `<eos>` and `<unk>`. The id of a word is its position. `ValueError` for other words."""
 
     words: tuple[str, ...]
     index: dict[str, int] = field(init=False, repr=False, compare=False)
@@ -36,12 +36,12 @@ class Vocabulary:
         return len(self.words)
 
     def encode(self, text: str) -> Tensor:
-        """Ids (tokens,) of a text: words between white space, `<eos>` after each line, `<unk>` for words not in the vocabulary."""
+        """The ids (tokens,) of a text. Words are separated by white space; `<eos>` follows each line, and a word not in the vocabulary becomes `<unk>`."""
         words = split_words(text if text.endswith("\n") or not text else text + "\n")
         return torch.tensor([self.index[word] for word in words], dtype=torch.long)
 
     def decode(self, ids: Iterable[int] | Tensor) -> str:
-        """The text of ids, with a line break for each `<eos>`. `ValueError` for a number that is no id."""
+        """The text of ids, with a line break for each `<eos>`. `ValueError` for a number that is not an id."""
         ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
         bad = [i for i in ids if not 0 <= i < len(self)]
         if bad:
@@ -49,12 +49,12 @@ class Vocabulary:
         return "".join("\n" if self.words[i] == EOS else self.words[i] + " " for i in ids).replace(" \n", "\n").rstrip(" ")
 
     def to_json(self) -> str:
-        """A JSON list of the words in the order of their ids."""
+        """The words as a JSON list, in the order of their ids."""
         return json.dumps(self.words, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> Vocabulary:
-        """The inverse of `to_json`; `ValueError` for text that is no vocabulary."""
+        """The inverse of `to_json`. `ValueError` for a text that is not a vocabulary."""
         try:
             words = json.loads(text)
         except ValueError as error:
@@ -65,12 +65,12 @@ class Vocabulary:
 
 
 class _Known(dict):
-    """Word -> id, where words not in it have the id of `<unk>`; they are not added."""
+    """Word -> id. A word that is missing has the id of `<unk>`; it is not added."""
 
     def __missing__(self, word: str) -> int:
         return self[UNK]
 
 
 def split_words(text: str) -> list[str]:
-    """Words between white space, `<eos>` for each line break."""
+    """The words of a text, separated by white space, with `<eos>` for each line break."""
     return text.replace("\n", f" {EOS} ").split()
