@@ -110,7 +110,8 @@ def main(argv: list[str] | None = None) -> int:
         if sys.stdout is not None:  # None if whoever started the program closed it
             sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output has stopped reading
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if sys.stdout is not None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13  # the status of a program that SIGPIPE ends
     except REFUSALS as error:
         print(f"nni-darts-rnn: error: {refusal(error)}", file=sys.stderr)

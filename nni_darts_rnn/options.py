@@ -74,7 +74,7 @@ def add_run_options(parser: argparse.ArgumentParser, learns: bool = True, search
 def add_keeping_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of every command that runs long, and can be stopped and resumed."""
     parser.add_argument("--checkpoint-every", default="5min", metavar="WHEN",
-                        help="how often the run keeps itself between the ends of epochs: 90s, 5min (default), 1h, 100steps, never")
+                        help="how often a checkpoint is written within an epoch, besides the one at its end: 90s, 5min (default), 1h, 100steps, never")
     parser.add_argument("--resume", default="auto",
                         help="auto (default): goes on with an unfinished run in the folder of its results; must: refuses where there is none; "
                         "never: begins anew")

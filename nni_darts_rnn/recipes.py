@@ -93,7 +93,7 @@ class SearchRecipe:
             raise ValueError(f"search.draws: {self.draws} cells have at least a stream each; give at most search.batch_size = {self.batch_size}")
         _check_rate("search", self.optimizer, self.lr, 0.003)
         if self.optimizer == "adam" and self.unrolled_lr is not None and self.unrolled_lr > ADAMS_LR:
-            raise ValueError(f"search.unrolled_lr: {self.unrolled_lr:g} is a step for SGD; with search.optimizer = adam, which moves each weight by about that, it is at most "
+            raise ValueError(f"search.unrolled_lr: {self.unrolled_lr:g} is too large for search.optimizer = adam, which moves each weight by about that much; give at most "
                              f"{ADAMS_LR}, or none: search.lr")
         if self.neumann_terms and self.first_order:
             raise ValueError(f"search.neumann_terms: {self.neumann_terms} terms belong to the second-order gradient, and hvp = {self.hvp} with unrolled_lr = "
@@ -171,8 +171,8 @@ class RetrainRecipe:
             raise ValueError(f"retrain.patience: {self.patience} must be at least retrain.nonmono + 2 = {self.nonmono + 2}: averaging, which begins after {self.nonmono + 1} epochs "
                              "without improvement, would never be tried")
         if self.patience is not None and self.anneal:
-            raise ValueError(f"retrain.anneal: {self.anneal} goes with a number of epochs that is known, not with retrain.patience = {self.patience}, "
-                             "which may end the training before; give 0, or patience none")
+            raise ValueError(f"retrain.anneal: {self.anneal} needs a fixed number of epochs, but retrain.patience = {self.patience} may end the training "
+                             "early; give 0, or patience none")
         if self.min_bptt > self.bptt + self.max_bptt_above:
             raise ValueError(f"retrain.min_bptt: {self.min_bptt} must be at most bptt + max_bptt_above = {self.bptt + self.max_bptt_above}")
 

@@ -113,7 +113,7 @@ CORPORA = {
     "plain http": (["--corpus", "penn", "--corpus-mirror", "http://example.org/ptb"], "allowed are https://…, file:///…"),
     "ftp": (["--corpus", "penn", "--corpus-mirror", "ftp://example.org/ptb"], "allowed are https://…"),
     "no URL": (["--corpus", "penn", "--corpus-mirror", "ptb; rm -rf /"], "mirror 'ptb; rm -rf /'", "allowed are https://…"),
-    "an archive nobody knows": (["--corpus", "wikitext-2", "--corpus-mirror", "https://example.org/x.zip"], "wikitext-2-v1.zip has a known checksum"),
+    "an archive nobody knows": (["--corpus", "wikitext-2", "--corpus-mirror", "https://example.org/x.zip"], "no archive of wikitext-2 with a known checksum; give the URL of wikitext-2-v1.zip"),
     "α's part negative": (["--alpha-fraction", "-0.1"], "alpha_fraction: -0.1 must be a number of at least 0 and below 1"),
     "α's part infinite": (["--alpha-fraction", "inf"], "alpha_fraction: inf"),
     "α's part all but nothing": (["--alpha-fraction", "0.9999"], "leaves a part of fewer than two"),
@@ -246,7 +246,7 @@ def test_a_search_space_with_a_typo(place, capsys, monkeypatch):
 
 
 CALLS = {  # Python alone
-    "vocabulary twice": (lambda: Vocabulary(("a", "a", "<eos>", "<unk>")), "'a' stands in it twice"),
+    "vocabulary twice": (lambda: Vocabulary(("a", "a", "<eos>", "<unk>")), "'a' occurs more than once"),
     "vocabulary without <eos>": (lambda: Vocabulary(("a", "<unk>")), "<eos> and <unk> must be among the words"),
     "vocabulary of a number": (lambda: Vocabulary.from_json("[1]"), "expected a JSON list of words"),
     "vocabulary of no JSON": (lambda: Vocabulary.from_json("\x80\x04."), "vocabulary: not JSON"),

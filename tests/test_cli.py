@@ -191,7 +191,7 @@ def test_search_and_retrain_refuse(command, options, words, place, capsys):
     (["search", "--resume", "must"], "--resume must: there is no runs/search-corpus-0 to go on in"),
     (["evaluate"], "the following arguments are required: model"),
     (["evaluate", "nowhere", "--seed", "1"], "unrecognized arguments: --seed 1"),
-    (["evaluate", "nowhere", "--set", "retrain.hidden_size=500"], "--set retrain.hidden_size: evaluating takes no other field of a recipe than retrain.bptt, "),
+    (["evaluate", "nowhere", "--set", "retrain.hidden_size=500"], "--set retrain.hidden_size: evaluating uses only these fields of a recipe: retrain.bptt, "),
     (["evaluate", "nowhere", "--set", "retrain.test_batch_sise=2"], "did you mean 'retrain.test_batch_size'?"),
     (["evaluate", "nowhere"], "model.json: cannot be read"),
     (["recipes", "penn"], "unrecognized arguments: penn"),
@@ -211,6 +211,12 @@ def test_a_folder_where_nothing_waits_is_none_to_go_on_in(place, capsys):
 def test_a_standard_output_that_is_closed(monkeypatch):
     monkeypatch.setattr("sys.stdout", None)
     assert status(cli.main, "recipes") == 0
+
+    def told_nobody(arguments):
+        raise BrokenPipeError  # of standard error, whose reader has gone
+
+    monkeypatch.setattr(cli.compute, "recipes", told_nobody)
+    assert status(cli.main, "recipes") == 141
 
 
 def test_a_standard_error_that_is_closed_or_full(place, capsys, monkeypatch):

@@ -156,7 +156,7 @@ def test_retraining_from_a_trial_of_a_later_version_asks_for_a_recipe(mixed, cap
     path.write_text(json.dumps(data))
     (mixed / "db" / "nni.sqlite").unlink()  # which would tell the settings too
     assert run("retrain", "--from", "abcd1234") == 2
-    assert "the recipe of trial bbbbb is none of this version's; give --recipe" in capsys.readouterr().err
+    assert "this version does not know the recipe of trial bbbbb; give --recipe" in capsys.readouterr().err
 
 
 def test_what_was_running_when_an_experiment_was_stopped_is_stopped(home):
@@ -537,7 +537,7 @@ def test_init_writes_the_example_and_replaces_nothing(tmp_path, capsys):
     assert run("init", tmp_path / "mine", "--force") == 0 and space.exists() and config.read_text() != "mine"
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "search_spaces").touch()
-    assert run("init", tmp_path / "other") == 2 and "search_spaces is a file, where a folder is to be made" in capsys.readouterr().err
+    assert run("init", tmp_path / "other") == 2 and "search_spaces is a file, but a folder of that name is needed" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["search_spaces"]
 
 

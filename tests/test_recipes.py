@@ -180,7 +180,7 @@ def test_to_dict_is_json_and_comes_back():
     ("penn", {"search.draws": 257, "search.relaxation": "gumbel"}, "search.draws: 257 cells have at least a stream each; give at most search.batch_size = 256"),
     ("penn", {"search.optimizer": "adam"}, "search.lr: 20 is a rate for SGD; search.optimizer = adam takes at most 0.1, and 0.003 is usual"),
     ("penn", {"search.optimizer": "adam", "search.lr": 0.01, "search.reproduce_original": True}, "search.optimizer: the published code has SGD"),
-    ("drawn", {"search.optimizer": "adam", "search.lr": 0.01}, "search.unrolled_lr: 2 is a step for SGD; with search.optimizer = adam, which moves each weight"),
+    ("drawn", {"search.optimizer": "adam", "search.lr": 0.01}, "search.unrolled_lr: 2 is too large for search.optimizer = adam, which moves each weight"),
     ("penn", {"search.optimizer": "adam", "search.lr": 0.01, "search.neumann_terms": 1}, "neither reproduce_original = False nor neumann_terms = 1; give sgd, or false and 0"),
     ("penn", {"retrain.optimizer": "adm"}, "retrain.optimizer: 'adm' is none of sgd, adam; did you mean 'adam'?"),
     ("penn", {"retrain.optimizer": "adam", "retrain.lr": 0.005}, "retrain.nonmono: 5 turns averaging on, which needs retrain.optimizer = sgd; with adam give none"),

@@ -79,7 +79,7 @@ def evaluate(arguments) -> None:
 
     for key in settings(arguments):
         if key not in READING:
-            raise ValueError(f"--set {key}: evaluating takes no other field of a recipe than {', '.join(READING)}" + did_you_mean(key, READING))
+            raise ValueError(f"--set {key}: evaluating uses only these fields of a recipe: {', '.join(READING)}" + did_you_mean(key, READING))
     extra = read_description(arguments.model).get("extra")
     extra = extra if isinstance(extra, dict) else {}  # written by the user, in another form than ours
     if arguments.recipe is None:  # as its training read the text: perplexity depends a little on the batches
@@ -182,7 +182,7 @@ def _choose_cell(arguments) -> str | None:
         how = ""
         if arguments.recipe is None:
             if trial.recipe is None:
-                raise ValueError(f"--from {arguments.experiment}: the recipe of trial {trial.id} is none of this version's; give --recipe")
+                raise ValueError(f"--from {arguments.experiment}: this version does not know the recipe of trial {trial.id}; give --recipe")
             arguments.recipe = _to_convergence(trial.recipe)
             if trial.recipe.retrain.optimizer == "adam":
                 how = ", retrained with Adam; here with SGD, averaging, and dropout as in its search"

@@ -43,7 +43,7 @@ def write_examples(folder: Path, force: bool = False) -> list[Path]:
     texts = {folder / name: source.read_text(encoding="utf-8") for name, source in example_files().items()}
     for parent in dict.fromkeys(path.parent for path in texts):
         if parent.exists() and not parent.is_dir():
-            raise ValueError(f"{parent} is a file, where a folder is to be made; give another place")
+            raise ValueError(f"{parent} is a file, but a folder of that name is needed; give another place")
     taken = [path for path, text in texts.items() if (path.exists() or path.is_symlink()) and not _holds(path, text)]
     if taken and not force:
         raise ValueError(f"{taken[0]} exists{f', and {len(taken) - 1} more of these files' if taken[1:] else ''}; --force replaces what is there")

@@ -115,7 +115,7 @@ def fetch(name: str, mirror: str) -> Path:
         file = PurePosixPath(unquote(path)).name
         wanted = {file: (mirror, source.files.get(file))}
         if file not in source.files and not source.texts:
-            raise ValueError(f"mirror {mirror!r}: of the archives of {name} only {', '.join(source.files)} has a known checksum")
+            raise ValueError(f"mirror {mirror!r}: no archive of {name} with a known checksum; give the URL of {', '.join(source.files)}")
     else:
         wanted = {file: (f"{mirror.rstrip('/')}/{file}", sha256) for file, sha256 in source.files.items()}
     with made_once(target) as new:

@@ -24,9 +24,9 @@ class Vocabulary:
         words = tuple(self.words)
         index = {word: i for i, word in enumerate(words)}
         if len(index) < len(words):
-            raise ValueError(f"vocabulary: {Counter(words).most_common(1)[0][0]!r} stands in it twice")
+            raise ValueError(f"vocabulary: {Counter(words).most_common(1)[0][0]!r} occurs more than once")
         if bad := [word for word in words if word.split() != [word]]:
-            raise ValueError(f"vocabulary: {bad[0]!r} is no word; words are not empty and hold no white space")
+            raise ValueError(f"vocabulary: {bad[0]!r} is not a word; words are not empty and hold no white space")
         if EOS not in index or UNK not in index:
             raise ValueError(f"vocabulary: {EOS} and {UNK} must be among the words")
         object.__setattr__(self, "words", words)
