@@ -238,7 +238,7 @@ def test_bad_texts(tmp_path, texts, says):
     (lambda p: load_corpus("penn", mirror="https://[::1"), "allowed are https"),
     (lambda p: load_corpus("penn", mirror="/some/path"), "allowed are https"),
     (lambda p: load_corpus("penn", mirror="file:///no/such/folder"), "ptb.train.txt: .*No such file"),
-    (lambda p: load_corpus("wikitext-2", mirror="https://example.org/other.zip"), "only wikitext-2-v1.zip has a known checksum"),
+    (lambda p: load_corpus("wikitext-2", mirror="https://example.org/other.zip"), "give the URL of wikitext-2-v1.zip"),
     (lambda p: streams(torch.arange(9), 5), "5 streams need a text of at least 10 tokens, this one has 9"),
     (lambda p: streams(torch.arange(9), 0), "batch_size: 0 must be a whole number"),
     (lambda p: streams(torch.arange(9), 1.5), "batch_size: 1.5 must be a whole number"),

@@ -453,7 +453,7 @@ def test_do_it_again_gives_the_same_numbers_and_retrain_from(home, capsys):
     capsys.readouterr()
     assert run("retrain", "--from", "abcd1234", "--set", "retrain.patience=3") == 0
     text = capsys.readouterr()
-    assert "trial aaaaa" in text.err and "up to 1000 epochs or until 3 bring no better validation perplexity" in text.err
+    assert "trial aaaaa" in text.err and "up to 1,000 epochs or until 3 bring no better validation perplexity" in text.err
     assert "at most" in text.err and "Traceback" not in text.err
     out = home / "runs" / "retrain-abcd1234-aaaaa-0"
     assert text.err.splitlines()[-1] == "next: " + shlex.join(["nni-darts-rnn", "evaluate", str(out.relative_to(home)), "--corpus", str(folder)])

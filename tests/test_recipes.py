@@ -174,7 +174,7 @@ def test_to_dict_is_json_and_comes_back():
     ("penn", {"retrain.init_range": 1e300}, "and at most 1000"),
     ("penn", {"search.epsilon": 1e300}, "search.epsilon: 1e+300 must be a number of at least 1e-12, and at most 1e+30"),
     ("penn", {"search.epochs": 3, "search.warmup_epochs": 3}, "search.warmup_epochs: 3 must be below search.epochs = 3: α would never move"),
-    ("tiny", {"retrain.anneal": 0.5, "retrain.patience": 4}, "retrain.anneal: 0.5 goes with a number of epochs that is known"),
+    ("tiny", {"retrain.anneal": 0.5, "retrain.patience": 4}, "retrain.anneal: 0.5 needs a fixed number of epochs"),
     ("penn", {"search.draws": 0}, "search.draws: 0 must be a whole number of at least 1"),
     ("penn", {"search.draws": 4}, "search.draws: 4 cells are drawn with search.relaxation = gumbel alone; with edge give 1"),
     ("penn", {"search.draws": 257, "search.relaxation": "gumbel"}, "search.draws: 257 cells have at least a stream each; give at most search.batch_size = 256"),
