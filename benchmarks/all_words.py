@@ -1,8 +1,10 @@
-"""The recipe `drawn` on a text with all of its words: one search, and its cell and named ones retrained; one of them with SGD in the place of the recipe's Adam too.
+"""The recipe `drawn` on a text with all of its words: one search, then retrainings of its cell and of named cells.
+
+One named cell is retrained twice: with Adam, as the recipe says, and with SGD.
 
     python benchmarks/all_words.py FOLDER --work DIR --save
 
-Results are kept in DIR command by command, and those that are there are not made again.
+The result of each command is kept in DIR. A command whose result is there is not run again.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ TRAINED = ((FOUND, 1, "adam"), ("DRAWN_V1", 2, "adam"), ("DRAWN_V1", 2, "sgd"), 
 
 
 def result(options, name: str, command: str, *more: str) -> dict:
-    """What `nni-darts-rnn command` has answered, now or before; its files are in the folder `name`."""
+    """The JSON that `nni-darts-rnn COMMAND` prints: from `name`.json where an earlier run left it, else of a new run, whose files go to the folder `name`."""
     answer = options.work / f"{name}.json"
     if not answer.exists():
         options.work.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,10 @@
-"""How much of a drawn cell's α gradient is signal, and how far α comes with it, by the cells drawn for a batch and by α's weight decay.
+"""How much of α's gradient is signal when cells are drawn, and how far α moves, by the number of cells drawn for a batch and by α's weight decay.
 
     python benchmarks/draws.py --corpus FOLDER --save
 
-At the size of `search_quality.py`'s study `penn`, after two epochs without α. *Signal*: each step's gradient scaled to length 1, the cosine between the mean
-over even steps and that over odd ones; 1 would be the same gradient in every step. *Spread*: α's standard deviation after so many steps; logits that
-are drawn from differ by about that.
+The searches have the size of the study `penn` in `search_quality.py`. Measuring starts after two epochs in which α waits, and lasts `STEPS` steps. *Signal*:
+each step's gradient is scaled to length 1; this is the cosine between the mean over the even steps and the mean over the odd steps. It is 1 if every step has
+the same gradient. *Spread*: the standard deviation of α after these steps. The logits from which cells are drawn differ by about as much.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from nni_darts_rnn.learner import language_dls
 RESULTS = Path(__file__).parent / "results" / "draws.json"
 WAYS = tuple({"search.draws": draws, "search.arch_weight_decay": decay} for draws, decay in product((1, 8), (1e-3, 0.0)))
 COMMON = {"search.relaxation": "gumbel", "search.unrolled_lr": 2, "search.epochs": 3, "search.warmup_epochs": 2, "search.arch_lr": 0.03}
-STEPS = 190  # even; an epoch at this size has some 205
+STEPS = 190  # an even number; an epoch at this size has about 205 steps
 
 
 class Gradients(Callback):
-    """Keeps each step's α gradient, and ends the fit after so many."""
+    """Keeps α's gradient of each step, and ends the fit after `STEPS` of them."""
 
     order = ArchParamUpdate.order + 10
 

@@ -1,9 +1,9 @@
-"""The finite difference's error against r, in float32 and float64: where the default of r comes from.
+"""The error of the finite difference as a function of r, in float32 and in float64: the default r comes from here.
 
     python benchmarks/epsilon.py --corpus FOLDER        (eight minutes; writes benchmarks/results/epsilon.csv and epsilon.svg)
 
-For supernets of several sizes at several moments of a search: the relative error of the whole gradient of α, with the same dropout masks,
-against double backprop in float64. The weights move by r in all (DARTS, eq. 8, with the direction of the clip's and the step's derivative).
+The error is the relative error of α's whole gradient against double backprop in float64 with the same dropout masks, for supernets of several sizes at
+several moments of a search. The weights move by r in all (DARTS, eq. 8, along the direction that the derivatives of the clip and of the step give).
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from nni_darts_rnn.supernet import MixedRNN
 from nni_darts_rnn.weight_step import WeightStep, norm
 
 RESULTS = Path(__file__).parent / "results"
-DROPOUT = dict(dropout=0.75, dropout_i=0.2)  # the paper's for a search
+DROPOUT = dict(dropout=0.75, dropout_i=0.2)  # of the paper's search, as below
 CELL_DROPOUT = dict(dropout_x=0.75, dropout_h=0.25)
 WEIGHT_DECAY, CLIP = 5e-7, 0.25
 
 
 class LossOf(nn.Module):
-    """nll of (tokens, targets, hidden) as a `forward`, for `functional_call`."""
+    """The language model's loss (nll) as `forward(tokens, targets, hidden)`, for `functional_call`."""
 
     def __init__(self, lm: LanguageModel):
         super().__init__()
@@ -42,7 +42,7 @@ class LossOf(nn.Module):
 
 
 class Supernet:
-    """A supernet of H units on a corpus at some moment of its training, as arguments of `bilevel`."""
+    """A supernet with H units on a corpus, at some moment of its training. It provides the arguments of `bilevel.architecture_gradient`."""
 
     def __init__(self, corpus, hidden_size: int, batch_size: int, length: int, n_nodes: int = 8, seed: int = 0, relaxation: str = "edge"):
         torch.manual_seed(seed)
@@ -61,7 +61,7 @@ class Supernet:
         return [self.module.lm.rnn.alpha]
 
     def batch(self, part: str, index: int):
-        """tokens (T, B), targets (T, B) and a hidden state of zeros (B, H) of the part's batch number `index`."""
+        """Batch number `index` of `part`, "train" or "valid": tokens (T, B), targets (T, B) and a hidden state of zeros (B, H)."""
         text = self.texts[part]
         start = index * self.length % (len(text) - self.length - 1)
         return text[start:start + self.length], text[start + 1:start + 1 + self.length], self.module.lm.init_hidden(self.batch_size)
@@ -72,7 +72,7 @@ class Supernet:
         return torch.func.functional_call(self.module, state, (tokens, targets, hidden.to(weights[0].dtype)))
 
     def train(self, steps: int, lr: float) -> None:
-        """Clipped SGD with α left alone, the hidden state not carried."""
+        """Train the weights by clipped SGD. α stays as it is, and every batch starts from a hidden state of zeros."""
         optimizer = torch.optim.SGD(self.weights, lr, weight_decay=WEIGHT_DECAY)
         for _ in range(steps):
             optimizer.zero_grad()
@@ -82,7 +82,7 @@ class Supernet:
             self.steps += 1
 
     def gradient(self, draw: int, lr: float, mode: str, dtype=torch.float64, estimator=architecture_gradient, masks: int | None = None, **kwargs):
-        """α's gradient at draw number `draw` of batches and masks (or of masks number `masks`); the same for every estimator and dtype."""
+        """α's gradient on the batches of draw number `draw`, with masks number `masks` (default: `draw`). Every estimator and dtype gets the same draws."""
         train, valid = self.batch("train", self.steps + draw), self.batch("valid", draw)
         torch.manual_seed(1000 + (draw if masks is None else masks))
         weights, alphas = [w.detach().to(dtype) for w in self.weights], [a.detach().to(dtype) for a in self.alphas]
@@ -95,7 +95,7 @@ def error(estimate, exact) -> float:
 
 
 def masks_agree() -> bool:
-    """Whether float32 and float64 draw the same masks here; without that the two cannot be compared."""
+    """Whether float32 and float64 draw the same masks on this machine. If they do not, their gradients cannot be compared."""
     drawn = []
     for dtype in (torch.float32, torch.float64):
         torch.manual_seed(0)
@@ -117,7 +117,7 @@ def parse(description: str, **defaults):
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Median error against r: a line for each size and moment, in each dtype."""
+    """Draw the median error against r: one panel for each dtype, one line for each size and moment."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -140,7 +140,7 @@ def main() -> None:
     args = parse(__doc__, sizes=[16, 48, 96], moments=[0, 100, 300], draws=4)
     if not masks_agree():
         raise SystemExit("on this machine float32 and float64 draw different masks, so their gradients cannot be compared")
-    fused.enable()  # equal to the readable cell to rounding, and faster; double backprop goes through the readable one
+    fused.enable()  # faster than the readable cell, and equal to it up to rounding; double backprop still uses the readable cell
     corpus, began, rows = load_corpus(args.corpus), time.perf_counter(), []
     grid = [round(m * 10.0 ** e, 12) for e in range(-5, 0) for m in (1, 3)] + [1.0]
     for size in args.sizes:

@@ -1,8 +1,9 @@
-"""Tokens per second of a layer's forward pass over few rows, as an evaluation in one stream has: the threads sharing rows or units, beside the published loop.
+"""Tokens per second of a layer's forward pass over few rows: with threads that divide the rows, with threads that divide the units, and as published.
 
     python benchmarks/few_rows.py --rounds 5 --save
 
-No gradients, no dropout, float32 with all digits; 70 time steps. LSTM and GRU have as many recurrent parameters as the cell, as in retrain_step.py.
+An evaluation in one stream has so few rows. There are no gradients and no dropout, and float32 keeps all digits; a pass has 70 time steps. LSTM and GRU run
+beside the cell, with as many recurrent parameters, as in retrain_step.py.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ STEPS = 70
 
 
 def step(layer: nn.Module, rows: int, shared: bool | None):
-    """A forward pass; `shared`: whether the compiled cell's threads share units, or None without it."""
+    """A function that runs one forward pass. `shared`: whether the compiled cell's threads divide the units, not the rows; None: no compiled cell."""
     x, h = torch.randn(STEPS, rows, layer.hidden_size), torch.zeros(rows, layer.hidden_size)
 
     def forward():
@@ -37,7 +38,7 @@ def step(layer: nn.Module, rows: int, shared: bool | None):
 
 
 def measure(units: int, rows: int, rounds: int) -> dict[str, float]:
-    """Tokens per second of each form, in turns."""
+    """Tokens per second of each form. The forms take turns."""
     torch.manual_seed(0)
     built = {name: layer.eval() for name, layer in layers(Size(STEPS, rows, units, 0), DARTS_V2).items()}
     forms = {"original": (built["original"], None), "rows": (built["fused"], False), "units": (built["fused"], True), "LSTM": (built["LSTM"], None), "GRU": (built["GRU"], None)}

@@ -1,10 +1,10 @@
-"""How near estimators of the architecture gradient come to the exact one: the original's numerics, ours, and what lies between.
+"""How near several estimators of the architecture gradient come to the exact gradient: the published code's, ours, two in between, and first order.
 
     python benchmarks/gradient_quality.py --corpus FOLDER      (ten minutes; writes gradient_quality.csv and .json under benchmarks/results)
 
-Exact is double backprop through the step that is taken, clip included, with the dropout masks of that step. For each size, moment of training and
-ξ, over draws of batches and masks: cosine to the exact gradient and relative error of the whole gradient (medians), and the signal-to-noise ratio
-‖mean‖ / √mean‖g − mean‖² of an estimator over redraws of the masks alone, at one pair of batches. Float64, α as it starts.
+The exact gradient is double backprop through the step that is taken, including the clip, with the dropout masks of that step. There is a row for each size,
+moment of training, ξ and estimator. Its cosine to the exact gradient and the relative error of the whole gradient are medians over draws of batches and masks.
+Its signal-to-noise ratio ‖mean‖ / √mean‖g − mean‖² is over redraws of the masks alone, on one pair of batches. All is float64, and α keeps its initial value.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from nni_darts_rnn.weight_step import norm
 
 
 def original(loss, weights, alphas, train, valid, step, mode, same_masks=False, tied=(0,)):
-    """quark0/darts: new masks in each pass, direction clipped, factor not capped, r = 1e-2; the tied embedding (weight 0) left where it was."""
+    """quark0/darts: new masks in each pass, direction clipped, clip factor not capped at 1, r = 1e-2; in w′ the tied embedding (weight 0) stays at w."""
     start = RandomState(weights)
 
     def train_loss(at_weights, at_alphas, batch):
@@ -65,7 +65,7 @@ def measure(supernet: Supernet, xi: float, draws: int) -> list[dict]:
     rows = []
     for name, (mode, estimator) in ESTIMATORS.items():
         if xi == 0 and name not in ("first order", "exact"):
-            continue  # all are the first order
+            continue  # at ξ = 0 they all equal the first order
         own = [e.grads if name == "exact" else supernet.gradient(draw, xi, mode, estimator=estimator).grads for draw, e in enumerate(exact)]
         redrawn = [flat(supernet.gradient(0, xi, mode, estimator=estimator, masks=draw).grads) for draw in range(draws)]
         cosines = [float(torch.cosine_similarity(flat(a), flat(e.grads), 0)) for a, e in zip(own, exact)]
@@ -92,7 +92,7 @@ def main() -> None:
                           f"relative error {row['relative_error']:8.3g}  signal to noise {row['signal_to_noise']:7.3g}")
     write_csv(args.out / "gradient_quality.csv", rows)
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "corpus")}
-    # NaN is no JSON: where there is no training pass there is no norm
+    # JSON has no NaN (the norm where there was no training pass) and no infinity
     clean = [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()} for row in rows]
     report = dict(settings=settings | dict(corpus=corpus.name, epsilon=EPSILON, torch=torch.__version__, seconds=round(time.perf_counter() - began)),
                   rows=clean)

@@ -1,4 +1,4 @@
-"""What a benchmark runs on, the most that it could do there, and how long something took."""
+"""What the benchmarks share: the machine they run on, its peak speed, the time and memory that something takes, and how results are stored."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import torch
 
 
 def add_options(parser, results: Path) -> None:
-    """The options of a benchmark whose steps take turns; `results`: where `--save` keeps them."""
+    """Add the options of a benchmark whose steps take turns. `results` is the file that `--save` writes by default."""
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="what the versions run on, and what the peak is of")
@@ -28,20 +28,23 @@ def add_options(parser, results: Path) -> None:
 
 
 def use(options) -> None:
-    """What is made from here on is on the chosen device."""
+    """Set the number of threads, and make new tensors on the chosen device from here on."""
     torch.set_num_threads(options.threads)
     if options.device == "gpu":
         torch.set_default_device("cuda")
 
 
 def made(script: str, arguments: list[str] | None, **more) -> dict:
-    """By which command, when and where, and with what more; `script`: its `__file__`, `arguments`: those that its `main` was given."""
+    """How a result was made: the command, the date, the machine, and `more`.
+
+    `script` is the benchmark's `__file__`. `arguments` are those that its `main` was given; None means those of this process.
+    """
     return {"command": f"python benchmarks/{Path(script).name} " + " ".join(sys.argv[1:] if arguments is None else arguments),
             "date": date.today().isoformat(), "machine": machine(), **more}
 
 
 def keep(path: Path | None, found: dict) -> None:
-    """Writes what was found, where it is to be saved."""
+    """Write `found` to `path` as JSON, unless `path` is None."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found, indent=2) + "\n")
@@ -63,7 +66,7 @@ def _wait() -> None:
 
 
 def seconds(step) -> float:
-    """Of one call, to the end of what it has started on a GPU; of what it counts itself, where it returns that."""
+    """Seconds of one call of `step`, until the work that it started on a GPU has ended. If the call returns a number, that counts instead."""
     _wait()
     start = time.perf_counter()
     counted = step()
@@ -72,11 +75,11 @@ def seconds(step) -> float:
 
 
 TURN = 0.05
-"""Seconds of a turn, at least: a step of a few milliseconds is repeated, since it begins with what the one before it has left in the caches."""
+"""The least seconds of a turn. A step of a few milliseconds is repeated, because its first run finds in the caches what the step before it left there."""
 
 
 def turn(step) -> float:
-    """Shortest seconds of a step in one turn."""
+    """The shortest run of a step in one turn, in seconds."""
     best, spent = float("inf"), 0.0
     while spent < TURN:
         took = seconds(step)
@@ -85,7 +88,7 @@ def turn(step) -> float:
 
 
 def shortest(steps: dict, rounds: int) -> dict[str, float]:
-    """Shortest seconds of each, taking turns, after one turn to warm up."""
+    """The shortest run of each step in seconds. The steps take turns, and the first turn of each only warms up."""
     best = dict.fromkeys(steps, float("inf"))
     for round_ in range(rounds + 1):
         for name, step in steps.items():
@@ -96,8 +99,11 @@ def shortest(steps: dict, rounds: int) -> dict[str, float]:
 
 
 def gemm_peak(repeats: int = 5) -> float:
-    """FLOP/s of the best of several torch.mm shapes, squares and those of the cell and of the decoder at the paper's size, and of the package's own
-    product, which is the faster one where the BLAS leaves registers of the machine unused (MKL, of AVX-512, on processors not Intel's)."""
+    """The most FLOP/s that matrix products in float32 reach: those of torch.mm, and on a CPU also the package's own.
+
+    torch.mm is tried with square shapes and with those of the cell and of the decoder at the paper's size. The package's own product is the faster one where
+    the BLAS leaves registers of the machine unused, as MKL does with those of AVX-512 on processors that are not Intel's.
+    """
     best = 0.0
     for m, k, n in ((1024,) * 3, (2048,) * 3, (3072,) * 3, (256, 300, 4800), (8960, 300, 600), (512, 300, 10000)):
         a, b, c = torch.randn(m, k), torch.randn(k, n), torch.empty(m, n)
@@ -106,19 +112,21 @@ def gemm_peak(repeats: int = 5) -> float:
 
 
 def _own_product(threads: int) -> float:
-    """FLOP/s of `product.h` in float32 on so many threads at once, the best few milliseconds of half a second; 0 without a compiler."""
+    """FLOP/s of the product of `product.h` in float32 on `threads` threads at once: the best few milliseconds of half a second. 0 without a compiler."""
     from nni_darts_rnn import extension
 
     if not extension.available():
         return 0.0
     function = _compiled_product()
-    with ThreadPoolExecutor(threads) as pool:  # a foreign function leaves the interpreter to others
+    with ThreadPoolExecutor(threads) as pool:  # ctypes releases the interpreter lock during a call
         return sum(pool.map(function, [0.5] * threads, [0.0] * threads))
 
 
 class Products:
-    """As much arithmetic as a step has, in matrix products alone: the package's own, from cache, or torch.mm without a compiler. What the machine
-    does over so many seconds is less than its best few milliseconds, by as much as others on it take."""
+    """As much arithmetic as a step has, in matrix products alone: the package's own on data in the caches, or torch.mm on a GPU or without a compiler.
+
+    Over the seconds of a whole step the machine does less than in its best few milliseconds. The difference is what other processes take.
+    """
 
     def __init__(self, flops: float):
         from nni_darts_rnn import extension
@@ -138,7 +146,7 @@ class Products:
 
 @functools.lru_cache(maxsize=1)
 def _compiled_product():
-    """benchmarks/product.cpp: (seconds, flops) -> FLOP/s of its best few milliseconds, once both have passed."""
+    """The function of benchmarks/product.cpp, built now: (seconds, flops) -> FLOP/s of its best few milliseconds. It runs until both have passed."""
     from nni_darts_rnn import extension
 
     with tempfile.TemporaryDirectory() as folder:
@@ -154,10 +162,10 @@ def _multiply(a, b, c) -> None:
 
 
 def peak_gb() -> float:
-    """The most memory that this process has had: resident, or allocated on the GPU."""
+    """The most memory that this process has held, in GB: allocated on the GPU if tensors are made there, else resident."""
     if on_gpu():
         return torch.cuda.max_memory_allocated() / 1e9
-    # ru_maxrss would count the parent's memory from before exec
+    # ru_maxrss also counts the parent's memory from before exec
     high = next((line for line in _lines("/proc/self/status") if line.startswith("VmHWM")), None)  # kB
     return (int(high.split()[1]) if high else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1e6
 

@@ -1,9 +1,9 @@
-"""Keeps what a long `nni-darts-rnn retrain` on the Penn Treebank has left in its folder: the command, the learning curve and the two perplexities.
+"""Stores what a long `nni-darts-rnn retrain` on the Penn Treebank left in its folder: the command, the learning curve and both perplexities.
 
     nni-darts-rnn retrain --corpus penn --recipe penn --genotype DRAWN_V1 --set … --out trained
     python benchmarks/long_training.py trained
 
-The curve joins those of other folders in results/long_training.json, and all of them the picture beside it.
+The figures are added to those of other folders in results/long_training.json. The picture beside that file shows all of their curves.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RESULTS = Path(__file__).parent / "results" / "long_training.json"
 
 
 def stored(folder: Path) -> dict:
-    """What is worth keeping of a folder that `retrain` has finished."""
+    """The figures to store of a folder in which `retrain` has finished."""
     told = read_description(folder)
     genotype, trained = Genotype.from_dict(told["genotype"]), told["extra"]
     recipe = get_recipe("penn", {"retrain": trained["recipe"]})

@@ -1,4 +1,4 @@
-"""A search step as published code computes it: our reconstruction of its algorithm, to be measured against."""
+"""A search step as published code computes it. It is our reconstruction of that algorithm, which other versions are measured against."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nni_darts_rnn.genotype import PRIMITIVES
 
 
 class OriginalModel(nn.Module):
-    """The supernet in the shape published code gives it: a loop over nodes, one over primitives, `torch.cat` of states, log-softmax of all logits."""
+    """The supernet as published code writes it: a loop over nodes, in it one over primitives, `torch.cat` of the states, log-softmax of all logits."""
 
     def __init__(self, size: Size):
         super().__init__()
@@ -31,7 +31,10 @@ class OriginalModel(nn.Module):
         self.alpha = (1e-3 * torch.randn(N * (N + 1) // 2, len(PRIMITIVES))).requires_grad_()
 
     def rebuilt(self, theta: Tensor) -> OriginalModel:
-        """A new model with the weights of one flat vector, but the tied one, which is loaded last under its second name, as it was."""
+        """A new model with the weights in the flat vector `theta`.
+
+        The tied weight alone keeps its old value: the state dict has it under a second name, which is loaded last, as in the published code.
+        """
         model, at, state = OriginalModel(self.size), 0, self.state_dict()
         for name, p in self.named_parameters():
             state[name] = theta[at:at + p.numel()].view_as(p)
@@ -72,7 +75,7 @@ class OriginalModel(nn.Module):
 
 
 class Original:
-    """Weights moved by +R, −2R, +R in place, w′ in a rebuilt model, a garbage collection each step."""
+    """One search step a call: w′ is in a rebuilt model, the weights move in place by +R, −2R and +R, and the garbage collector runs twice a step."""
 
     def __init__(self, size: Size):
         self.model = OriginalModel(size)

@@ -1,4 +1,7 @@
-"""The figures of `search_quality.py`: its rows as stored, what they say by arm, and their picture."""
+"""The figures of `search_quality.py`: storing its rows, summing them up by arm, and drawing them.
+
+A row is one retraining of the cell that one search found. An arm is known by the name of its rows.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,13 @@ from nni_darts_rnn.genotype import PRIMITIVES
 
 RESULTS = Path(__file__).parent / "results"
 RANDOM = ("one", "random")
-"""The arms whose cells nothing but chance, and a short training, has chosen."""
+"""The arms whose cells are chosen by chance alone, or by chance and a short training."""
 AGAINST = ("random", "shared", "original", "one", "first-order, gumbel, α warm-up")
-"""The arms that others are compared with."""
+"""The arms with which the others are compared."""
 
 
 def save(rows: list[dict], stem: str) -> None:
-    """Rows into a study's CSV in the place of those of the same name, way of retraining and seeds."""
+    """Write rows to a study's CSV. They replace those with the same name, way of retraining and seeds."""
     path = RESULTS / f"{stem}.csv"
     before = stored(stem) if path.exists() else []
     new = {_which(row) for row in rows}
@@ -40,13 +43,13 @@ def stored(stem: str) -> list[dict]:
 
 
 def by_retraining(rows: list[dict]) -> dict[str, list[dict]]:
-    """Rows by how their cells were retrained, the latest stored way first."""
+    """The rows of each way of retraining, the way of the last stored row first."""
     ways = dict.fromkeys(row["retraining"] for row in reversed(rows))
     return {way: [row for row in rows if row["retraining"] == way] for way in ways}
 
 
 def by_cell(rows: list[dict]) -> dict[str, dict[int, list[dict]]]:
-    """arm -> search seed -> the rows of that seed's cell, one a retraining."""
+    """arm -> search seed -> the rows of the cell that this seed found, one for each retraining."""
     cells: dict = {}
     for row in rows:
         cells.setdefault(row["name"], {}).setdefault(int(row["seed"]), []).append(row)
@@ -54,7 +57,7 @@ def by_cell(rows: list[dict]) -> dict[str, dict[int, list[dict]]]:
 
 
 def by_genotype(rows: list[dict]) -> dict[str, list[dict]]:
-    """The rows of each different cell."""
+    """genotype as JSON -> the rows of that cell, whichever searches found it."""
     cells: dict[str, list[dict]] = {}
     for row in rows:
         cells.setdefault(row["genotype"], []).append(row)
@@ -62,12 +65,12 @@ def by_genotype(rows: list[dict]) -> dict[str, list[dict]]:
 
 
 def mean(retrained: list[dict], what: str) -> float:
-    """A cell's figure: the mean of its retrainings'."""
+    """The figure `what` of a cell: its mean over the cell's retrainings."""
     return float(np.mean([float(row[what]) for row in retrained]))
 
 
 def ways_agree(rows: list[dict]) -> list[dict]:
-    """For each two ways of retraining: how many cells have both, and the rank correlation of a cell's mean perplexity."""
+    """For each pair of ways of retraining that share more than two cells: how many, and the rank correlation of the cells' mean validation perplexities."""
     valid = {way: {cell: mean(retrained, "valid") for cell, retrained in by_genotype(there).items()} for way, there in by_retraining(rows).items()}
     found = []
     for (one, a), (other, b) in combinations(valid.items(), 2):
@@ -78,7 +81,7 @@ def ways_agree(rows: list[dict]) -> list[dict]:
 
 
 def sign_flip(differences: np.ndarray) -> float:
-    """p of a paired test of mean 0, two-sided and exact: over all 2^n choices of signs (Fisher 1935, section 21)."""
+    """p of the two-sided paired test that the mean is 0. It is exact: over all 2^n choices of signs (Fisher 1935, section 21)."""
     return float(permutation_test((differences,), np.mean, permutation_type="samples", n_resamples=np.inf).pvalue)
 
 
@@ -87,13 +90,13 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def agreement(cells: list[list]) -> float | None:
-    """The share of nodes, (op, predecessor), that two cells have in common, mean over all pairs; None for a single cell."""
+    """The share of nodes with the same (op, predecessor) in two cells, as a mean over all pairs of cells; None for a single cell."""
     pairs = list(combinations(cells, 2))
     return float(np.mean([[a == b for a, b in zip(one, other)] for one, other in pairs])) if pairs else None
 
 
 def depth(recurrent: list) -> float:
-    """How many functions lie between state 0 and a node, mean over the nodes, of [op, predecessor] node by node: 1 for a star, (N+1)/2 for a chain."""
+    """The mean over the nodes of how many functions lie between state 0 and the node: 1 for a star, (N+1)/2 for a chain. `recurrent` has (op, predecessor)s."""
     deep = [0]
     for _, read in recurrent:
         deep.append(deep[read] + 1)
@@ -101,8 +104,8 @@ def depth(recurrent: list) -> float:
 
 
 def traits(rows: list[dict]) -> dict:
-    """What a cell's perplexity goes with: over all different cells, the rank correlation of the mean validation perplexity with the depth, and with how
-    many nodes have each op; with the p of no correlation, were the cells independent, which those of one search are not."""
+    """What a cell's perplexity goes with: the rank correlation, over all different cells, of the mean validation perplexity with the depth and with the
+    number of nodes that have each op. p is that of no correlation; it takes the cells for independent, which those of one arm are not."""
     cells = by_genotype(rows)
     valid = [mean(retrained, "valid") for retrained in cells.values()]
     recurrent = [json.loads(genotype)["recurrent"] for genotype in cells]
@@ -110,15 +113,19 @@ def traits(rows: list[dict]) -> dict:
     what |= {op: [float(sum(name == op for name, _ in cell)) for cell in recurrent] for op in PRIMITIVES if op != "none"}
     found = {}
     for name, values in what.items():
-        if len(set(values)) > 1 and len(set(valid)) > 1:  # else there is no such thing as a correlation
+        if len(set(values)) > 1 and len(set(valid)) > 1:  # else the correlation is not defined
             result = spearmanr(values, valid)
             found[name] = {"rank_correlation": float(result.statistic), "p": float(result.pvalue)}
     return {"cells": len(cells), "with": found}
 
 
 def summary(rows: list[dict]) -> dict:
-    """By arm: seeds, mean and standard deviation of the cells' perplexities (a cell's is the mean of its retrainings), the best, how far the seeds'
-    cells agree, the test against each of `AGAINST` by seed; over all cells the rank correlation of short and long retraining."""
+    """The figures of one way of retraining, by arm and over all cells. A cell's perplexity is the mean over its retrainings.
+
+    An arm has the number of its seeds, the mean and standard deviation of its cells' perplexities, its best cell, how far its cells agree and which ops they
+    have, and the test against each other arm of `AGAINST`, paired by seed. Over all cells there are the rank correlation of short and long retraining, what
+    the perplexity goes with (`traits`), and how much retrainings of one cell differ.
+    """
     cells = by_cell(rows)
     means = {name: {seed: {k: mean(there, k) for k in ("short_valid", "valid", "test", "search_seconds")} for seed, there in seeds.items()}
              for name, seeds in cells.items()}
@@ -154,14 +161,14 @@ def summary(rows: list[dict]) -> dict:
     if most > 1:
         found["cells_retrained_often"], found["most_retrainings"] = len(again), most
         found["sd_of_retrainings"] = float(np.sqrt(np.mean(np.var(again, axis=1, ddof=1))))
-        # the same batches and first weights make all cells better or worse: without that, as in an analysis of variance in two ways
+        # a retraining seed, with its batches and first weights, makes all cells better or worse: what is left without that (two-way analysis of variance)
         left = again - again.mean(0) - again.mean(1, keepdims=True) + again.mean()
         found["sd_beside_retraining_seed"] = float(np.sqrt((left**2).sum() / max(1, (len(again) - 1) * (most - 1))))
     return found
 
 
 def picture(rows: list[dict], path: Path) -> None:
-    """Every cell as a point, by arm, with the arm's mean; a panel for each way of retraining."""
+    """Draw every cell as a point in the row of its arm, and a bar at the arm's mean. There is a panel for each way of retraining."""
     from nni_darts_rnn.plot import canvas
 
     names, ways = list(dict.fromkeys(row["name"] for row in rows)), by_retraining(rows)

@@ -1,12 +1,13 @@
-"""Tokens per second of a retraining step: the discrete cell as published code runs it, readable and fast, beside `nn.LSTM` and `nn.GRU`.
+"""Tokens per second of a retraining step: the discrete cell as published code runs it, readable and fast, and `nn.LSTM` and `nn.GRU`.
 
     python benchmarks/retrain_step.py --size paper --rounds 5 --save
 
-"layer": forward and backward of the recurrent layer alone, T·B tokens of random numbers; LSTM and GRU have as many recurrent parameters as the cell,
-4H² + 2NH², so their H is larger (all of one time step's arithmetic is then equal: two operations a parameter and token).
-"fused" has all digits of float32, "fewer-digits" those that commands allow torch (TF32 on a GPU), "bfloat16" has torch's autocast, as a training with
-`retrain.precision=bfloat16` where the processor gains from it; on a CPU the compiled cell gains from either where there is AMX.
-"model": the same with embedding, decoder, loss, clipping and SGD, for the forms of the cell.
+"layer" is forward and backward of the recurrent layer alone, on T·B tokens of random numbers. LSTM and GRU have as many recurrent parameters as the cell,
+4H² + 2NH², so their H is larger. The arithmetic of a time step is then the same for all: two operations for each parameter and token.
+"model" is the same with embedding, decoder, loss, clipping and SGD, for the forms of the cell alone.
+
+"fused" keeps all digits of float32. "fewer-digits" keeps those to which commands set torch (TF32 on a GPU). "bfloat16" runs under torch's autocast, as a
+training with `retrain.precision=bfloat16` does where the processor gains from it. On a CPU the compiled cell gains from either only with AMX.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ FORMS = ("readable", "fused", "fewer-digits", "bfloat16")
 
 
 class OriginalLayer(nn.Module):
-    """A loop over time steps and nodes, input and hidden state concatenated and multiplied at each step."""
+    """The layer as published code runs it: a loop over time steps and nodes. Each time step concatenates input and hidden state and multiplies them."""
 
     def __init__(self, hidden_size: int, genotype: Genotype):
         super().__init__()
@@ -58,7 +59,7 @@ class OriginalLayer(nn.Module):
 
 
 class TorchLayer(nn.Module):
-    """nn.LSTM or nn.GRU with as many parameters as `target`, biases left out of the count."""
+    """nn.LSTM or nn.GRU with as near `target` parameters as its H allows, not counting biases."""
 
     def __init__(self, kind: str, target: int):
         super().__init__()
@@ -77,7 +78,7 @@ def layers(size: Size, genotype: Genotype) -> dict[str, nn.Module]:
 
 
 def precision(name: str):
-    """Turns the compiled cell on or off -> the context of a forward pass."""
+    """Set the compiled cell and the precision of products for the form `name`, and return the context in which its forward pass runs."""
     fused.enable(name in FORMS[1:])
     torch.set_float32_matmul_precision("high" if name == "fewer-digits" else "highest")
     return torch.autocast(torch.get_default_device().type, torch.bfloat16, enabled="bfloat16" in name)
@@ -115,7 +116,7 @@ def model_step(name: str, layer: nn.Module, size: Size):
 
 
 def that_run(steps: dict) -> dict:
-    """Those that this machine has an implementation of: oneDNN has no LSTM in bfloat16 for processors without AVX-512."""
+    """Those `steps` that run on this machine. oneDNN has no LSTM in bfloat16 for processors without AVX-512; such a step is left out with a message."""
     able = {}
     for name, step in steps.items():
         try:
@@ -148,7 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
         size, genotype, load, peak = SIZES[name], DARTS_V2, os.getloadavg()[0], gemm_peak()
         torch.manual_seed(0)
         built = layers(size, genotype)
-        flops = 3 * 2 * (4 + 2 * genotype.n_nodes) * size.H**2 * size.T * size.B  # forward, backward for data and for weights
+        flops = 3 * 2 * (4 + 2 * genotype.n_nodes) * size.H**2 * size.T * size.B  # 3: forward, backward for data, backward for weights
         best = shortest(that_run({n: layer_step(n, layer, size) for n, layer in built.items()}), options.rounds)
         print(f"\n{name}: {size._asdict()}, layer {flops / 1e9:,.1f} GFLOP a step, GEMM peak {peak / 1e9:,.0f} GFLOP/s, "
               f"fast layer at {flops / best['fused'] / peak:.0%} of it, load average at the start {load:.1f}")

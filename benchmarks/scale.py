@@ -1,9 +1,9 @@
-"""What one step costs as the cell grows, for docs/scale.md: seconds and peak memory of a search step and of a training step by hidden size, each
-measured in a process of its own.
+"""What one step costs as the cell grows, for docs/scale.md: seconds and peak memory of a search step and of a training step, by hidden size.
 
     OMP_NUM_THREADS=1 python benchmarks/scale.py --save
 
-The reading of a large text in the results was timed apart, on a made text of 40 million words. Sizes T and B are small, so that a hidden size of 4,000 fits a small machine; the page scales them by the number of tokens.
+Each is measured in a process of its own. T and B are small, so that a hidden size of 4,000 fits a small machine; the page scales the figures by the
+number of tokens. The results file also has the reading of a large text. That was timed separately, on a generated text of 40 million words.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HIDDEN = {"search": (300, 1000, 2000, 4000), "retrain": (300, 850, 2000, 4000)}
 
 
 def one(part: str, hidden_size: int, rounds: int = 2) -> dict:
-    """Seconds of a step (the shortest of `rounds`) and the process's peak memory in GB."""
+    """Seconds of a step of `part`, "search" or "retrain" (the shortest of `rounds`), the process's peak memory in GB, and the number of weights."""
     import torch
 
     from nni_darts_rnn import DARTS_V2, LanguageModel
@@ -80,7 +80,7 @@ def main() -> None:
             found[part][str(hidden_size)] = json.loads(done.stdout.splitlines()[-1])
             print(part, hidden_size, found[part][str(hidden_size)], flush=True)
     if arguments.save:
-        keep(RESULT, json.loads(RESULT.read_text(encoding="utf-8")) | found)  # with the reading of a large text, which was timed apart
+        keep(RESULT, json.loads(RESULT.read_text(encoding="utf-8")) | found)  # keeps the reading of a large text, which was timed separately
 
 
 if __name__ == "__main__":

@@ -1,15 +1,21 @@
-"""The arms of `search_quality.py`: what each does with its budget to come by a cell.
+"""The arms of `search_quality.py`: what each does with its budget to find a cell.
 
-`second-order`, the package's own; `original`, with quark0/darts' numerics; `first-order`; `shared`, random search with weight sharing (Li and
-Talwalkar 2019: weights of all cells trained on a random one each step, then the best of random cells on validation text); `random`, random search
-(each cell trained for the short retraining, the best on validation text is kept); `one`, a random cell as it comes; a named cell, such as `DARTS_V2`.
+- `second-order`: the package's own search.
+- `original`: the same with the numerics of quark0/darts, and initial weights in ±0.04.
+- `first-order`: the same in first order.
+- `shared`: random search with weight sharing (Li and Talwalkar 2019). Each training step moves the shared weights with one random cell. Then random cells are
+  judged with these weights on the validation text, and the best one is kept.
+- `random`: random search. Each random cell gets the short retraining, and the best one on the validation text is kept.
+- `one`: a single random cell, without a choice.
+- The name of a cell, such as `DARTS_V2`: that cell.
 
-The budget is arithmetic: that of the recipe's second-order search in the published order. A step is 13 forward passes of the mixed cell (`step_size.py`
-has the formula), 5 in first order (α: forward and backward to the data; weights: 3), 3 while α waits, and 3 of the discrete cell in
-training. The other arms get as many epochs, or cells, as come nearest; α's warm-up of 4 epochs and one with α cost 25 passes in place of 26. With
-`search.relaxation=gumbel` the passes that α learns nothing from are of the discrete cell, at 1/2.09 of a mixed one at this size: 4 epochs in which α waits and
-2 in which it learns cost 25.5 in second order, 3 and 6 24.9 in first order. (The fast path has since become cheaper than this counts: it runs the edges that
-were not drawn forward only, which makes 21.3 of the 25.5, and with a shared step 18.4.)
+The budget is an amount of arithmetic: that of the recipe's second-order search in the published order of its two steps. A step of it is 13 forward passes of
+the mixed cell (`step_size.py` has the formula). A step in first order is 5 (α: forward and backward to the data; weights: 3), one while α waits is 3, and a
+training step is 3 of the discrete cell. The other arms get the number of epochs, or of cells, that comes nearest to the budget. Summed over its epochs, a
+search whose α waits for 4 and learns in one costs 25 such passes, in place of the 26 of two epochs. With `search.relaxation=gumbel` the passes from which α
+learns nothing are of the discrete cell, which costs 1/2.09 of a mixed one at this size. 4 epochs in which α waits and 2 in which it learns then cost 25.5
+passes in second order; 3 and 6 such epochs cost 24.9 in first order. (The fast path has become cheaper since: it runs the edges that were not drawn forward
+only. That makes 21.3 passes of the 25.5, and 18.4 with a shared step.)
 """
 
 from __future__ import annotations
@@ -27,7 +33,7 @@ SHORT = 1  # epochs of the short retraining
 
 
 def beginning(corpus, share: float):
-    """The corpus with that share of its training text."""
+    """The corpus with only the first `share` of its training text. α learns from the validation text."""
     return replace(corpus, train=corpus.train[:int(len(corpus.train) * share)], alpha=None)
 
 
@@ -39,7 +45,7 @@ def random_cell(generator: random.Random, n_nodes: int):
 
 
 def budget(recipe, words: int, hidden_size: int) -> float:
-    """How many times the arithmetic of a training step of one cell with `hidden_size` units a search step on as many tokens is."""
+    """The arithmetic of a search step, as a multiple of that of a training step of one cell with `hidden_size` units on as many tokens."""
     N = recipe.n_nodes
     mixed = Size(1, 1, recipe.hidden_size, words, N).flops()  # 13 passes
     decoder = 2 * hidden_size * words
@@ -48,7 +54,7 @@ def budget(recipe, words: int, hidden_size: int) -> float:
 
 
 def find_cell(arm: str, corpus, share: float, recipe, seed: int, folder: Path):
-    """The cell that an arm chooses, of searches on that share of the training text."""
+    """The cell that an arm chooses. Searches have the first `share` of the training text; the trainings of `random` have all of it."""
     from nni_darts_rnn.health import ROLLBACKS, SHRINK, NotFinite
     from nni_darts_rnn.learner import retrain
     from nni_darts_rnn.pipeline import search_phase
@@ -56,7 +62,7 @@ def find_cell(arm: str, corpus, share: float, recipe, seed: int, folder: Path):
     quick, generator, part = recipe.search, random.Random(seed), beginning(corpus, share)
 
     def epochs(hidden_size: int) -> float:
-        """As many of training one cell on that share of the text."""
+        """The budget in epochs of training one cell on that share of the text."""
         return budget(quick, len(corpus.vocab), hidden_size) * quick.epochs
 
     if arm in ("second-order", "original", "first-order"):
@@ -80,13 +86,16 @@ def find_cell(arm: str, corpus, share: float, recipe, seed: int, folder: Path):
     for again in range(ROLLBACKS + 1):
         try:
             return shared(part, replace(quick, lr=quick.lr * SHRINK**again), random.Random(seed), seed)
-        except NotFinite as error:  # as in a search: again, with a smaller learning rate, so many times
+        except NotFinite as error:  # as in a search: again with a smaller learning rate, up to ROLLBACKS times
             gone = error
     raise FloatingPointError(f"{arm}: {gone.what}")
 
 
 def shared(corpus, recipe, generator: random.Random, seed: int):
-    """Weight-sharing random search; the last of its epochs' worth is for judging cells on the validation text, a forward pass each."""
+    """The best of random cells on the validation text, with weights that RandomOneShot has trained on random cells.
+
+    Judging costs as much as one epoch of training: a training step has 3 passes, and each cell gets one forward pass over the validation text.
+    """
     import pytorch_lightning as pl
 
     from nni_darts_rnn.evaluator import search_evaluator

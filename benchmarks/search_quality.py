@@ -1,4 +1,4 @@
-"""Does a search find better cells than chance at the same cost? Arms at one budget, several seeds each, every cell retrained several times.
+"""Does a search find better cells than chance at the same cost? All arms have one budget and several seeds; every cell is retrained several times.
 
     python benchmarks/search_quality.py run --corpus FOLDER --arm second-order original first-order shared random   # one NNI experiment an arm
     python benchmarks/search_quality.py run --corpus FOLDER --arm second-order --set search.epochs=5 --set search.warmup_epochs=4 --name "second-order, α warm-up"
@@ -9,7 +9,7 @@
     python benchmarks/search_quality.py run --corpus FOLDER --seeds 2 --arm second-order --set search.epochs=6 --set search.warmup_epochs=4 --set search.relaxation=gumbel --set search.unrolled_lr=2 --set search.alpha_dropout=false --name "second-order, gumbel, α warm-up, ξ = 2, no α dropout"
     python benchmarks/search_quality.py run --corpus FOLDER --arm second-order --set search.epochs=6 --set search.warmup_epochs=4 --set search.relaxation=gumbel --set search.unrolled_lr=2 --set search.draws=8 --name "second-order, gumbel, α warm-up, ξ = 2, shared step, 8 draws"
     python benchmarks/search_quality.py run --corpus FOLDER --seeds 2 --arm second-order --set search.epochs=6 --set search.warmup_epochs=4 --set search.relaxation=gumbel --set search.unrolled_lr=2 --set search.draws=8 --set search.arch_lr=0.03 --set search.arch_weight_decay=0 --name "second-order, gumbel, α warm-up, ξ = 2, shared step, 8 draws, α's rate 0.03 without decay"
-    python benchmarks/search_quality.py run --corpus FOLDER --again --arm random original one --set retrain.epochs=10 --retrain-seeds 1      # the stored cells, another way
+    python benchmarks/search_quality.py run --corpus FOLDER --again --arm random original one --set retrain.epochs=10 --retrain-seeds 1      # the stored cells, retrained another way
     python benchmarks/search_quality.py run --corpus FOLDER --again --arm second-order --name "second-order, gumbel, α warm-up, ξ = 2" --set retrain.epochs=10 --retrain-seeds 1
     python benchmarks/search_quality.py run --corpus FOLDER --arm DRAWN_V1 DARTS_V2 --set retrain.epochs=10 --seeds 1 --retrain-seeds 3      # named cells
     python benchmarks/search_quality.py run --study example --arm second-order one random              # on the example's own text, with its own recipe
@@ -18,23 +18,24 @@
     python benchmarks/search_quality.py run --study example --arm second-order --set search.epochs=6 --set search.warmup_epochs=4 --set search.relaxation=gumbel --set search.unrolled_lr=2 --set search.init_range=0.12 --set search.clip=0.1 --set search.alpha_dropout=false --name "second-order, gumbel, α warm-up, ξ = 2, init_range 0.12, clip 0.1, no α dropout"
     python benchmarks/search_quality.py run --study example --arm second-order --set search.epochs=6 --set search.warmup_epochs=4 --set search.relaxation=gumbel --set search.unrolled_lr=2 --set search.init_range=0.12 --set search.clip=0.1 --set search.alpha_dropout=false --set search.anneal=0.5 --name "second-order, gumbel, α warm-up, ξ = 2, init_range 0.12, clip 0.1, no α dropout, anneal 0.5"
     python benchmarks/search_quality.py run --study example --arm second-order --set search.epochs=6 --set search.warmup_epochs=4 --set search.relaxation=gumbel --set search.unrolled_lr=2 --set search.init_range=0.12 --set search.clip=0.1 --set search.alpha_dropout=false --set search.anneal=0.5 --set search.draws=8 --set search.arch_lr=0.03 --set search.arch_weight_decay=0 --name "second-order, gumbel, α warm-up, ξ = 2, init_range 0.12, clip 0.1, no α dropout, anneal 0.5, shared step, 8 draws, α's rate 0.03 without decay"
-    python benchmarks/search_quality.py table                                                          # figures, tests and picture of what there is
+    python benchmarks/search_quality.py table                                                          # figures, tests and picture of all stored rows
     python benchmarks/search_quality.py run --study all-words --corpus FOLDER --retrain-seeds 1 --arm random       # with all of the text's words
     python benchmarks/search_quality.py run --study all-words --corpus FOLDER --retrain-seeds 1 --seeds 7 --arm second-order --set search.epochs=3 --set search.warmup_epochs=2 --set search.relaxation=gumbel --set search.unrolled_lr=2 --name drawn
     python benchmarks/search_quality.py run --study all-words --corpus FOLDER --retrain-seeds 1 --seeds 1 --arm DRAWN_V1
     python benchmarks/search_quality.py run --study all-words --corpus FOLDER --retrain-seeds 1 --seeds 1 --cells-of penn "second-order, gumbel, α warm-up, ξ = 2, shared step" --name "drawn with 2,000 words"
 
-An interrupted `run` goes on where it was when it is given again: finished trials are kept in --work, and an unfinished phase has its checkpoints there.
+To resume an interrupted `run`, give the same command again: finished trials and the checkpoints of an unfinished phase are kept in --work.
 
-What is stored under names without "shared step" is of the published order of the two steps, when there was no other: their commands want
-`--set search.own_gradient=true` now. Names that end in "shared step" are the same commands without it.
-"…, temperature to 0.1" are of a setting that was tried and dropped: in the epochs in which α moves, logits were divided by a temperature
+Rows whose name lacks "shared step" were made in the published order of the two steps, when there was no other. To make them now, add
+`--set search.own_gradient=true` to the commands above. For the rows whose name ends in "shared step", the same commands are given without it.
+Rows with "…, temperature to 0.1" have a setting that was tried and dropped: in the epochs in which α moves, the logits were divided by a temperature
 0.1**(the share of those epochs that is over), in the softmax of a mixture and in the Gumbel softmax.
 
-Arms and their budget: `search_arms.py`.
+`search_arms.py` describes the arms and their budget.
 
-The study `penn` searches on the first half of the training text and its validation text, and retrains on all of it; `example` and `all-words` do both on
-all of it. With all words the decoder is most of the arithmetic, of which the recipe `drawn`'s search has 12.9 passes, an epoch in the published order 13, and random search, three cells being the number nearest to it, 15.2.
+The study `penn` searches on the first half of the training text and on the validation text, and retrains on all of the training text. `example` and
+`all-words` do both on all of it. With all words the decoder is most of the arithmetic. There the search of the recipe `drawn` costs 12.9 forward passes, an
+epoch in the published order 13, and random search 15.2, with three cells, the number nearest to the budget.
 """
 
 from __future__ import annotations
@@ -56,31 +57,31 @@ from nni_darts_rnn.genotype import NAMED
 
 DROPOUT = {f"{part}.{name}": value for part in ("search", "retrain")
            for name, value in (("dropout", 0.4), ("dropout_x", 0.4), ("dropout_h", 0.2), ("dropout_i", 0.2))}
-# the paper's clip, 0.25, lets a step at learning rate 20 move the supernet's weights by 5, half of their norm at the start at this size: of 8 searches
-# 2 ended worse than a guess. 0.1 is Li and Talwalkar's, with batches of 64.
+# With the paper's clip, 0.25, a step at learning rate 20 can move the supernet's weights by 5, half of their initial norm at this size. Of 8 such searches, 2
+# ended worse than a guess. Li and Talwalkar have 0.1, with batches of 64.
 SETTINGS = DROPOUT | {"search.hidden_size": 64, "search.batch_size": 64, "search.clip": 0.1, "search.eval_batch_size": 64, "search.epochs": 2,
                       "retrain.hidden_size": 64, "retrain.eval_batch_size": 64, "retrain.test_batch_size": 64, "retrain.epochs": 3, "retrain.dropout_e": 0.0,
-                      # a step at this rate moves the perplexity by several points, so what a constant rate ends with is chance
+                      # a step at this rate moves the perplexity by several points, so the end of a training at a constant rate would be chance
                       "retrain.anneal": 0.34,
-                      # ±0.04 at 850 units gives a product the size that ±0.15 gives it at 64; less, and deep cells start late
+                      # a product is as large with ±0.15 at 64 units as with ±0.04 at 850; with a smaller range deep cells start to learn late
                       "search.init_range": 0.15, "retrain.init_range": 0.15}
 
 
 @dataclass(frozen=True)
 class Study:
-    """What arms are compared on, and the name of its files in `results/`."""
+    """What the arms are compared on. `stem` is the name of the study's files in `results/`."""
 
     stem: str
     recipe: str
-    words: int | None = None  # the most frequent words that are kept
-    share: float = 1.0  # of the training text that is searched on
+    words: int | None = None  # the size of the vocabulary, with <eos> and <unk>; None: all words
+    share: float = 1.0  # the part of the training text that searches have
     settings: dict = field(default_factory=dict)
 
 
-# the paper's search, which the other arms of this study have the budget of
+# the paper's search, whose budget the other arms of the study `example` have
 MIXTURE = {f"search.{name}": value for name, value in dict(clip=0.25, init_range=0.04, anneal=0, epochs=2, warmup_epochs=0, relaxation="edge", unrolled_lr="none",
                                                            alpha_dropout=True).items()}
-# the recipe `drawn`'s retraining, half as long and so with less dropout (docs/method.md)
+# the retraining of the recipe `drawn`, half as long and therefore with less dropout (docs/method.md)
 ALL_WORDS = {"search.epochs": 1, "search.warmup_epochs": 0, "search.relaxation": "edge", "search.unrolled_lr": "none",
              "retrain.epochs": 5, "retrain.dropout": 0.1, "retrain.dropout_x": 0.1, "retrain.dropout_h": 0.05, "retrain.dropout_i": 0.05}
 STUDIES = {"penn": Study("search_quality", "penn", 2000, 0.5, SETTINGS), "example": Study("search_quality_example", "small", settings=MIXTURE),
@@ -88,7 +89,7 @@ STUDIES = {"penn": Study("search_quality", "penn", 2000, 0.5, SETTINGS), "exampl
 
 
 def frequent(corpus, words: int):
-    """The corpus with <unk> for all but its most frequent training words."""
+    """The corpus with a vocabulary of `words`: <eos>, <unk> and the most frequent words of its training text. All others become <unk>."""
     import torch
 
     from nni_darts_rnn.text.vocabulary import EOS, UNK, Vocabulary
@@ -101,7 +102,7 @@ def frequent(corpus, words: int):
 
 
 def trial(options, recipe) -> None:
-    """What NNI runs: one seed of one arm; its rows go to --work as one file, and what NNI shows is their mean perplexity."""
+    """A trial of NNI: one seed of one arm. Its rows go to --work as one file. NNI shows their mean validation perplexity."""
     import nni
 
     from nni_darts_rnn.files import write_json
@@ -120,7 +121,7 @@ def trial(options, recipe) -> None:
     if options.again:
         before = found_before(options, options.name)[seed]
         cell, chosen = Genotype.from_json(before["genotype"]), {"seconds": float(before["search_seconds"])}
-    elif took.exists():  # by a run that was stopped
+    elif took.exists():  # left by a run that was stopped
         chosen = json.loads(took.read_text())
         cell = Genotype.from_json(chosen["genotype"])
     else:
@@ -139,24 +140,24 @@ def trial(options, recipe) -> None:
 
 
 def retraining(recipe) -> str:
-    """What the rows of one way of retraining have in common, and are compared by."""
+    """The name of a way of retraining. Rows are compared if they have the same one."""
     r = recipe.retrain
     return f"{r.epochs} epochs, anneal {r.anneal:g}, init_range {r.init_range:g}"
 
 
 def place(options, recipe, name: str) -> Path:
-    """Where an arm's trials are kept."""
+    """The folder of an arm's trials."""
     return options.work / (f"{name}, again for {retraining(recipe)}" if options.again else name)
 
 
 def found_before(options, name: str) -> dict[int, dict]:
-    """The last stored row of each seed, under that name or as `--cells-of` says."""
+    """seed -> the last row stored for it under `name`, or under the study and name that `--cells-of` gives."""
     study, name = options.cells_of or (options.study, name)
     return {int(row["seed"]): row | ({} if study == options.study else {"supernet_valid": ""}) for row in stored(STUDIES[study].stem) if row["name"] == name}
 
 
 def run(options, recipe) -> None:
-    """An NNI experiment an arm, of the seeds that are not there yet."""
+    """Run one NNI experiment for each arm, with the seeds that are not done yet, and store the rows."""
     from nni.experiment import Experiment
 
     from nni_darts_rnn.options import corpus_words
@@ -188,7 +189,7 @@ def run(options, recipe) -> None:
 
 
 def collect(folder: Path) -> list[dict]:
-    """The rows of an arm's finished seeds; where it searched, with the supernet's last validation perplexity."""
+    """The rows of an arm's finished seeds. If the arm searched, they have the supernet's last validation perplexity."""
     rows = []
     for path in sorted(folder.glob("*/rows.json")):
         there, searched = json.loads(path.read_text()), path.with_name("search.csv")

@@ -1,12 +1,14 @@
-"""One whole search step, several ways in one process: second order as published code computes it, with the readable cell, the one that needs no compiler and the compiled one,
-NNI's stock first-order `DARTS` on the same space, and the package's strategy, these two in Lightning's loop; and the arithmetic alone.
+"""One whole search step, computed in several ways that take turns in one process: seconds, share of the machine's peak, and peak memory.
 
     python benchmarks/search_step.py --size paper --rounds 5 --save
     python benchmarks/search_step.py --growth
 
-Versions take turns, and the shortest of the rounds counts. A step is: the weights' gradient on a training batch, the gradient of weights and α on a
-validation batch at w′, two α gradients at w ± εu, and the weight step. "original" and "own-gradient" compute a gradient of its own for the weight step, as
-the paper's Algorithm 1 has it, the others take the first one's. Peak memory is that of a process that runs one version alone.
+The versions in second order are the published code's, and ours with the readable cell, with the one that needs no compiler and with the compiled one. Two
+more run in Lightning's loop: NNI's stock first-order `DARTS` and the package's strategy, on the same space. "products" is the arithmetic alone.
+
+The shortest of the rounds counts. A second-order step is: the weights' gradient on a training batch, the gradients of weights and α on a validation batch at
+w′, two gradients of α at w ± εu, and the weight step. "original" and "own-gradient" compute another gradient for the weight step, as the paper's Algorithm 1
+does; the others use the first one. Peak memory is that of a process that runs one version alone.
 """
 
 from __future__ import annotations
@@ -38,9 +40,10 @@ RESULTS = Path(__file__).parent / "results" / "search_step.json"
 
 
 class Ours:
-    """`bilevel.architecture_gradient` and the weight step, with one of three cells: "readable", "eager" (what runs where nothing is compiled), "fused".
+    """`bilevel.architecture_gradient` and the weight step, with one of three cells: "readable", "eager" (runs where nothing is compiled) or "fused" (compiled).
 
-    Of the last, `digits`: "all" and "fewer", as torch allows, on a processor's tiles for bfloat16 where it has them, and "no tiles".
+    `digits` is the precision of float32 products, as torch is told: "all" or "fewer". The compiled cell computes either on the processor's tiles for bfloat16,
+    where it has them. "no tiles" keeps all digits and computes as on a processor without tiles.
     """
 
     def __init__(self, size: Size, cell: str, relaxation: str = "edge", own_gradient: bool = False, digits: str = "all"):
@@ -48,7 +51,7 @@ class Ours:
         rnn = MixedRNN(size.H, size.H, size.N, dropout_x=DROPOUT["dropout_x"], dropout_h=DROPOUT["dropout_h"], relaxation=relaxation)
         self.model = LanguageModel(size.V, rnn, dropout=DROPOUT["dropout"], dropout_i=DROPOUT["dropout_i"])
         named = dict(self.model.named_parameters())
-        self.alpha = named.pop("rnn.alpha").requires_grad_(False)  # as in a search, where the training pass computes no gradient of it
+        self.alpha = named.pop("rnn.alpha").requires_grad_(False)  # as in a search: the training pass computes no gradient of α
         self.names, self.weights = list(named), list(named.values())
         self.optimizer = torch.optim.SGD(self.weights, lr=RATE, weight_decay=DECAY)
         self.arch = torch.optim.Adam([self.alpha], lr=3e-3, weight_decay=1e-3)
@@ -77,7 +80,7 @@ class Ours:
         self.optimizer.step()
 
     def backward(self, train) -> TrainingPass:
-        """The training pass; the weights have their gradients after it."""
+        """Run the training pass, and leave the weights with their gradients."""
         start = RandomState(self.weights)
         self.optimizer.zero_grad()
         nll, raw, dropped, _ = self.model.loss(*train)
@@ -89,13 +92,13 @@ class Ours:
 
 
 def no_tiles():
-    """The compiled cell and loss multiply as where there is no AMX."""
+    """In the context, the compiled cell and loss multiply as on a processor without AMX."""
     library = extension.State.loaded
     return contextlib.nullcontext() if library is None else mock.patch.object(library, "rounds", False)
 
 
 def through_nni(size: Size, **options):
-    from through_nni import ThroughNNI  # NNI and Lightning take memory, which is not that of the other versions
+    from through_nni import ThroughNNI  # imported here: the memory that NNI and Lightning take must not count for other versions
 
     return ThroughNNI(size, **options)
 
@@ -107,32 +110,32 @@ VERSIONS = {
     "own-gradient": lambda size: Ours(size, "fused", own_gradient=True),
     "no-tiles": lambda size: Ours(size, "fused", digits="no tiles"),
     "fused": lambda size: Ours(size, "fused"),
-    "fewer-digits": lambda size: Ours(size, "fused", digits="fewer"),  # what commands allow torch
-    "drawn": lambda size: Ours(size, "fused", "gumbel"),  # a discrete cell for each sequence
-    "nni-first-order": lambda size: through_nni(size, first_order=True, fast=False),  # as NNI computes it: with autograd
-    "nni-second-order": lambda size: through_nni(size, first_order=False, fast=True),  # the whole product
-    "products": lambda size: Products(size.shared_flops()),  # no step: what the machine would need for the arithmetic alone
+    "fewer-digits": lambda size: Ours(size, "fused", digits="fewer"),  # the precision to which commands set torch
+    "drawn": lambda size: Ours(size, "fused", "gumbel"),  # draws a discrete cell in each pass
+    "nni-first-order": lambda size: through_nni(size, first_order=True, fast=False),  # as NNI computes it: the readable cell with autograd
+    "nni-second-order": lambda size: through_nni(size, first_order=False, fast=True),  # a search as users run it
+    "products": lambda size: Products(size.shared_flops()),  # not a step: the arithmetic alone
 }
 
 
 FLOPS = {"original": Size.flops, "own-gradient": Size.flops, "nni-first-order": Size.first_order_flops, "drawn": Size.drawn_flops}
-"""The arithmetic of the versions that do not take the second-order step of the mixed cell that shares its gradient."""
+"""The arithmetic of the versions that differ from the default: a second-order step of the mixed cell whose weight step reuses the gradient."""
 
 
 def compare(steps: dict[str, tuple[str, Size]], rounds: int) -> dict[str, float]:
-    """Shortest seconds of a step, taking turns; `steps`: for each a version and a size."""
+    """The shortest run of each step in seconds; the steps take turns. `steps`: name -> (version, size)."""
     torch.manual_seed(0)
     return shortest({name: functools.partial(VERSIONS[version](size), size.batch(), size.batch()) for name, (version, size) in steps.items()}, rounds)
 
 
 def peak_memory(name: str, size_name: str, options) -> float:
-    """GB, at most, of a process that runs two steps of one version alone."""
+    """The peak memory in GB of a process that runs two steps of one version alone."""
     command = [sys.executable, __file__, "--size", size_name, "--threads", str(options.threads), "--device", options.device, "--memory-of", name]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
 def measure(size_name: str, options) -> dict:
-    """One size: a dictionary with a row for each version."""
+    """Measure all chosen versions at one size: its figures, with a row for each version under "versions"."""
     size, names, load = SIZES[size_name], options.versions, os.getloadavg()[0]
     before, best, after = gemm_peak(), compare({name: (name, size) for name in names}, options.rounds), gemm_peak()
     peak = max(before, after)
@@ -150,7 +153,7 @@ def measure(size_name: str, options) -> dict:
 
 
 def growth(size: Size, rounds: int) -> dict:
-    """How the fast step's seconds grow when one of T, B, H, V, N is doubled."""
+    """How the time of the compiled step grows when one of T, B, H, V and N is doubled."""
     grown = {}
     print(f"\ngrowth from {size._asdict()}")
     for axis in Size._fields:
@@ -188,7 +191,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def save(path: Path | None, found: dict) -> None:
-    """Add what was found to the file, where other sizes may stand."""
+    """Add `found` to the file, and keep what it has of other sizes."""
     before = json.loads(path.read_text()) if path is not None and path.exists() else {}
     keep(path, before | found)
 

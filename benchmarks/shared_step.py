@@ -1,9 +1,9 @@
-"""What it changes that the weights learn from the α before its move: their gradient at the two α, beside another draw of the dropout masks.
+"""How much the weights' gradient differs between α before and after its step, compared with the difference between two draws of dropout masks.
 
     python benchmarks/shared_step.py --corpus FOLDER        (a minute; writes benchmarks/results/shared_step.json)
 
-α moves by Adam's first step, 3e-3 in every number, up or down at random. Differences are relative to the gradient's norm, the median over draws of
-batches, masks and moves.
+With a shared step, the weights use a gradient from before α's step. Here α takes a step like Adam's first: each of its numbers moves up or down at random, by
+3e-3. Differences are relative to the norm of the gradient, and medians over draws of batches, masks and moves.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MOVE = 3e-3
 
 
 def gradient(supernet: Supernet, alphas, draw: int, masks: int):
-    """The weights' gradient on training batch number `draw` with masks number `masks`, a drawn cell's draw among them."""
+    """The weights' gradient on training batch number `draw`. `masks` seeds the dropout masks, and the draw of the cell where one is drawn."""
     weights = [w.detach().requires_grad_() for w in supernet.weights]
     torch.manual_seed(masks)
     return torch.autograd.grad(supernet.loss(weights, alphas, supernet.batch("train", supernet.steps + draw)), weights)

@@ -1,13 +1,13 @@
-"""What the shared weights of a search say of a cell, on the example's text or all words of Penn: do they rank cells as training each from scratch does?
+"""Do the shared weights of a search rank cells as training each from scratch does? On the example's text, or on the Penn Treebank with all words.
 
     python benchmarks/shared_weights.py --seeds 2 --save                                                     # every way of searching below
     python benchmarks/shared_weights.py --way "no α dropout, anneal 0.5" --seeds 8 --descend --save          # the recipe small
     python benchmarks/shared_weights.py --study all-words --corpus FOLDER --seeds 2 --save                   # with all words
 
-A search through fastai is run to its end. Every cell that `search_quality.py` has retrained is then judged by its validation perplexity with the shared weights,
-and that is compared with the perplexity after its own training. With `--descend` the shared weights are asked for better cells than α's: node by node, as long as
-that improves, each function of each earlier state is tried and the best one kept (perturbation-based selection, Wang et al. 2021, where cells are drawn and
-so can be judged as they are), and what that leads to is retrained as α's cell was.
+A search through fastai runs to its end. Every cell that `search_quality.py` has retrained is then judged by its validation perplexity with the shared weights.
+That is compared with its perplexity after a training of its own. With `--descend` the shared weights also choose a cell, starting from α's: node by node, each
+function of each earlier state is tried and the best one kept, until nothing improves. (This is perturbation-based selection, Wang et al. 2021. The searches
+draw cells, so their weights can judge a cell as it is.) Both the cell that this leads to and α's cell are then retrained.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ from nni_darts_rnn.model import LanguageModel, perplexity
 
 RESULTS = Path(__file__).parent / "results"
 OLD = {"search.clip": 0.25, "search.init_range": 0.04, "search.alpha_dropout": True, "search.anneal": 0}
-EXAMPLE = {  # each with what the one before it has
+EXAMPLE = {  # each changes one setting of the one before it
     "clip 0.25, ±0.04": OLD,
     "clip 0.1": OLD | {"search.clip": 0.1},
     "±0.12": OLD | {"search.clip": 0.1, "search.init_range": 0.12},
     "no α dropout": {"search.anneal": 0},
     "no α dropout, anneal 0.5": {},
 }
-ADAM = {"search.optimizer": "adam", "search.lr": 0.003, "search.clip": 0.25, "search.unrolled_lr": None,  # and as little dropout as the cells are trained with
+ADAM = {"search.optimizer": "adam", "search.lr": 0.003, "search.clip": 0.25, "search.unrolled_lr": None,  # with as little dropout as the cells are trained with
         "search.dropout": 0.1, "search.dropout_x": 0.1, "search.dropout_h": 0.05, "search.dropout_i": 0.05}
 ALL_WORDS = {"SGD, the recipe's": {}, "Adam, dropout 0.1": ADAM}
 
 
 @dataclass(frozen=True)
 class Study:
-    """Which cells are judged, by searches with which recipe; where the figures are kept, and the command that makes them."""
+    """Which cells are judged, the recipe and the ways of the searches that judge them, the file of the figures, and the command that makes them."""
 
-    cells: str  # a study of `search_quality.py`, by its file
+    cells: str  # the stem of a study of `search_quality.py`
     recipe: str
     ways: dict[str, dict]
     results: str
@@ -64,22 +64,22 @@ STUDIES = {"example": Study("search_quality_example", "small", EXAMPLE, "shared_
 
 
 def neighbours(cell: Genotype, node: int) -> list[Genotype]:
-    """The cells that differ from `cell` in nothing but `node`, of 1 … N; itself among them."""
+    """The cells that differ from `cell` in nothing but `node` (1 to N), and `cell` itself."""
     return [Genotype((*cell.recurrent[:node - 1], (op, j), *cell.recurrent[node:]), cell.concat) for op in PRIMITIVES if op != "none" for j in range(node)]
 
 
 def descend(cell: Genotype, judge) -> Genotype:
-    """Goes from cell to cell, each the best of the last one's neighbours at one node, until a round over all nodes finds no better one."""
+    """Go from `cell` to the best of its neighbours at one node, and on from there, until a round over all nodes finds no better one."""
     before = None
     while cell != before:
         before = cell
         for node in range(1, cell.n_nodes + 1):
-            cell = min([cell, *neighbours(cell, node)], key=judge)  # of equal ones the first
+            cell = min([cell, *neighbours(cell, node)], key=judge)  # the first among equal ones
     return cell
 
 
 class Judge:
-    """The validation perplexity of a cell with a supernet's weights; each is measured once."""
+    """Gives the validation perplexity of a cell with a supernet's weights. Each cell is measured once."""
 
     def __init__(self, supernet: LanguageModel, corpus, recipe):
         self.weights, self.corpus, self.recipe, self.known = supernet.state_dict(), corpus, recipe, {}
@@ -97,7 +97,7 @@ def study_one(study: Study, way: str, seed: int, down: bool, corpus: str) -> dic
 
 
 def one(way: str, seed: int, down: bool, corpus, recipe, cells: dict[str, float], retrainings: int = 2) -> dict:
-    """One search and what its weights say."""
+    """Run one search, and judge `cells` (genotype -> perplexity after training) and the search's own cell with its weights; descend if `down`."""
     torch.set_num_threads(1)
     fused.prepare(float("inf"), torch.device("cpu"))
     search = search_learner(language_dls(corpus, recipe.search, seed), recipe, seed=seed, metrics_file=None)
@@ -118,14 +118,14 @@ def one(way: str, seed: int, down: bool, corpus, recipe, cells: dict[str, float]
 
 
 def known_cells(study: Study) -> dict[str, float]:
-    """genotype -> mean validation perplexity, of every cell that the study has trained by itself."""
+    """genotype -> mean validation perplexity, for every cell of the study, after the way of retraining that was stored last."""
     rows = stored(study.cells)
     way = next(iter(by_retraining(rows)))
     return {genotype: mean(there, "valid") for genotype, there in by_genotype(by_retraining(rows)[way]).items()}
 
 
 def summary(rows: list[dict]) -> dict:
-    """By way of searching: means over the seeds, and of the seeds that went down the paired test of the retrained cells."""
+    """By way of searching: means over the seeds, and for the seeds that descended the paired test between the two retrained cells."""
     found = {}
     for way in dict.fromkeys(row["way"] for row in rows):
         there = [row for row in rows if row["way"] == way]

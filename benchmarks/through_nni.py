@@ -1,4 +1,4 @@
-"""A search through NNI's own strategy and Lightning's Trainer, a few batches at a time: `search_step.py` lets it take turns with other versions."""
+"""A search of a few batches through an NNI strategy and Lightning's Trainer, for `search_step.py`, where it takes turns with other versions."""
 
 from __future__ import annotations
 
@@ -16,27 +16,28 @@ from nni_darts_rnn import fused, get_recipe, search_evaluator
 from nni_darts_rnn.corpus import Corpus, Vocabulary
 from nni_darts_rnn.search import make_space, make_strategy
 
-STEPS = 2  # batches of a call
-QUIET = ("nni", "pytorch_lightning.utilities.rank_zero", "nni_darts_rnn.evaluator")  # loggers that a benchmark keeps to their errors
+STEPS = 2  # batches in each call
+QUIET = ("nni", "pytorch_lightning.utilities.rank_zero", "nni_darts_rnn.evaluator")  # loggers that show only errors here
 
 
 class ThroughNNI:
-    """Call it for a short search by the strategy, NNI's stock first-order `DARTS` or the package's second-order one, each on the package's space;
-    it returns the seconds of its fastest step.
+    """A call runs a short search on the package's space and returns the seconds of its fastest step.
 
-    A search of its own a call, in the caller's thread: OpenMP keeps a team of threads for each thread that calls it, and where the teams together
-    have more than the machine has cores, they stop spinning between operations, which makes small operations two to three times slower.
+    `first_order` takes NNI's stock first-order `DARTS`, else the package's second-order strategy. `fast` takes the compiled cell, else the readable one.
+
+    Every call is a search of its own, in the caller's thread. OpenMP keeps a team of threads for each thread that calls it. If the teams together have more
+    threads than the machine has cores, they stop spinning between operations, and small operations become two to three times slower.
     """
 
     def __init__(self, size, first_order: bool, fast: bool):
         self.size, self.first_order, self.fast = size, first_order, fast
         self.recipe = get_recipe("penn", {"search": {"hidden_size": size.H, "n_nodes": size.N, "batch_size": size.B, "eval_batch_size": size.B,
                                                      "bptt": size.T, "short_bptt_probability": 0.0, "epochs": 1,
-                                                     "lr": 1.0}}).search  # random words at the paper's 20 may end beyond what a search gives up at
+                                                     "lr": 1.0}}).search  # at the paper's 20, a search on random words may diverge and be given up
         words = torch.randint(size.V, (size.B * (size.T * STEPS + 1),), device="cpu")
         few = words[:size.B * (size.T + 1)]
         self.corpus = Corpus("random words", Vocabulary(["<eos>", "<unk>", *(f"w{i}" for i in range(size.V - 2))]), words, few, few)
-        warnings.simplefilter("ignore")  # NNI's and Lightning's advice
+        warnings.simplefilter("ignore")  # advice of NNI and Lightning
         for name in QUIET:
             logging.getLogger(name).setLevel(logging.ERROR)
 
@@ -52,7 +53,7 @@ class ThroughNNI:
 
 
 class Clock(pl.Callback):
-    """Seconds of each step; what Lightning does between two steps is not counted."""
+    """Keeps the seconds of each step, without what Lightning does between two steps."""
 
     def __init__(self, accelerator: str):
         self.seconds, self.wait = [], torch.cuda.synchronize if accelerator == "gpu" else lambda: None

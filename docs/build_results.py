@@ -1,6 +1,6 @@
-"""docs/results.md from what the benchmarks have stored: `python docs/build_results.py`. No figure on that page is typed by hand.
+"""Makes docs/results.md from what the benchmarks have stored: `python docs/build_results.py`. No measured figure on that page is typed by hand.
 
-The published figures beside them are quoted here, each with its source.
+The published figures for comparison are quoted in this file, each with its source.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def stored(name: str):
 
 
 def made(found: dict) -> str:
-    """When, where and by which command."""
+    """A line that says by which command, when and where something was measured."""
     machine = found["machine"]
     where = machine if isinstance(machine, str) else f"{machine['cores']} cores of {machine['cpu']}, Python {machine['python']}, torch {machine['torch']}"
     return f"`{found['command']}`, {found['date']}; {where}.\n"
@@ -108,7 +108,7 @@ def shared_weights_all_words() -> str:
 
 
 def judged(title: str, name: str, about: Callable[[int], str]) -> str:
-    """What `shared_weights.py` has found; `about` says it of so many cells."""
+    """The section about one study of `shared_weights.py`. `about` gives its introduction from the number of cells that were judged."""
     found = stored(name)
     if found is None:
         return ""
@@ -146,7 +146,7 @@ def all_words() -> str:
 
 
 def arms(title: str, stem: str, about: Callable[[dict], str]) -> str:
-    """What a study of `search_quality.py` has found; `about` says of its settings what was compared."""
+    """The section about one study of `search_quality.py`. `about` gives its introduction from the settings that were compared."""
     found = stored(f"{stem}.json")
     if found is None:
         return ""
@@ -159,7 +159,7 @@ def arms(title: str, stem: str, about: Callable[[dict], str]) -> str:
 
 
 def retrained(way: str, found: dict, short: int) -> list[str]:
-    """The arms' cells after one way of retraining."""
+    """The parts of that section about the arms' cells after one way of retraining."""
     arms, rows = found["arms"], []
     for name, arm in arms.items():
         against = [f"{arm[f'minus_{other}']:+.2f} to {other}, p = {arm[f'p_{other}']:.3f}" for other in arms if f"p_{other}" in arm]

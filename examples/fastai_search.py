@@ -1,4 +1,4 @@
-"""A search and a retraining, each one `Learner.fit`, no NNI in sight. Stopped and run again, the search goes on: python examples/fastai_search.py [RECIPE]"""
+"""A search and a retraining with fastai alone, each one `Learner.fit`: python examples/fastai_search.py [RECIPE]. Run again, a stopped search goes on."""
 
 import sys
 from pathlib import Path
@@ -10,14 +10,14 @@ from nni_darts_rnn import PrintGenotype, get_recipe, lm_learner, load_corpus, se
 from nni_darts_rnn.learner import language_dls
 
 
-class Keep(Callback):  # after each epoch, what a search needs to go on: weights and α, α's Adam, random numbers
+class Keep(Callback):  # saves after each epoch what a search needs to go on: weights, α, α's Adam and the state of the random numbers
     def after_validate(self):  # not in an epoch that `start_epoch` skips
         state = {"epoch": self.epoch + 1, "model": self.model.state_dict(), "adam": self.learn.arch_param_update.state_dict()}
         torch.save(state | {"random": torch.get_rng_state()}, self.path / "search.partial")
         (self.path / "search.partial").replace(self.path / "search.pt")
 
 
-def search(corpus, recipe, folder, first=0):  # among the callbacks: ArchParamUpdate, hidden-state reset, AR/TAR, clipping, lr by length
+def search(corpus, recipe, folder, first=0):  # the learner's callbacks: ArchParamUpdate, hidden-state reset, AR/TAR, clipping, lr by length, …
     learn = search_learner(language_dls(corpus, recipe.search, seed=1), recipe, seed=1, path=folder, cbs=[PrintGenotype(), Keep()])
     if (folder / "search.pt").is_file():
         kept = torch.load(folder / "search.pt", weights_only=True)

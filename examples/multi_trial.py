@@ -1,8 +1,8 @@
-"""Cells sampled by one of NNI's multi-trial strategies, each trained in a fastai Learner: `python examples/multi_trial.py RegularizedEvolution`.
+"""One of NNI's multi-trial strategies samples cells, and a fastai Learner trains each: `python examples/multi_trial.py RegularizedEvolution`.
 
 With `--engine ts` every cell is a trial of NNI's local training service, several at a time, with NNI's web page at `--port`.
-`--shared` first trains the weights of all cells together, on randomly sampled ones (RandomOneShot), and then judges each cell with them as they
-are: weight-sharing random search (Li and Talwalkar 2019), a strong baseline on this space.
+With `--shared`, RandomOneShot first trains weights that all cells share, on randomly sampled ones. RegularizedEvolution then judges each cell with these
+weights as they are. Random search with such weights (Li and Talwalkar 2019) is a strong baseline on this space.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ def make_strategy(name: str, trials: int, seed: int = 0):
 
 def run(space, evaluator, strategy, trials: int, engine: str = "sequential", port: int = 8080, concurrency: int = 2,
         folder: str | Path | None = None) -> list[tuple[Genotype, float, list[float]]]:
-    """Each cell that was trained, its result and that of every epoch; best first. Engines: "sequential" in this process, "ts" in the local training service.
+    """Run the experiment: each cell that was trained, its result, and the result of every epoch. Best first.
 
-    In the sequential engine the space keeps its weights (format "raw"); a trial of the training service makes it anew from its arguments.
+    The engine "sequential" runs in this process, "ts" in the local training service. In the sequential engine the space keeps its weights (format "raw"). A
+    trial of the training service makes the space anew from its arguments.
     """
     config = NasExperimentConfig("sequential", "raw") if engine == "sequential" else NasExperimentConfig("ts", "simplified", "local")
     config.max_trial_number = trials
@@ -46,7 +47,7 @@ def run(space, evaluator, strategy, trials: int, engine: str = "sequential", por
 
 
 def shared_weights(corpus, recipe, trials: int, folder: str | Path | None = None, **trainer_options) -> list:
-    """As `run`: regularized evolution on the weights that RandomOneShot has trained."""
+    """What `run` returns, of regularized evolution that judges each cell with the weights that RandomOneShot has trained."""
     import one_shot
 
     _, space, _ = one_shot.search("RandomOneShot", corpus, recipe.search, folder=folder, **trainer_options)
@@ -64,12 +65,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--shared", action="store_true")
     arguments = parser.parse_args(argv)
     if arguments.shared and arguments.strategy != "RegularizedEvolution":
-        parser.error(f"--shared: {arguments.strategy} does not go with it; RegularizedEvolution does")
+        parser.error(f"--shared works only with RegularizedEvolution, not with {arguments.strategy}")
+    if arguments.shared and arguments.engine != "sequential":
+        parser.error(f"--shared works only with --engine sequential, not with {arguments.engine}: its models share weights in one process")
     try:
         corpus, recipe = load_corpus(arguments.corpus), get_recipe(arguments.recipe)
     except ValueError as wrong:
         parser.error(str(wrong))
-    pl.seed_everything(0, verbose=False)  # the space's own weights, from which in format "raw" every cell starts
+    pl.seed_everything(0, verbose=False)  # for the space's initial weights, from which every cell starts with the format "raw"
     if arguments.shared:
         found = shared_weights(corpus, recipe, arguments.trials)
     else:

@@ -1,4 +1,4 @@
-"""A search by any of NNI's one-shot strategies, and the found cell retrained: `python examples/one_shot.py GumbelDARTS --corpus pydoc`."""
+"""A search by one of NNI's one-shot strategies, then a retraining of the found cell: `python examples/one_shot.py GumbelDARTS --corpus pydoc`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAMES = ("SecondOrderDARTS", "DARTS", "GumbelDARTS", "Proxyless", "RandomOneShot
 
 
 def make_strategy(name: str, recipe):
-    """The strategy with those of the recipe's settings that it has, and what Lightning's Trainer has to be told for it."""
+    """The strategy with those settings of the recipe that it has, and the options that Lightning's Trainer needs for it."""
     if name == "RandomOneShot":
         return strategies.RandomOneShot(), {"gradient_clip_val": recipe.clip}
     if name == "ENAS":
@@ -30,10 +30,10 @@ def make_strategy(name: str, recipe):
 
 
 def search(name: str, corpus, recipe, seed: int = 0, folder: str | Path | None = None, **trainer_options):
-    """(genotype, the space whose weights the search has trained, its strategy). NNI keeps its log and checkpoint in `folder`."""
+    """Search, and return the genotype, the space whose weights the search has trained, and the strategy. NNI keeps its log and checkpoint in `folder`."""
     pl.seed_everything(seed, verbose=False)
     strategy, options = make_strategy(name, recipe)
-    space = make_space(len(corpus.vocab), replace(recipe, relaxation="edge"))  # an edge's primitives, which each of the strategies weighs in its own way
+    space = make_space(len(corpus.vocab), replace(recipe, relaxation="edge"))  # a choice among the primitives of each edge, which every strategy can make
     evaluator = search_evaluator(corpus, recipe, seed, print, **options | trainer_options)
     experiment = NasExperiment(space, evaluator, strategy)
     experiment.config.experiment_working_directory = folder or tempfile.mkdtemp()

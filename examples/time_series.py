@@ -1,9 +1,9 @@
-"""A found cell where `nn.GRU` stood, on numbers instead of words: the next sample of a four-channel EEG, which matplotlib ships.
+"""A found cell in the place of `nn.GRU`, on numbers instead of words: it predicts the next sample of a four-channel EEG, which matplotlib ships.
 
     python examples/time_series.py [--genotype FILE]
 
-Both layers have about as many weights, the same readout, the same optimizer and the same batches. The error is the mean squared one of the
-last fifth of the record, in units of a channel's variance; "the sample before" is what a forecast of no change reaches.
+The two layers have about equally many weights, and the same readout, optimizer and batches. The error is the mean squared error over the last fifth of the
+record, in units of a channel's variance. "The sample before" is the error of a forecast that nothing changes.
 """
 
 import argparse
@@ -18,14 +18,14 @@ from nni_darts_rnn.genotype import load_genotype
 
 
 def eeg():
-    """The record (T, 4) and where its test part begins; each channel has mean 0 and variance 1 before that."""
+    """The record (T, 4), and the index at which its test part begins. Up to there each channel has mean 0 and variance 1."""
     x = np.fromfile(cbook.get_sample_data("eeg.dat", asfileobj=False), dtype=np.float64).reshape(-1, 4)
     cut = len(x) * 4 // 5
     return torch.tensor((x - x[:cut].mean(0)) / x[:cut].std(0), dtype=torch.float32), cut
 
 
 class Forecast(nn.Module):
-    """Predicts each sample's change from those before it."""
+    """Predicts the next sample, as the present one plus a change that the layer computes from the samples so far."""
 
     def __init__(self, rnn, hidden_size):
         super().__init__()
@@ -37,7 +37,7 @@ class Forecast(nn.Module):
 
 
 def error(rnn, hidden_size, x, cut, steps, seed=0):
-    """Mean squared error of the test part after `steps` steps of training on the rest, in windows of 32 samples."""
+    """The mean squared error on the test part, after `steps` steps of training on the rest in windows of 32 predictions."""
     generator = torch.Generator().manual_seed(seed)
     model = Forecast(rnn, hidden_size)
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)

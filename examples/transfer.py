@@ -1,9 +1,9 @@
-"""fastai's transfer learning with a found cell: a language model of docstrings, then a classifier on its encoder, from few labels.
+"""fastai's transfer learning with a found cell: a language model of docstrings, then a classifier that uses its encoder and needs few labels.
 
     python examples/transfer.py [--genotype FILE] [--epochs 6]
 
-The text ships with fastai's own dependencies: paragraphs of the docstrings of four packages. The classifier says which package a paragraph is
-from; the packages' names are cut out of it. The same classifier without the encoder shows what the language model is worth.
+The text needs no download: it is paragraphs from the docstrings of four packages that fastai depends on. The classifier says which package a paragraph
+comes from; the packages' names are cut out. The same classifier trained without the encoder shows what the language model is worth.
 """
 
 import argparse
@@ -25,9 +25,9 @@ NAMES = re.compile(rf"\b({'|'.join(PACKAGES)}|mpl|np|pd|plt|dataframe|series|axe
 
 
 def paragraphs(package, n, rng):
-    """`n` paragraphs of plain English (15 to 60 words) from a package's docstrings."""
+    """`n` random paragraphs from a package's docstrings that start with a capital letter and have 15 to 60 words, with the package names cut out."""
     found = set()
-    for path in Path(importlib.util.find_spec(package).origin).parent.rglob("*.py"):
+    for path in sorted(Path(importlib.util.find_spec(package).origin).parent.rglob("*.py")):
         if "tests" not in path.parts:
             tree = ast.parse(path.read_text(encoding="utf-8"))
             documented = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module))]
@@ -69,7 +69,7 @@ def main(argv=None):
             learn = text_classifier_learner(dls, AWD_DARTS, config=awd_darts_clas_config | sizes, drop_mult=0.6, pretrained=False,
                                             metrics=accuracy, path=folder)
             if name == "with the encoder":
-                learn.load_encoder("docstrings")  # and freezes it: the head learns first
+                learn.load_encoder("docstrings")  # this also freezes the encoder: the head learns first
             learn.fit_one_cycle(arguments.epochs, 1e-2)
             learn.unfreeze()
             learn.fit_one_cycle(2 * arguments.epochs, slice(3e-4, 3e-3))

@@ -145,6 +145,13 @@ def test_shared_weights(text, tmp_path):
     assert len({cell for cell, *_ in found}) == 6 and all(-result < untrained - 0.5 for _, result, _ in found)
 
 
+@pytest.mark.parametrize("options, words", [(["Random"], "only with RegularizedEvolution, not with Random"), (["RegularizedEvolution", "--engine", "ts"], "only with --engine sequential")])
+def test_shared_weights_are_for_one_strategy_in_one_process(options, words, capsys):
+    with pytest.raises(SystemExit):
+        multi_trial.main([*options, "--shared"])
+    assert words in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def folder(text, tmp_path_factory):
     """The same text as a folder, which the process of each trial can read."""

@@ -242,6 +242,7 @@ def test_curves(tmp_path):
 @pytest.mark.parametrize("call, words", [
     (lambda d: plot_cell(DARTS_V2, d / "cell.pdf"), "not .pdf"),
     (lambda d: plot_cell(DARTS_V2, d / "cell"), "without a suffix"),
+    (lambda d: animate_cell(alpha(), [d / "a.gif", d / "b.gif"]), "b.gif: an animation is written to one file"),
     (lambda d: plot_alpha(alpha(), d / "a.jpg"), "not .jpg"),
     (lambda d: plot_alpha(alpha()[0], d / "a.svg"), "shape"),
     (lambda d: plot_alpha(alpha(k=4), d / "a.svg"), "shape"),

@@ -1,1 +1,1 @@
-"""What a run leaves beside its cell and model: pictures, TensorBoard's files, model.onnx, versions."""
+"""What a run writes besides its cell and model: pictures, TensorBoard files, model.onnx and package versions."""

@@ -1,4 +1,4 @@
-"""The pictures that a folder's files allow: cell, α, its animation, learning curves. Used by trials, by `nni-darts-rnn plot` and by the report."""
+"""Draws the pictures that the files in a folder allow: cell, α, the cell's animation, learning curves. Trials, `nni-darts-rnn plot` and the report use it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ SOURCES = ("genotype.json", "model.json", "alpha.json", "search.csv", "retrain.c
 
 
 def draw(folder: str | Path, names=None, out: str | Path | None = None) -> tuple[list[Path], dict[str, str]]:
-    """Draws the named pictures (default: all of them) from the files in `folder` into `out` (default: there). Returns those written, and name -> why not for the others.
+    """Draw the named pictures (default: all) from the files in `folder` into `out` (default: `folder`).
 
-    A source that is missing or damaged is a reason, not an exception; only that `out` cannot be written is (`OSError`).
+    Returns the paths that were written, and name -> reason for each picture that was not. A missing or damaged source is such a reason, not an exception. An
+    `out` that cannot be written raises `OSError`.
     """
     folder, out = Path(folder), Path(out or folder)
     out.mkdir(parents=True, exist_ok=True)
     written, missing, sources = [], {}, {}
-    for (read, _), same in itertools.groupby(names or PICTURES, PICTURES.__getitem__):  # one picture in two formats is drawn once
+    for (read, _), same in itertools.groupby(names or PICTURES, PICTURES.__getitem__):  # a picture in two formats is drawn only once
         paths = [out / name for name in same]
         try:
             if read not in sources:
@@ -35,13 +36,13 @@ def draw(folder: str | Path, names=None, out: str | Path | None = None) -> tuple
 
 
 def draw_one(name: str, data, path: Path | list[Path]) -> None:
-    """Draws one picture of what its reader returned: to `path`, or to each of several."""
+    """Draw the picture `name` from `data`, which its reader returned, to `path` or to each of several."""
     plot = PICTURES[name][1]
     plot(path=path, **data) if isinstance(data, dict) else plot(data, path)
 
 
 def read_cell(folder: Path) -> Genotype:
-    """The cell of a search's, trial's or trained model's folder. `ValueError` where there is none."""
+    """The cell in the folder of a search, a trial or a trained model. `ValueError` if there is none."""
     if (folder / "genotype.json").is_file():
         return load_genotype(folder)
     if (folder / "model.json").is_file():
@@ -50,7 +51,7 @@ def read_cell(folder: Path) -> Genotype:
 
 
 def read_alpha(folder: Path) -> dict:
-    """α of every epoch (history), primitives, relaxation and epochs as `plot_alpha` wants them, of a search's folder. `ValueError` where there is none."""
+    """The arguments of `plot_alpha` from a search's folder: α of every epoch (`history`), primitives, relaxation, epochs. `ValueError` if there is none."""
     if not (folder / "alpha.json").is_file():
         raise ValueError("there is no alpha.json")
     data = _json(folder / "alpha.json")
@@ -68,7 +69,10 @@ def read_alpha(folder: Path) -> dict:
 
 
 def read_rows(folder: Path) -> list[dict]:
-    """Metrics of every epoch of both phases, each with its phase, whichever of the package's ways wrote them. `ValueError` where there are none."""
+    """The metrics of every epoch of both phases, each row with its phase. `ValueError` if there are none.
+
+    The rows come from search.csv, and from retrain.csv or, if that is missing, fastai's history.csv.
+    """
     rows = []
     for phase, names in (("search", ("search.csv",)), ("retrain", ("retrain.csv", "history.csv"))):
         path = next((folder / name for name in names if (folder / name).is_file()), None)
@@ -79,7 +83,7 @@ def read_rows(folder: Path) -> list[dict]:
                 found = list(csv.DictReader(file))
             for row in found:
                 epoch = int(row["epoch"])
-                # fastai counts epochs from 0 and knows of no phases
+                # fastai's rows have no phase, and epochs that begin at 0
                 rows.append(row if row.get("phase") else {**row, "phase": phase, "epoch": epoch + 1})
         except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
             raise ValueError(f"{path.name}: cannot be read ({type(error).__name__} {error})") from None
@@ -92,7 +96,7 @@ PICTURES: dict[str, tuple[Callable, Callable]] = {
     "cell.svg": (read_cell, plot_cell), "cell.png": (read_cell, plot_cell), "cell.gif": (read_alpha, animate_cell),
     "alpha.svg": (read_alpha, plot_alpha), "alpha.png": (read_alpha, plot_alpha),
     "curves.svg": (read_rows, plot_curves), "curves.png": (read_rows, plot_curves)}
-"""What reads the numbers of each picture, and what draws it."""
+"""Name of each picture -> (what reads its numbers from a folder, what draws it)."""
 
 
 def _json(path: Path) -> dict:

@@ -1,6 +1,6 @@
-"""TensorBoard's view of a run, where the package `tensorboard` is installed; nothing where it is not.
+"""TensorBoard's view of a run. Without the package `tensorboard`, nothing is written.
 
-A run's folder gets `tensorboard/search` and `tensorboard/retrain`, which NNI's web page opens too (it looks for that folder in a trial's).
+A run's folder gets `tensorboard/search` and `tensorboard/retrain`. NNI's web page opens them too: it looks for a folder of that name in a trial's.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ PICTURES = {"search": ("cell.png", "alpha.png", "curves.png"), "retrain": ("cell
 
 @contextlib.contextmanager
 def watched(folder: Path, phase: str, report: Callable[[dict], None] | None) -> Iterator[Callable[[dict], None] | None]:
-    """`report` with each row's numbers put before TensorBoard too, and at the end the pictures that lie in `folder`.
+    """In the context: a function to call in the place of `report`, which also writes each row's numbers for TensorBoard. On success, adds the pictures in
+    `folder`.
 
-    A run that goes on after a stop takes up where its rows do: TensorBoard leaves out what an earlier part wrote from that epoch on. What cannot be written is no
-    reason to lose the run, and costs a warning.
+    When a run goes on after a stop, TensorBoard drops what the earlier part wrote from the first new epoch on. A failure to write only gives a warning, and
+    stops the writing: no run is lost by it.
     """
     if importlib.util.find_spec("tensorboard") is None:
         yield report
@@ -44,7 +45,7 @@ def watched(folder: Path, phase: str, report: Callable[[dict], None] | None) -> 
 class _Log:
     def __init__(self, folder: Path, phase: str):
         self.folder, self.phase, self.works = folder, phase, True
-        self.epoch: int | None = None  # of this part of the run
+        self.epoch: int | None = None  # the last one that this part of the run has reported
 
     def attempt(self, write: Callable, *what) -> None:
         if self.works:
@@ -58,14 +59,14 @@ class _Log:
     def writer(self):
         from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter(str(self.folder / FOLDER / self.phase), purge_step=self.epoch)  # where there is no epoch, all stays
+        return SummaryWriter(str(self.folder / FOLDER / self.phase), purge_step=self.epoch)  # with no epoch nothing is dropped
 
     def add(self, row: dict) -> None:
         self.epoch = row["epoch"]
         for name, value in row.items():
             if name not in ("default", "epoch") and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
                 self.writer.add_scalar(name, value, self.epoch)
-        self.writer.flush()  # an epoch can take minutes, and the writer's own clock is of another kind
+        self.writer.flush()  # an epoch can take minutes, and its row should be visible at once
 
     def add_pictures(self) -> None:
         import numpy as np
@@ -78,7 +79,7 @@ class _Log:
                     self.writer.add_image(name.partition(".")[0], np.asarray(image.convert("RGB")), epoch, dataformats="HWC")
 
     def _last_epoch(self) -> int:
-        """That of the part of the run before this one, in which no epoch was left to train."""
+        """The last epoch of an earlier part of the run, for a part that had no epoch left to train."""
         from .figures import read_rows
 
         return max(int(row["epoch"]) for row in read_rows(self.folder) if row["phase"] == self.phase)

@@ -1,4 +1,4 @@
-"""Which versions a result was made with."""
+"""The versions of packages that a result was made with."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of Python and of every package that a result depends on."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}  # which build of torch, too
+    """The versions of Python and of every package that a result depends on."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}  # its version also names the build
     for name in ("nni-darts-rnn", "nni", "pytorch-lightning", "fastai", "numpy", "safetensors"):
         try:
             found[name] = version(name)

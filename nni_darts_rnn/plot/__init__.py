@@ -1,7 +1,7 @@
 """Pictures of a search: the cell as a graph, α over the epochs, the most likely cell as an animation, learning curves.
 
-Needs matplotlib, imported only when a picture is made. Nothing here touches pyplot or leaves rcParams changed. Every file is
-written whole or not at all, and the same input gives the same bytes (with the same matplotlib and fonts).
+They need matplotlib, which is imported only when a picture is made. Nothing here touches pyplot or leaves rcParams changed. Every file is written whole or not
+at all. The same input gives the same bytes, with the same matplotlib and fonts.
 """
 
 from .alpha import plot_alpha

@@ -1,4 +1,4 @@
-"""α over the epochs as heat maps, one for each primitive."""
+"""α over the epochs, as one heat map for each primitive."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from ..checks import one_of
 from ..genotype import PRIMITIVES, RELAXATIONS, derive, number_of_nodes
 from .canvas import GREY, mix, new_figure, op_colours, save, style, targets
 
-MOST = 10**9  # an epoch's number; among far larger ones floats do not tell one from the next
+MOST = 10**9  # the largest number of an epoch: floats cannot tell much larger ones from the next
 
 
 def probabilities(history, primitives, relaxation: str = "edge") -> np.ndarray:
-    """`history` as probabilities (epochs, E, K): as it is if it holds distributions already, otherwise their softmax, as `MixedRNN.relaxed` takes it: over
-    an edge's primitives, or over those of all edges into a node, without `none` where cells are drawn."""
+    """`history`, α or probabilities, as probabilities (epochs, E, K). If it holds distributions already, it is returned as it is; else its softmax is.
+
+    A softmax is over the primitives of an edge ("edge"), or over those of all edges into a node, without `none` if cells are drawn ("gumbel"), as in
+    `MixedRNN.relaxed`. `ValueError` for another shape, and for NaN or infinite values.
+    """
     one_of("relaxation", relaxation, RELAXATIONS)
     try:
         a = np.asarray(history, dtype=np.float64)
@@ -36,7 +39,7 @@ def probabilities(history, primitives, relaxation: str = "edge") -> np.ndarray:
 
 
 def epoch_numbers(epochs, count: int) -> list[int]:
-    """The numbers of `count` epochs in a row, by default from 1. `ValueError` where `epochs` are others."""
+    """The numbers of `count` epochs: `epochs`, by default 1, 2, …. `ValueError` unless each is one more than the one before it, and within ±MOST."""
     numbers = list(range(1, count + 1)) if epochs is None else list(epochs)
     if len(numbers) != count or numbers != list(range(numbers[0], numbers[0] + count)):
         raise ValueError(f"epochs: {numbers} are not the numbers of {count} epochs in a row")
@@ -46,11 +49,11 @@ def epoch_numbers(epochs, count: int) -> list[int]:
 
 
 def plot_alpha(history, path, primitives=PRIMITIVES, relaxation: str = "edge", epochs=None) -> Path:
-    """Heat map of the architecture's probabilities over the epochs, to `path` (.svg or .png; a list of paths: to each of them, in little more time than to one).
+    """Draw the architecture's probabilities over the epochs as heat maps, to `path` (.svg or .png, or a list of such). Returns the first path.
 
-    `history` is (epochs, E, K), α or probabilities (α is shown through softmax, `relaxation` says over what). One column of maps per primitive, one block of
-    rows per node, one row per state it may read. A frame marks the op and the state that each node would take after the last epoch. `epochs` are their
-    numbers, by default 1, 2, …; 0 is before the search.
+    Several paths take little more time than one, since the figure is built once. `history` (epochs, E, K) is α or probabilities; of α the softmax is shown, and
+    `relaxation` says over what. Each primitive has a map, each node a block of rows, and each state that the node may read a row. A frame marks the op and the
+    state that each node would take after the last epoch. `epochs` are the epochs' numbers, by default 1, 2, …; 0 is before the search.
     """
     paths = targets(path)
     p = probabilities(history, primitives, relaxation)
@@ -58,7 +61,7 @@ def plot_alpha(history, path, primitives=PRIMITIVES, relaxation: str = "edge", e
     start = epoch_numbers(epochs, count)[0] - 0.5
     n_nodes = number_of_nodes(n_edges)
     final = derive(p[-1], primitives)
-    first, k = {}, 0  # each node's first row in the picture, with one row's gap between nodes
+    first, k = {}, 0  # each node's first row in the picture; a gap of one row is between nodes
     for node in range(1, n_nodes + 1):
         first[node], k = k, k + node + 1
     n_rows = k - 1
@@ -67,12 +70,12 @@ def plot_alpha(history, path, primitives=PRIMITIVES, relaxation: str = "edge", e
         e = node * (node - 1) // 2
         rows[:, first[node]:first[node] + node] = p[:, e:e + node]
 
-    row_h = min(0.155, 14 / n_rows)  # inches; a very large cell gets thinner rows, not a poster
+    row_h = min(0.155, 14 / n_rows)  # inches; a very large cell gets thinner rows, not a huge picture
     cell_w, gap, left, right, top, bottom = 1.45, 0.12, 0.95, 0.95, 0.95, 0.55
     width, high = left + n_ops * (cell_w + gap) - gap + right, max(n_rows * row_h, 0.9)
     height = top + high + bottom
     low, up = float(p.min()), float(p.max())
-    if up - low < 0.02:  # next to nothing has moved yet; full contrast would pretend otherwise
+    if up - low < 0.02:  # α has hardly moved yet; full contrast would suggest otherwise
         low, up = (low + up) / 2 - 0.01, (low + up) / 2 + 0.01
     colours = op_colours(primitives)
     with style():

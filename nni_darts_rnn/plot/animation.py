@@ -1,4 +1,4 @@
-"""The most likely cell of each epoch, as a moving picture."""
+"""The most likely cell of each epoch, as an animation."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from .geometry import layout
 
 
 def animate_cell(history, path, primitives=PRIMITIVES, max_frames: int = 60, relaxation: str = "edge", epochs=None) -> Path:
-    """Write the most likely cell of each epoch as frames of `path` (.gif). `history`, `relaxation` and `epochs` as for `plot_alpha`.
+    """Write the most likely cell of each epoch as the frames of a GIF at `path`. `history`, `relaxation` and `epochs` are as for `plot_alpha`.
 
-    A frame is there for a quarter of a second, the last for two seconds more. Nodes that changed since the frame before have a ring. Of more than
-    `max_frames` epochs, evenly spaced ones are shown.
+    A frame lasts a quarter of a second, the last one two seconds more. A ring marks each node that changed since the frame before. If there are more than
+    `max_frames` epochs, evenly spaced ones are shown, the first and the last among them.
     """
-    (path,) = targets(path, (".gif",))
+    path, *more = targets(path, (".gif",))
+    if more:
+        raise ValueError(f"{more[0]}: an animation is written to one file, here {path}")
     p = probabilities(history, primitives, relaxation)
     numbers = epoch_numbers(epochs, len(p))
     shown = sorted({round(k) for k in np.linspace(0, len(p) - 1, min(len(p), max(2, max_frames)))})

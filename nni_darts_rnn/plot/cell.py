@@ -1,4 +1,4 @@
-"""A cell as a graph."""
+"""Draws a cell as a graph."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _useful(genotype: Genotype) -> set[int]:
 
 
 def draw_cell(axes, genotype: Genotype, place: Layout, changed=()) -> None:
-    """The cell on axes measured in inches. Nodes in `changed` get a ring."""
+    """Draw the cell on axes that are measured in inches. The nodes in `changed` get a ring."""
     from matplotlib.patches import FancyBboxPatch, PathPatch, Polygon
     from matplotlib.path import Path as Curve
 
@@ -29,7 +29,7 @@ def draw_cell(axes, genotype: Genotype, place: Layout, changed=()) -> None:
                                       facecolor=fill, edgecolor=line, linewidth=width, linestyle="--" if dashed else "-", zorder=3))
 
     def text(b: Box, words, size, colour=INK, math=False, **kw):
-        drop = 0.0 if math or kw.get("rotation") else 0.011  # these words have few descenders; centred by the font's box they look high
+        drop = 0.0 if math or kw.get("rotation") else 0.011  # few descenders: centred by the font's box, such text looks too high
         axes.text(b.x, b.y - drop, words, fontsize=size, color=colour, ha="center", va="center", zorder=5, parse_math=math, **kw)
 
     colours, useful = op_colours(op for op, _ in genotype.recurrent), _useful(genotype)
@@ -60,7 +60,7 @@ def draw_cell(axes, genotype: Genotype, place: Layout, changed=()) -> None:
         if i in useful:
             box(b, colour, mix(colour, "#000000", 0.25), 0.09)
             text(b, str(i), 11, "#ffffff", fontweight="bold")
-        else:  # nothing that reaches the output reads this node
+        else:  # the output does not depend on this node
             box(b, "#ffffff", colour, 0.09, dashed=True)
             text(b, str(i), 11, colour, fontweight="bold")
     for name, words in (("x", "$x_t$"), ("h", "$h_{t-1}$"), ("out", "$h_t$")):
@@ -78,9 +78,10 @@ def inches_axes(figure, width: float, height: float, title_room: float = 0.0):
 
 
 def plot_cell(genotype: Genotype, path, title: str | None = None) -> Path:
-    """Draw a cell to `path` (.svg or .png, or a list of such): x and h make state 0, each node reads one state through its op, their mean is the output.
+    """Draw a cell to `path` (.svg or .png, or a list of such). Returns the first path.
 
-    Nodes that the output does not depend on are dashed.
+    x and h make state 0, each node reads one state through its op, and the output is the mean of the nodes in `concat`. Nodes that the output does not depend
+    on are dashed.
     """
     paths = targets(path)
     place, room = layout(genotype), 0.36 if title else 0.0

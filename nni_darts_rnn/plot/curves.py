@@ -1,4 +1,4 @@
-"""Learning curves."""
+"""Draws learning curves."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .canvas import GREY, new_figure, save, style, targets
 
 
 def plot_curves(rows, path) -> Path:
-    """Learning curves, one panel per phase, to `path` (.svg or .png, or a list of such), with perplexity on a logarithmic scale.
+    """Draw learning curves to `path` (.svg or .png, or a list of such): one panel for each phase, with perplexity on a logarithmic scale.
 
-    `rows` is a list of dicts or the name of a CSV file, with phase, epoch and one or more columns named `perplexity` or
-    `…_perplexity`, each drawn as a line. Empty and non-finite values are left out; of two rows for one epoch the later counts.
-    The lowest point of each line is marked.
+    `rows` is a list of dicts or the name of a CSV file, with phase, epoch and one or more columns whose names end in `perplexity`. Each such column is drawn as
+    a line, with a mark at its lowest point. Empty and non-finite values are left out. If two rows have the same epoch, the later one counts. Returns the first
+    path. `ValueError` for a row without phase or epoch, for what is not a number, for a perplexity that is not above 0, and if nothing is left to draw.
     """
     paths = targets(path)
     phases = _curves(rows)
@@ -30,7 +30,7 @@ def plot_curves(rows, path) -> Path:
 
         panel, left, gap, right, top, bottom = 4.2, 0.75, 0.3, 0.25, 0.5, 0.55
         many = max(map(len, phases.values()))
-        below = 0.22 * many + 0.1 if many > 2 else 0.0  # a legend of many lines would lie on them
+        below = 0.22 * many + 0.1 if many > 2 else 0.0  # a legend of more than two entries is put below, or it would cover the lines
         width, height = left + len(phases) * (panel + gap) - gap + right, 3.6 + below
         bottom += below
         figure = new_figure(width, height)
@@ -62,19 +62,22 @@ def plot_curves(rows, path) -> Path:
             legend = axes.legend(fontsize=9, framealpha=0.85, edgecolor="none", **where)
             legend.set_zorder(6)
             for text in legend.get_texts():
-                text.set_parse_math(False)  # a column's name is no formula
+                text.set_parse_math(False)  # a column's name is not a formula
         return save(figure, paths)
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers between `low` and `high`, the ends of the axis, evenly spread on a logarithmic scale: 1-2-5 steps, finer where these are too few."""
+    """Round numbers between `low` and `high`, the ends of the axis, spread on its logarithmic scale.
+
+    They are powers of ten if three of these fit, else in steps of 1-2-5, else in finer steps. If no steps give three, `low` is the only one.
+    """
     for steps in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7), tuple(k / 10 for k in range(10, 100)), tuple(k / 100 for k in range(100, 1000))):
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         ticks = [float(f"{s * 10.0 ** d:.6g}") for d in decades for s in steps]
         ticks = [t for t in ticks if low <= t <= high]
         if len(ticks) >= 3:
             spread = []
-            for tick in ticks:  # equal steps crowd on a logarithmic scale: none closer to the last than a tenth of the axis
+            for tick in ticks:  # equal steps crowd on a logarithmic scale, so a tick is at least a tenth of the axis from the last
                 if not spread or math.log(tick / spread[-1]) >= math.log(high / low) / 10:
                     spread.append(tick)
             return spread
@@ -82,7 +85,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def _curves(rows) -> dict[str, dict[str, dict[float, float]]]:
-    """phase → column → epoch → perplexity."""
+    """phase → column → epoch → perplexity, with the epochs in order."""
     where = "rows"
     if isinstance(rows, (str, Path)):
         where = str(rows)

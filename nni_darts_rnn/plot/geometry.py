@@ -1,4 +1,4 @@
-"""Where everything of a cell is drawn: arithmetic alone, no drawing."""
+"""Computes where each part of a cell is drawn. It draws nothing."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 from ..genotype import Genotype
 
-NODE_W, NODE_H, PILL_H, FONT = 0.38, 0.34, 0.23, 9.5  # inches; points
-_SPACING = {0: 0.56, 1: 0.36, 2: 0.19}  # inches between two rows, a row and a lane, two lanes
+NODE_W, NODE_H, PILL_H, FONT = 0.38, 0.34, 0.23, 9.5  # inches; FONT in points
+_SPACING = {0: 0.56, 1: 0.36, 2: 0.19}  # inches between two rows (0), a row and a lane (1), two lanes (2)
 
 
 class Box(NamedTuple):
-    """A rectangle: its centre and its full width and height, in inches; y grows upwards."""
+    """A rectangle in inches: its centre, its full width and its full height. y grows upwards."""
 
     x: float
     y: float
@@ -22,9 +22,9 @@ class Box(NamedTuple):
 
 
 class Edge(NamedTuple):
-    """A line from (x0, y0) to (x2, y1): a smooth bend up to x1, then straight on. `op` is None where nothing is applied.
+    """A line from (x0, y0) to (x2, y1): a smooth bend as far as x1, then a straight line. `op` is None where no op is applied.
 
-    With x0 = x1 the line starts vertically, from a node's upper or lower side, and turns a rounded corner.
+    If x0 = x1, the line starts vertically at a node's upper or lower side and turns a rounded corner.
     """
 
     source: str
@@ -37,7 +37,7 @@ class Edge(NamedTuple):
     x2: float
 
     def bend(self) -> list[tuple[float, float]]:
-        """Start, end of a straight line, and two control points and end of a cubic Bézier curve; a straight line to (x2, y1) follows."""
+        """Five points: the start, the end of a straight line, and a cubic Bézier curve's two control points and end. A straight line to (x2, y1) follows."""
         if self.x0 != self.x1:
             xm = (self.x0 + self.x1) / 2
             return [(self.x0, self.y0), (self.x0, self.y0), (xm, self.y0), (xm, self.y1), (self.x1, self.y1)]
@@ -51,7 +51,7 @@ class Edge(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """Where everything of a cell is drawn. `boxes` has the keys x, h, 0, 1, …, N, mean and out; `labels` has one box per node's op."""
+    """Where each part of a cell is drawn. `boxes` has the keys x, h, 0, 1, …, N, mean and out. `labels` has one box for each node's op."""
 
     boxes: dict[str, Box]
     labels: dict[str, Box]
@@ -60,16 +60,16 @@ class Layout:
     height: float
 
     def moved(self, dx: float, dy: float, width: float, height: float) -> Layout:
-        """The same somewhere else, on a sheet of `width` × `height` inches."""
+        """The same layout moved by (`dx`, `dy`), on a sheet of `width` × `height` inches."""
         boxes, labels = ({name: b._replace(x=b.x + dx, y=b.y + dy) for name, b in every.items()} for every in (self.boxes, self.labels))
         return Layout(boxes, labels, tuple(e.moved(dx, dy) for e in self.edges), width, height)
 
 
 def layout(genotype: Genotype) -> Layout:
-    """Positions of a cell's nodes, labels and lines; pure arithmetic, no drawing.
+    """The positions of a cell's nodes, labels and lines.
 
-    Each node reads one state, so the cell is a tree, drawn from left to right by depth. A node that goes into the mean gets
-    a lane of its own to the right, as if it had one leaf more. The drawing is therefore planar: no two lines cross.
+    Each node reads one state, so the cell is a tree. It is drawn from left to right by depth. A node that goes into the mean gets a lane of its own to the
+    right, as if it had one more leaf. The drawing is therefore planar: no two lines cross.
     """
     n = genotype.n_nodes
     parent = {i: j for i, (_, j) in enumerate(genotype.recurrent, start=1)}
@@ -81,9 +81,8 @@ def layout(genotype: Genotype) -> Layout:
         reach[parent[i]] = max(reach[parent[i]], reach[i] + 1)
         size[parent[i]] += size[i]
 
-    # From the leaves up: the rows (a leaf) and lanes (an inner node's way to the mean) of each subtree, top to bottom, and
-    # which of them the subtree's root lines up with. The deepest child stays level with its parent; the others go to the
-    # side that is lower so far.
+    # From the leaves up: the rows and lanes of each subtree from top to bottom (a row is a leaf, a lane an inner node's way to the mean), and which of them its
+    # root is level with. The deepest child stays level with its parent. The others go above or below it, to the side whose extent is smaller so far.
     order: dict[int, list[tuple[int, bool]]] = {}
     spine: dict[int, int] = {}
     for i in range(n, -1, -1):
@@ -97,7 +96,7 @@ def layout(genotype: Genotype) -> Layout:
             heavy, *rest = sorted(children[i], key=lambda c: (-reach[c], -size[c], c))
             level = order[heavy].index((_level_leaf(heavy, spine, children), False))
             above, below = order[heavy][:level], order[heavy][level:]
-            # The lane last, hence outermost: it leaves the node vertically, past the lines to all children.
+            # The lane comes last and so is outermost: it leaves the node vertically, past the lines to all children.
             for block in [order[c] for c in rest] + [lane]:
                 if _extent(above) < _extent(below[1:]):
                     above = block + above
@@ -121,7 +120,7 @@ def layout(genotype: Genotype) -> Layout:
             y_node[i] = (y_node[children[i][0]] + y_node[children[i][-1]]) / 2
     y_lane = {i: y_of.get((i, True), y_node[i]) for i in genotype.concat}
 
-    # Columns: node, room for the bends, room for the longest label, next node.
+    # The columns are: a node, room for the bends, room for the longest label, the next node.
     x_node, bend_end = [0.0], []
     for d in range(1, max(depth.values()) + 1):
         here = [i for i in depth if depth[i] == d]
@@ -137,7 +136,7 @@ def layout(genotype: Genotype) -> Layout:
     top, bottom = max(y_lane.values()) + 0.2, min(y_lane.values()) - 0.2
     middle, tall = (top + bottom) / 2, max(top - bottom, 0.64)
     boxes["mean"] = Box(bend_end[-1] + 0.42, middle, 0.3, tall)
-    # The output level with state 0 where the bar allows it.
+    # The output is level with state 0, if the bar of the mean reaches that far.
     boxes["out"] = Box(boxes["mean"].x + 0.78, min(max(y_node[0], middle - tall / 2 + 0.2), middle + tall / 2 - 0.2), 0.46, NODE_H)
 
     def right(b: Box) -> float:
@@ -170,7 +169,7 @@ def layout(genotype: Genotype) -> Layout:
 
 
 def _level_leaf(node: int, spine: dict, children: dict) -> int:
-    """The leaf whose row is (about) level with `node`."""
+    """The leaf whose row is level with `node`, or about so."""
     while children[node]:
         node = spine[node] if spine[node] != node else children[node][len(children[node]) // 2]
     return node
@@ -181,6 +180,6 @@ def _extent(items: list) -> float:
 
 
 def _text_width(text: str) -> float:
-    """Width in inches of a label's pill. An estimate, so that the picture does not depend on which fonts are installed."""
+    """The width of a label's pill in inches. It is an estimate, so that the picture does not depend on the installed fonts."""
     em = sum(0.4 if c in "iljtfr|.,:;'!()[] " else 0.95 if c in "mwMW@%" else 0.64 for c in text)
     return em * FONT / 72 + 0.16

@@ -1,1 +1,1 @@
-"""What an experiment has come to: its trials as their folders tell it, and one page about them."""
+"""Reports on an experiment: its trials, read from their folders, and one page about them."""

@@ -1,7 +1,7 @@
-"""An NNI experiment as its folder tells it: which trials there are, and which is best.
+"""An NNI experiment, read from its folder: which trials there are, and which is best.
 
-Reads only: the trials' folders, and NNI's own database for what a trial that is not finished was asked to do. Works while an
-experiment runs and after it has ended. Nothing in a folder is trusted or executed.
+This module only reads: the trials' folders, and NNI's own database, which knows what an unfinished trial was asked to do. It works while an experiment runs
+and after it has ended. It trusts nothing in a folder, and executes none of it.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from ..options import add_run_options
 from .trial_folder import Trial, read_trial
 
 CELLS = "nni_darts_rnn.cell_trial"
-LATEST = 8  # experiments that a message names
-TEXTS = ("experimentName", "trialCommand", "trialCodeDirectory")  # of an experiment's profile
+LATEST = 8  # how many experiments a message names
+TEXTS = ("experimentName", "trialCommand", "trialCodeDirectory")  # what must be text in an experiment's profile
 OVER = ("STOPPED", "DONE", "ERROR")
-CORPUS_NAMES = ("pydoc", "penn", "wikitext-2", "wikitext-103")  # as `corpus.NAMES`, which would import torch
+CORPUS_NAMES = ("pydoc", "penn", "wikitext-2", "wikitext-103")  # the same as `corpus.NAMES`, whose import would load torch
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """`started` and `ended` are seconds since 1970, or None; `options` are the trial command's (corpus, recipe, …)."""
+    """One experiment. `started` and `ended` are seconds since 1970, or None. `options` are those of the trial command (corpus, recipe, …)."""
 
     id: str
     folder: Path
@@ -40,14 +40,14 @@ class Experiment:
     trials: tuple[Trial, ...]
 
     def ranking(self) -> list[Trial]:
-        """Finished trials, lowest validation perplexity of the retrained cell first."""
+        """The finished trials. The one whose retrained cell has the lowest validation perplexity comes first."""
         return sorted((t for t in self.trials if t.result), key=lambda t: (t.result.valid_perplexity, t.id))
 
     def unfinished(self) -> list[Trial]:
         return [t for t in self.trials if not t.result]
 
     def best(self) -> Trial:
-        """The trial at the head of the ranking; `ValueError` where none has finished."""
+        """The first trial of the ranking. `ValueError` if none has finished."""
         ranking = self.ranking()
         if not ranking:
             if any(t.status in ("running", "waiting") for t in self.trials) or not self.trials:
@@ -56,29 +56,29 @@ class Experiment:
         return ranking[0]
 
     def count(self) -> str:
-        """Such as `2 succeeded, 1 running`."""
+        """How many trials are in each state, such as `2 succeeded, 1 running`."""
         states = [t.status for t in self.trials]
         return ", ".join(f"{states.count(s)} {s}" for s in ("succeeded", "running", "waiting", "failed", "stopped") if s in states) or "no trials"
 
 
 def known_experiments() -> dict[str, dict]:
-    """NNI's own list of the experiments on this machine, id -> what NNI keeps about each; the latest first."""
+    """NNI's own list of the experiments on this machine: id -> what NNI keeps about it, the latest first. Empty where there is no readable list."""
     try:
-        # the file of `nni.tools.nnictl.config_utils.Experiments`, read here because that class takes seconds to import, a lock, and writes
+        # the file of `nni.tools.nnictl.config_utils.Experiments`: that class takes seconds to import, takes a lock, and writes
         listed = json.loads((Path.home() / "nni-experiments" / ".experiment").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RuntimeError):  # RuntimeError: no home folder
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: there is no home folder
         return {}
     entries = {key: value for key, value in listed.items() if isinstance(value, dict)} if isinstance(listed, dict) else {}
     return dict(sorted(entries.items(), key=lambda item: -(_seconds(item[1].get("startTime")) or 0)))
 
 
 def _folder(name: str, entry: dict) -> Path:
-    """Where NNI says that it keeps the experiment of that id."""
+    """The folder of the experiment with the id `name`, as NNI's list has it."""
     return Path(entry.get("logDir") or Path.home() / "nni-experiments") / name
 
 
 def load_experiment(name: str | Path) -> Experiment:
-    """The experiment of an id, or of an experiment's folder. `ValueError` with one line, naming the latest known ids, for anything else."""
+    """The experiment with the id `name`, or in the folder `name`. For anything else, `ValueError` with one line that names the latest known ids."""
     known = known_experiments()
     if str(name) in known:
         entry = known[str(name)]
@@ -96,8 +96,11 @@ def load_experiment(name: str | Path) -> Experiment:
 
 
 def read_experiment(folder: Path, entry: dict | None = None, own: bool = False) -> Experiment:
-    """What an experiment's folder holds; `entry` is NNI's in its list of experiments, and the experiment one's own where it is the folder that stands there: one
-    of somebody else's has no say in which variables of the environment are read. `ValueError` where it is no such folder."""
+    """The experiment in `folder`; `ValueError` if the folder is not an experiment's.
+
+    `entry` is what NNI's list has of it. `own` says that this folder is the one in NNI's list. Environment variables in the trial command are replaced only
+    then: somebody else's experiment must not choose which variables are read.
+    """
     entry = entry or {}
     jobs, profile = _database(folder / "db" / "nni.sqlite")
     folders = {path.name: path for path in sorted(folder.glob("environments/*/trials/*")) if path.is_dir()}
@@ -118,27 +121,30 @@ def read_experiment(folder: Path, entry: dict | None = None, own: bool = False) 
 
 
 def _status(entry: dict) -> str:
-    """NNI's word for an experiment. One whose manager is gone without a word is stopped, as `nnictl` too says once it has looked."""
-    import psutil  # which NNI brings along, and asks too
+    """NNI's word for an experiment's state. It is STOPPED if the manager's process is gone and NNI noted no end, as `nnictl` also says once it has looked."""
+    import psutil  # a dependency of NNI, which asks it too
 
     status, pid = str(entry.get("status") or "unknown"), entry.get("pid")
     return "STOPPED" if status not in OVER and type(pid) is int and 0 < pid < 2**31 and not psutil.pid_exists(pid) else status
 
 
 def _seconds(milliseconds) -> float | None:
-    """None also for what lies after the year 9999."""
+    """Milliseconds as seconds. None for what is not a time, also for one after the year 9999."""
     possible = isinstance(milliseconds, (int, float)) and not isinstance(milliseconds, bool) and 0 <= milliseconds < 253_402_300_800_000
     return milliseconds / 1000 if possible else None
 
 
 def _database(path: Path) -> tuple[dict, dict]:
-    """NNI's database: trial id -> {"event", "data", "logPath"} of its latest state, and the experiment's profile. Empty where there is none."""
+    """NNI's database: trial id -> {"event", "data", "logPath"}, the latest of each that is not null, and the experiment's profile.
+
+    Both are empty if there is no such file. `ValueError` if it cannot be read.
+    """
     jobs: dict[str, dict] = {}
     profile: dict = {}
     if not path.is_file():
         return jobs, profile
     try:
-        # read-only: the experiment may be running
+        # read-only, because the experiment may be running
         with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=5)) as database:
             database.row_factory = sqlite3.Row
             for row in database.execute("select trialJobId, event, data, logPath from TrialJobEvent order by rowid"):
@@ -163,7 +169,11 @@ class _Quiet(argparse.ArgumentParser):
 
 
 def _trial_options(command: str | None, code_folder: str | None, own: bool):
-    """The options of a trial command of ours, `drawn` among them: whether its trials train a cell that the tuner draws; defaults where it is another command."""
+    """The options of a trial command of this package, or the defaults if it is another command.
+
+    `drawn` is among them: whether the trials train a cell that the tuner draws. Environment variables in the corpus options are replaced if the experiment is
+    the user's `own`.
+    """
     parser = _Quiet(add_help=False)
     add_run_options(parser)
     try:
@@ -171,7 +181,7 @@ def _trial_options(command: str | None, code_folder: str | None, own: bool):
         ours = [k for k, word in enumerate(words) if word in ("nni_darts_rnn.trial", CELLS)]
         options = parser.parse_known_args(words[ours[0] + 1:] if ours else [])[0]
         options.drawn = bool(ours) and words[ours[0]] == CELLS
-        for name in ("corpus", "corpus_folder", "corpus_mirror"):  # NNI's shell has put these in place
+        for name in ("corpus", "corpus_folder", "corpus_mirror"):  # where NNI started the trial, its shell did this
             if own and isinstance(getattr(options, name), str):
                 setattr(options, name, os.path.expandvars(getattr(options, name)))
     except ValueError:
@@ -181,7 +191,7 @@ def _trial_options(command: str | None, code_folder: str | None, own: bool):
 
 
 def located(options: argparse.Namespace, folder: str | Path) -> argparse.Namespace:
-    """The options of a trial that ran in `folder`, with paths that do for commands typed elsewhere."""
+    """The options of a trial that ran in `folder`, with its corpus paths joined to `folder`, so that commands work elsewhere too."""
     found = argparse.Namespace(**vars(options))
     for name in ("corpus", "corpus_folder"):
         value = getattr(found, name)

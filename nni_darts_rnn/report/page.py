@@ -1,7 +1,7 @@
-"""One self-contained HTML page about an experiment: ranking, and for each trial its cell, curves, α, recipe and how to do it again.
+"""One self-contained HTML page about an experiment: the ranking, and each trial's cell, curves, α, recipe and the commands that repeat it.
 
-No script and nothing loaded from elsewhere. Pictures are drawn anew from the trials' numbers, so no markup comes from their folders;
-every text from a file is escaped.
+The page has no script and loads nothing from elsewhere. Its pictures are drawn anew from the trials' numbers, so no markup comes from their folders. Every
+text from a file is escaped.
 """
 
 from __future__ import annotations
@@ -20,16 +20,19 @@ from .trial_folder import Trial, read_trial
 from .trial_section import trial_section
 from .words import anchor, big, esc, facts, moment, perplexity, short, span
 
-COMPARED = 5  # trials whose curves the comparison shows; more lines than that are not told apart
+COMPARED = 5  # trials in the comparison of curves; more lines are hard to tell apart
 
 
 def write_report(experiment: Experiment, path: str | Path) -> Path:
-    """Writes the page, whole or not at all."""
+    """Write the page to `path`, whole or not at all."""
     return write_text(path, render(experiment))
 
 
 def write_trial_report(folder: str | Path, options, experiment: str, trial: str) -> Path:
-    """`folder`/report.html about the one trial that has left its results there, of these ids. `options` are those of its command, this process's."""
+    """Write `folder`/report.html about the one trial whose results are there.
+
+    `experiment` and `trial` are ids, and `options` those of the trial's command, which this process runs.
+    """
     options = located(options, Path.cwd())
     found = read_trial(trial, Path(folder), {}, options, alive=False)
     return write_report(Experiment(experiment, Path(folder), f"Trial {trial}", "this trial alone", None, None, options, (found,)),
@@ -37,7 +40,7 @@ def write_trial_report(folder: str | Path, options, experiment: str, trial: str)
 
 
 def render(experiment: Experiment) -> str:
-    """The page as a text."""
+    """The page as HTML."""
     ranking, unfinished = experiment.ranking(), experiment.unfinished()
     parts = [_summary(experiment, ranking)]
     if ranking:
@@ -131,7 +134,7 @@ def _unfinished(trials: list[Trial]) -> str:
 
 
 def _reached(trial: Trial) -> str:
-    """How far a trial came that has no result."""
+    """How far an unfinished trial came: its last epoch and the perplexity there. Empty if that cannot be read."""
     try:
         row = figures.read_rows(trial.folder)[-1]
         phase = "search" if row["phase"] == "search" else "retraining"

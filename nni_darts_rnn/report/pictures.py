@@ -1,4 +1,4 @@
-"""The report's pictures: drawn anew from numbers, as parts of a page."""
+"""The report's pictures, drawn anew from numbers, as parts of an HTML page."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def folder_picture(trial: Trial, name: str, label: str) -> str:
 
 
 def picture(name: str, data, key: str, label: str) -> str:
-    """The figure of one kind of picture, as inline SVG with ids of its own."""
+    """The picture `name` of `data`, as a `<figure>` with inline SVG whose ids begin with `key`. If it cannot be drawn, a paragraph says why."""
     try:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / name
@@ -39,7 +39,7 @@ def picture(name: str, data, key: str, label: str) -> str:
 
 
 def inline_svg(svg: str, key: str, label: str) -> str:
-    """matplotlib's SVG as a part of a page: no XML head, ids that no other picture has, its width as a limit, a name for screen readers."""
+    """matplotlib's SVG as a part of a page: no XML head and no style, `key` before every id, its width as the upper limit, `label` for screen readers."""
     svg = svg[svg.index("<svg"):]
     svg = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>", "", svg, flags=re.S)
     svg = re.sub(r'\bid="([^"]*)"', rf'id="{key}-\1"', svg)
@@ -48,5 +48,5 @@ def inline_svg(svg: str, key: str, label: str) -> str:
     width, height = (float(re.search(rf'<svg[^>]*\b{side}="([\d.]+)pt"', svg).group(1)) for side in ("width", "height"))
     head = f'role="img" aria-label="{esc(label)}" style="--w:{width * 4 / 3:.0f}px;aspect-ratio:{width:g}/{height:g}"'
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', lambda found: f"{found.group(1)} {head}", svg, count=1)
-    # the sheet of paper under the drawing is the page itself
+    # the page itself is the background of the drawing
     return re.sub(r'(<g id="[^"]*patch_1">\s*<path[^>]*style="fill: )#ffffff', r"\1none", svg, count=1).strip()

@@ -1,4 +1,4 @@
-"""The report's page: its frame and its style sheet. `{title}`, `{body}` and `{foot}` are filled in by `report`."""
+"""The frame of the report's page and its style sheet. `page.render` fills in `{title}`, `{body}` and `{foot}`."""
 
 CSS = """
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #ffffff; --ink: #1d2129; --soft: #5a626e; --line: #dfe3e8; --accent: #0067a5;

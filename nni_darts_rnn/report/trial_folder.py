@@ -1,6 +1,7 @@
-"""A trial as its folder tells it: what it found, what it was asked to do, and the commands that do it again.
+"""A trial, read from its folder: what it found, what it was asked to do, and the commands that repeat it.
 
-Reads only: `result.json` of a finished trial, and for another one what the caller has from NNI. Nothing in the folder is trusted or executed.
+This module only reads: the `result.json` of a finished trial, and for an unfinished one what the tuner drew and the end of its error output. The caller passes
+what NNI's database has of the trial. Nothing in the folder is trusted or executed.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _ENDED = {"SUCCEEDED": "failed", "FAILED": "failed", "USER_CANCELED": "stopped",
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished trial wrote, checked. Times are seconds; `None` for what its file does not say."""
+    """What a finished trial wrote, after checks. Times are in seconds. What its file does not have is None."""
 
     genotype: Genotype
     valid_perplexity: float
@@ -42,16 +43,16 @@ class Result:
 
 
 def as_folder(name: str) -> str:
-    """An id, which in somebody else's database may be anything, as the name of a folder."""
+    """An id as the name of a folder. In somebody else's database an id may be any text."""
     return re.sub(r"[^\w.-]|^\.+$", "-", name)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial. `status` is succeeded, running, waiting, failed or stopped; `result` is there once it has finished.
+    """One trial. `status` is succeeded, running, waiting, failed or stopped. `result` is None until it has finished.
 
-    `recipe` and `seed` are None where the trial's settings are not known; `cell` is what a tuner drew, None where the trial searches;
-    `note` says in one line what went wrong.
+    `recipe` and `seed` are None if the trial's settings are not known. `cell` is the cell that a tuner drew, None if the trial searches. `note` says in one
+    line what went wrong.
     """
 
     id: str
@@ -66,13 +67,13 @@ class Trial:
     note: str = ""
 
     def commands(self, out: str | None = None) -> list[str]:
-        """The `nni-darts-rnn` commands that do this trial again, with results in `out`; empty where its settings are not known."""
+        """The `nni-darts-rnn` commands that repeat this trial, with results in `out`. Empty if its settings are not known."""
         if self.recipe is None or self.seed is None:
             return []
         out = out or f"runs/{as_folder(self.id)}"
         shared = ["--recipe", self.recipe.name, "--seed", str(self.seed)]
         if self.options.threads:
-            shared += ["--threads", str(self.options.threads)]  # sums of another number of threads differ in the last digits
+            shared += ["--threads", str(self.options.threads)]  # with another number of threads, sums differ in the last digits
         if self.options.device != "auto":
             shared += ["--device", self.options.device]
         genotype = self.cell.to_json() if self.cell else out
@@ -82,16 +83,19 @@ class Trial:
         if BUDGET in self.parameters and not self.cell:
             from ..extension import SWITCH  # here, since it imports torch
 
-            retrain = ["env", f"{SWITCH}=1", *retrain]  # as a rung, which may have to go on for long
+            retrain = ["env", f"{SWITCH}=1", *retrain]  # as in the trial, a rung of successive halving, which runs compiled because it may go on for long
         return [shlex.join(words) for words in ([retrain] if self.cell else [search, retrain])]
 
     def repeats(self) -> bool:
-        """Whether those commands give the same numbers: a rung went on from another one, whose learning rate may have fallen already."""
+        """Whether those commands give the same numbers.
+
+        A rung of successive halving may not, if its learning rate falls at the end: it may have gone on from a shorter one, whose rate had fallen already.
+        """
         return BUDGET not in self.parameters or self.recipe is None or not self.recipe.retrain.anneal
 
 
 def read_trial(trial_id: str, folder: Path, job: dict, options, alive: bool) -> Trial:
-    """What a trial's folder holds; `job` is what NNI's database has of it, `alive` whether its experiment still runs."""
+    """The trial in `folder`. `job` is what NNI's database has of it, and `alive` says whether its experiment still runs."""
     drew, result, note = _parameters(folder, job), None, ""
     known, parameters = drew is not None or bool(job.get("data")), drew or {}
     seed, recipe, cell, drawn = parameters.get("seed", 0) if known else None, None, None, getattr(options, "drawn", False)
@@ -107,7 +111,7 @@ def read_trial(trial_id: str, folder: Path, job: dict, options, alive: bool) -> 
     elif note:
         status = "failed"
     elif event in _ENDED:
-        status = _ENDED[event]  # SUCCEEDED without a result has failed
+        status = _ENDED[event]  # SUCCEEDED without a result means failed
         note = _last_words(folder) if status == "failed" else ""
     else:
         status = ("waiting" if event in ("", "WAITING", "UNKNOWN") else "running") if alive else "stopped"
@@ -125,7 +129,7 @@ def read_trial(trial_id: str, folder: Path, job: dict, options, alive: bool) -> 
 
 
 def read_result(path: Path) -> tuple[Result, int, Recipe | None]:
-    """A `result.json`: (result, seed, recipe). The recipe is None where it is not one of this version's. `ValueError` with one line otherwise."""
+    """Read a `result.json`: (result, seed, recipe). The recipe is None if this version does not know it. `ValueError` with one line if the rest is wrong."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         cell = data["genotype"]
@@ -151,14 +155,17 @@ def read_result(path: Path) -> tuple[Result, int, Recipe | None]:
 
 
 def _number(value) -> float | None:
-    """A finite number, or None."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:  # also of whole numbers that no float holds
+    """`value` if it is a finite number, else None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:  # an int may be too large for a float
         return None
     return value
 
 
 def _parameters(folder: Path, job: dict) -> dict | None:
-    """What the tuner drew: as the trial has kept it, since NNI may list another trial's (`own_parameters`), else as NNI lists it; None where neither can be read."""
+    """What the tuner drew: the trial's own file if there is one, else NNI's entry. None if neither can be read.
+
+    The file comes first because NNI may list another trial's parameters (`own_parameters`).
+    """
     for text in (lambda: (folder / PARAMETERS).read_text(encoding="utf-8"), lambda: job["data"]):
         with contextlib.suppress(OSError, LookupError, TypeError, ValueError, RecursionError):
             found = json.loads(text())["parameters"]
@@ -168,7 +175,7 @@ def _parameters(folder: Path, job: dict) -> dict | None:
 
 
 def _last_words(folder: Path) -> str:
-    """The last line of a trial's standard error."""
+    """The last line of a trial's standard error, cut to 300 characters. Empty if there is none."""
     try:
         with (folder / "trial.stderr").open("rb") as file:
             file.seek(max(0, os.path.getsize(folder / "trial.stderr") - 4096))

@@ -1,4 +1,4 @@
-"""A finished trial's part of the report: its cell, curves, α, recipe, and the commands that do it again."""
+"""A finished trial's section of the report: its cell, curves, α, recipe, and the commands that repeat it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def trial_section(trial: Trial, place: int) -> str:
     known = [("Validation", perplexity(r.valid_perplexity)), ("Test", perplexity(r.test_perplexity)),
              ("Seed", esc(trial.seed)), ("Search", span(r.search_seconds)), ("Retraining", span(r.retrain_seconds)),
              ("Parameters", "–" if r.parameters is None else f"{r.parameters:,}")]
-    cell = "" if place == 1 else cell_picture(trial, key)  # the first one's is at the top of the page
+    cell = "" if place == 1 else cell_picture(trial, key)  # the best trial's cell is at the top of the page
     return f'''<section class="trial" id="{key}" aria-labelledby="{key}-h">
 <h2 id="{key}-h"><span class="rank">{place}</span> Trial {esc(trial.id)}</h2>
 {facts(known)}
@@ -58,16 +58,16 @@ def _recipe(trial: Trial) -> str:
 def _commands(trial: Trial) -> str:
     commands = trial.commands()
     if not commands:
-        return "<p>Its settings are not known, so neither is the command.</p>"
+        return "<p>Its settings are not known, so the commands cannot be given.</p>"
     lines = esc("\n".join(map(folded, commands)))
     same = ("The same packages on the same kind of machine give the same numbers." if trial.repeats() else
-            "The numbers will differ: this trial went on from one with fewer epochs, whose learning rate had fallen already.")
+            "The numbers may differ: this trial may have gone on from one with fewer epochs, whose learning rate had fallen already.")
     return f'''<pre role="region" aria-label="Commands" tabindex="0"><code>{lines}</code></pre>
 <p class="small">{same}</p>'''
 
 
 def folded(command: str) -> str:
-    """A long command over several lines, as a shell reads them: broken before options, not within a word."""
+    """A long command on several lines that a shell reads as one. Lines break before options, not within a word."""
     lines = [""]
     for word in map(shlex.quote, shlex.split(command)):
         if word.startswith("--") and len(lines[-1]) > 70:

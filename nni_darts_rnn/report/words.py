@@ -1,4 +1,4 @@
-"""The report's words: text escaped, numbers and times as a reader wants them."""
+"""Text of the report: escaped strings, and numbers and times in readable form."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .trial_folder import Trial
 
 
 def esc(text) -> str:
-    return html.escape(str(text)).encode("utf-8", "backslashreplace").decode()  # JSON may hold half a character, which no file can
+    return html.escape(str(text)).encode("utf-8", "backslashreplace").decode()  # JSON may hold half of a surrogate pair, which UTF-8 cannot
 
 
 def facts(pairs) -> str:
