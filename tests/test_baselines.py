@@ -69,7 +69,9 @@ def test_by_hand():
 
 def test_words_never_seen():
     c = corpus([2, 3, 2, 3, 2], [2, 3, 2], [4, 5, 6, 2, 6])
-    assert 1 < unigram_perplexity(c) < 100 and 1 < bigram_perplexity(c) < 100
+    p = [1 / 12, 1 / 12, 4 / 12, 1 / 12]  # of 5, 6, 2, 6; N = 5, V = 7
+    assert unigram_perplexity(c) == pytest.approx(math.prod(p) ** -0.25)
+    assert bigram_perplexity(c) == pytest.approx((math.prod(p) * 0.001) ** -0.25)  # 2 is always followed by 3; after 4, 5 and 6 the words by themselves
 
 
 @pytest.mark.parametrize("train, test", [([2], [2, 3]), ([2, 3], [2])])

@@ -30,7 +30,7 @@ from nni_darts_rnn.checkpoints.file import (
     write_checkpoint,
 )
 from nni_darts_rnn.checkpoints.store import AnotherRun, Checkpoints, unfinished_search
-from nni_darts_rnn.files import remove_partial, sealed
+from nni_darts_rnn.files import remove_partial, sealed, whole
 
 
 def state(seed=0) -> dict:
@@ -275,6 +275,23 @@ def test_no_module_unpickles():
         assert "import pickle" not in text and "joblib" not in text and "marshal" not in text, path
         for line in text.splitlines():
             assert "torch.load(" not in line or "weights_only=True" in line or "safetensors.torch.load(" in line, (path, line)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes and folders on the disk are not Windows's")
+def test_a_file_is_on_the_disk_before_its_name_and_open_to_whom_the_user_lets_read(tmp_path, monkeypatch):
+    synced, fsync, before = [], os.fsync, os.umask(0o027)
+    open_before = len(os.listdir("/dev/fd"))
+    monkeypatch.setattr(os, "fsync", lambda handle: (synced.append((os.fstat(handle).st_ino, (tmp_path / "best.pth").exists())), fsync(handle)))
+    try:
+        with whole(tmp_path / "best.pth") as temporary:
+            temporary.write_text("numbers")
+            temporary.chmod(0o600)  # as a library may make its files
+        after = os.umask(before)
+    finally:
+        os.umask(before)
+    path = tmp_path / "best.pth"
+    assert synced == [(path.stat().st_ino, False), (tmp_path.stat().st_ino, True)]  # what it holds, then its name
+    assert path.stat().st_mode & 0o777 == 0o640 and after == 0o027 and len(os.listdir("/dev/fd")) == open_before
 
 
 def test_a_kill_leaves_nothing_that_the_next_run_does_not_remove(tmp_path):

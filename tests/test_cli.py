@@ -380,6 +380,8 @@ def test_search_retrain_evaluate(place, capsys):
     assert status(cli.main, "evaluate", place / "b", *common[:2]) == 2
     text = capsys.readouterr()
     assert "another vocabulary" in text.err and "the text of its training, corpus, as --corpus" in text.err and len(text.err.splitlines()) == 1 and not text.out
+    assert status(cli.main, "evaluate", place.parent / "noted", *reading[:2], *reading[4:]) == 2  # which tells of no text
+    assert "another vocabulary" in (said := capsys.readouterr().err) and "the text of its training as --corpus" in said
 
 
 def test_names_that_begin_with_a_dash_or_a_tilde(place, capsys, monkeypatch):

@@ -362,6 +362,7 @@ class Mirror:
     def __init__(self, ranges=True):
         self.files, self.cut, self.redirects, self.requests = {}, {}, {}, []
         self.ranges, self.shift = ranges, 0  # `shift`: of what is sent, against what was asked for
+        self.busy: list[int] = []  # codes of the next answers, which have nothing
         self.unasked = 0  # where an answer begins that was asked for from the beginning
         mirror = self
 
@@ -369,6 +370,8 @@ class Mirror:
             def do_GET(self):
                 wanted = self.headers.get("Range")
                 mirror.requests.append((self.path, wanted))
+                if mirror.busy:
+                    return self.send_error(mirror.busy.pop(0))
                 if self.path in mirror.redirects:
                     self.send_response(302)
                     self.send_header("Location", mirror.redirects[self.path])
@@ -476,6 +479,14 @@ def test_not_found_and_refused_connections(mirror, tmp_path, sha):
     mirror.close()
     assert "efused" in one_line(download.download, url + "/f", tmp_path / "part", sha)
     mirror.server.server_close = mirror.server.shutdown = lambda: None
+
+
+def test_a_busy_server_is_asked_again(mirror, tmp_path, sha):
+    mirror.files["/f"], mirror.busy = BODY, [500, 503]
+    download.download(mirror.url + "/f", tmp_path / "part", sha)
+    assert (tmp_path / "part").read_bytes() == BODY
+    mirror.busy = [503] * 9
+    assert "503" in one_line(download.download, mirror.url + "/f", tmp_path / "other", sha) and len(mirror.busy) == 5
 
 
 def test_redirects_are_checked(mirror, tmp_path, sha):

@@ -133,7 +133,7 @@ def test_an_experiment_whose_tuner_draws_cells(home, capsys):
         assert shlex.split(command) == ["nni-darts-rnn", "retrain", "--corpus", str(home / "texts"), "--recipe", "tiny", "--seed", "4", "--threads", "1",
                                         "--set", "retrain.lr=3.0", "--genotype", cell.to_json(), "--out", "again"]
         assert not trials[name].note
-    assert trials["ccccc"].commands() == []
+    assert trials["ccccc"].commands() == [] and "cell/node_1" in trials["ccccc"].note  # what its settings lack
     assert run("report", "abcd1234", "--out", home / "report.html") == 0
     page = (home / "report.html").read_text()
     assert "nni-darts-rnn search" not in page and str(home / "texts") in page
@@ -169,6 +169,13 @@ def test_a_folder_copied_without_database(mixed, tmp_path):
     (bare / "environments" / "local-env").mkdir(parents=True)
     trial_folder(mixed, "aaaaa").parent.rename(bare / "environments" / "local-env" / "trials")
     assert load_experiment(bare).best().id == "bbbbb"
+
+
+def test_a_database_without_a_profile_is_of_trials_alone(mixed):
+    with sqlite3.connect(mixed / "db" / "nni.sqlite") as database:
+        database.execute("delete from ExperimentProfile")
+    experiment = load_experiment("abcd1234")
+    assert len(experiment.trials) == 5 and experiment.best().id == "bbbbb" and experiment.options.corpus == "pydoc"
 
 
 @pytest.mark.parametrize("change", [
@@ -314,6 +321,13 @@ def test_commands_name_what_differs_from_the_recipe(home, mixed):
     assert retrain == ("nni-darts-rnn retrain --corpus pydoc --recipe small --seed 2 --threads 1 --set retrain.clip=none --genotype runs/bbbbb "
                        "--out runs/bbbbb")
     assert set(differences(best.recipe)) == {"search.arch_lr", "retrain.clip"}
+
+
+def test_commands_name_the_device_and_no_number_of_threads_that_was_not_given(home):
+    write_experiment(home, {"aaaaa": ("RUNNING", {"seed": 2})}, "--corpus pydoc --recipe small --device cpu")
+    search, retrain = load_experiment("abcd1234").trials[0].commands()
+    assert search == "nni-darts-rnn search --corpus pydoc --recipe small --seed 2 --device cpu --out runs/aaaaa"
+    assert retrain == "nni-darts-rnn retrain --corpus pydoc --recipe small --seed 2 --device cpu --genotype runs/aaaaa --out runs/aaaaa"
 
 
 @pytest.mark.parametrize("given, expected", [

@@ -164,6 +164,15 @@ def test_no_trial_has_finished(home, capsys):  # noqa: F811
         assert why in text and len(text.splitlines()) == 1
 
 
+def test_how_far_those_came_that_have_no_result(home):  # noqa: F811
+    folder = write_experiment(home, {"aaaaa": ("RUNNING", {"seed": 1}), "bbbbb": ("RUNNING", {"seed": 2})}, status="RUNNING")
+    for trial, phases in (("aaaaa", ["search"]), ("bbbbb", ["search", "retrain"])):
+        for phase in phases:
+            write_csv(trial_folder(folder, trial) / f"{phase}.csv", [{"phase": phase, "epoch": epoch, "perplexity": 90.0 - epoch} for epoch in (1, 2)])
+    page = Page(render(load_experiment("abcd1234"))).text
+    assert "reached epoch 2 of the search: validation perplexity 88.00" in page and "reached epoch 2 of the retraining: validation perplexity 88.00" in page
+
+
 def test_what_the_command_says(home, capsys):  # noqa: F811
     write_trial(trial_folder(write_experiment(home, {"aaaaa": ("SUCCEEDED", {})}), "aaaaa"), 80.0)
     assert run("report", "abcd1234") == 0
@@ -178,7 +187,8 @@ def test_a_trials_own_page_has_commands_for_any_folder(home):  # noqa: F811
     write_trial(folder, 80.0)
     (home / "texts").mkdir()
     page = write_trial_report(folder, options.parse_args(["--corpus", "texts", "--recipe", "small"]), "abcd1234", "aaaaa").read_text()
-    assert f"--corpus {home / 'texts'} " in html.unescape(page).replace("\\\n", " ")
+    commands = html.unescape(page).replace("\\\n", " ")
+    assert f"--corpus {home / 'texts'} " in commands and "nni-darts-rnn search" in commands and "nni-darts-rnn retrain" in commands
 
 
 def test_folded_commands_are_the_same_commands():

@@ -25,6 +25,7 @@ from nni_darts_rnn.files import digest
 from nni_darts_rnn.hyperband import Hyperband
 from nni_darts_rnn.recipes import get_recipe
 from nni_darts_rnn.report.experiments import load_experiment
+from nni_darts_rnn.rungs import configuration_folder
 
 ROOT = Path(__file__).parents[1]
 TIMES = {"seconds", "search_seconds", "retrain_seconds"}
@@ -120,6 +121,12 @@ def test_a_budget_that_is_no_number_of_epochs(tmp_path, corpus, monkeypatch, bud
     with pytest.raises(ValueError, match="retrain.epochs: "):
         run_trial(tmp_path / "trial", corpus, monkeypatch, {"seed": 3, "TRIAL_BUDGET": budget})
     assert not list((tmp_path / "trial").iterdir()) and not (tmp_path / "rungs").exists()
+
+
+def test_a_configuration_is_one_whatever_its_budget_and_the_order_of_its_settings(tmp_path):
+    one, same, another = ({"seed": 3, "search.lr": 0.1, "TRIAL_BUDGET": 1}, {"TRIAL_BUDGET": 9, "search.lr": 0.1, "seed": 3}, {"seed": 3, "search.lr": 0.2})
+    folders = [configuration_folder(drawn, tmp_path / "environment" / "trials" / "a", None) for drawn in (one, same, another)]
+    assert folders[0] == folders[1] != folders[2] and {folder.parent for folder in folders} == {tmp_path / "environment" / "rungs"}
 
 
 def test_a_folder_for_rungs_that_nothing_would_be_kept_in(tmp_path, corpus, monkeypatch):

@@ -1,5 +1,6 @@
 """What the commands say: on what they work and what they found to people, on standard error; nothing but JSON to machines."""
 
+import argparse
 import errno
 import io
 import json
@@ -13,6 +14,7 @@ import pytest
 from test_cli import SMALL, place, status  # noqa: F401 (place is a fixture)
 
 from nni_darts_rnn import cli, epoch_counts
+from nni_darts_rnn.talk import Talk
 
 
 @pytest.fixture
@@ -27,7 +29,7 @@ def test_each_phase_says_on_what_it_works_and_the_next_command_works(corpus, cap
     assert json.loads(said.out)["recurrent"]
     for words in (r"corpus corpus: 280 training, 112 validation, 112 test tokens; 8 words", r"searching 2 nodes of 8 units for 1 epoch, recipe tiny, seed 0",
                   r"584 parameters and α on the CPU, \d+ threads?", "results in found", r"search: about \d+ s to go, for 1 epoch in all",
-                  r"search epoch 1: validation perplexity [\d.]+, [\d,]+ tokens/s",
+                  r"search epoch 1: validation perplexity [\d.]+, [\d,]+ tokens/s\n",
                   r"found \[.*\] in \d+ s", "next: nni-darts-rnn retrain"):
         assert re.search(words, said.err), words
     follow = said.err.splitlines()[-1].removeprefix("next: nni-darts-rnn ").split()
@@ -48,6 +50,15 @@ def test_each_phase_says_on_what_it_works_and_the_next_command_works(corpus, cap
     assert capsys.readouterr().err.splitlines()[-1] == "next: nni-darts-rnn retrain --corpus FOLDER --genotype found"
     assert status(cli.main, "retrain", *corpus, "--genotype", "ENAS", "--out", "other") == 0
     assert "a retraining has no search: without effect here: search.batch_size, search.eval_batch_size, search.n_nodes\n" in capsys.readouterr().err
+
+
+def test_an_epoch_says_how_long_those_after_it_take(capsys):
+    talk = Talk(argparse.Namespace(json=False))
+    talk.epochs = 5
+    for epoch in (2, 4, 5):
+        talk.epoch({"phase": "retrain", "epoch": epoch, "default": 81.234, "seconds": 50.0})
+    start = "retrain epoch {}: validation perplexity 81.23"
+    assert capsys.readouterr().err.splitlines() == [start.format(2) + ", about 2 min left", start.format(4) + ", about 50 s left", start.format(5)]
 
 
 def test_machines_get_one_line_of_json_and_no_other_word(corpus, place):  # noqa: F811
