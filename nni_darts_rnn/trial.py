@@ -54,7 +54,11 @@ def main(argv: list[str] | None = None) -> int:
         nni.report_final_result({"default": result["valid_perplexity"]}
                                 | {k: result[k] for k in ("test_perplexity", "parameters", "seconds", "supernet_valid_perplexity")})
 
-    return in_trial(lambda: run(arguments, own_parameters(), nni.report_intermediate_result, final))
+    def report(row: dict) -> None:
+        if row["epoch"]:  # without the untrained supernet: beside its perplexity, about the number of words, the rest of the curve would be flat on NNI's page
+            nni.report_intermediate_result(row)
+
+    return in_trial(lambda: run(arguments, own_parameters(), report, final))
 
 
 def in_trial(work: Callable[[], object]) -> int:

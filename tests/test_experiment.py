@@ -19,13 +19,13 @@ def test_all_trials_succeed_and_report(finished):
     for trial in trials:
         metrics = [(m["type"], json.loads(json.loads(m["data"]))) for m in experiment.get(f"metric-data/{trial['trialJobId']}")]
         steps = [row for kind, row in metrics if kind == "PERIODICAL"]
-        assert [(r["phase"], r["epoch"]) for r in steps] == [("search", 0), ("search", 1), ("retrain", 1)]
+        assert [(r["phase"], r["epoch"]) for r in steps] == [("search", 1), ("retrain", 1)]
         assert all(r["default"] == r["perplexity"] > 1 for r in steps)
         assert all("alpha_entropy" in r for r in steps if r["phase"] == "search")
-        assert all(r["tokens_per_second"] > 0 for r in steps if r["epoch"])
+        assert all(r["tokens_per_second"] > 0 for r in steps)
         final = [row for kind, row in metrics if kind == "FINAL"]
         assert len(final) == 1 and {"default", "test_perplexity", "parameters", "seconds"} <= set(final[0])
-        assert 1 < final[0]["default"] < steps[0]["default"]
+        assert final[0]["default"] > 1
 
 
 def test_what_a_trial_leaves(finished):
@@ -47,12 +47,12 @@ def test_what_a_trial_leaves(finished):
         command = f"nni-darts-rnn search --corpus {top / 'short'} --recipe tiny --seed {result['seed']}"
         assert command in re.sub(r" \\\n\s*", " ", page) and "<script" not in page
         seeds.append(result["seed"])
+        assert json.loads(trial["hyperParameters"][-1])["parameters"]["seed"] == result["seed"]  # what NNI's page shows beside the results
         genotype = Genotype.from_json((folder / "genotype.json").read_text())
         assert Genotype.from_json(result["genotype"]) == genotype
         model, words = load_trained(folder)
         assert model.rnn.genotype == genotype and len(words) == model.vocab_size
         assert len(json.loads((folder / "alpha.json").read_text())["alpha"]) == 2  # before the search and after its epoch
-    # of two trials that ask in the same moment NNI 3.0 may list each with the other's parameters; what a trial was given is in its result
     assert sorted(seeds) == [1, 2]
 
 

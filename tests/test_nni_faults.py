@@ -300,6 +300,41 @@ def test_a_trial_that_is_started_again_has_its_own_parameters(channel, tmp_path,
             own_parameters()
 
 
+def test_a_trial_takes_what_nni_lists_for_it(channel, tmp_path, monkeypatch):
+    """NNI hands trials that begin together each other's; its page and its export go by the list."""
+    import threading
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+
+    asked = []
+
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            record = {"parameter_id": 8, "parameters": {"seed": 2}}
+            body = b"{}" if len(asked) == 1 else json.dumps({"hyperParameters": [json.dumps(record)]}).encode()  # the list comes a moment later
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("NNI_OUTPUT_DIR", str(tmp_path))
+        monkeypatch.setenv("NNI_PLATFORM", "local")
+        monkeypatch.setenv("NNI_TRIAL_COMMAND_CHANNEL", f"ws://127.0.0.1:{server.server_port}/env/local-env/abcde")
+        monkeypatch.setattr("nni.trial._trial_id", "abcde")
+        assert own_parameters() == {"seed": 2} == json.loads((tmp_path / "parameters.json").read_text())["parameters"]
+        server.shutdown()
+    assert asked == ["/api/v1/nni/trial-jobs/abcde"] * 2
+    nni.report_final_result(5.0)
+    assert channel.sent == [("FINAL", 8, 0, 5.0)]  # so the tuner takes the result as of that draw
+    monkeypatch.setenv("NNI_OUTPUT_DIR", str(tmp_path / "another"))
+    monkeypatch.setenv("NNI_PLATFORM", "remote")  # no such server there
+    assert own_parameters() == {"seed": 1}
+
+
 def test_hyperband_takes_its_own_names_of_trials(monkeypatch):
     for kind, works in ((NniHyperband, False), (Hyperband, True)):
         advisor = kind.__new__(kind)
