@@ -57,12 +57,13 @@ def shared_weights(corpus, recipe, trials: int, folder: str | Path | None = None
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("strategy", choices=NAMES)
-    parser.add_argument("--corpus", default="pydoc")
-    parser.add_argument("--recipe", default="small")
-    parser.add_argument("--trials", type=int, default=10)
-    parser.add_argument("--engine", choices=("sequential", "ts"), default="sequential")
-    parser.add_argument("--port", type=int, default=8080)
-    parser.add_argument("--shared", action="store_true")
+    parser.add_argument("--corpus", default="pydoc", help="pydoc (default), penn, wikitext-2, wikitext-103, or a folder with train/valid/test.txt")
+    parser.add_argument("--recipe", default="small", help="named hyper-parameters; default small; see `nni-darts-rnn recipes`")
+    parser.add_argument("--trials", type=int, default=10, help="cells to try; default 10")
+    parser.add_argument("--engine", choices=("sequential", "ts"), default="sequential",
+                        help="sequential (default): one cell after another in this process; ts: each a trial of NNI's training service")
+    parser.add_argument("--port", type=int, default=8080, help="of NNI's web page, with `--engine ts`; default 8080")
+    parser.add_argument("--shared", action="store_true", help="judge cells with weights trained once on random cells; with RegularizedEvolution")
     arguments = parser.parse_args(argv)
     if arguments.shared and arguments.strategy != "RegularizedEvolution":
         parser.error(f"--shared works only with RegularizedEvolution, not with {arguments.strategy}")

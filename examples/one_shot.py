@@ -46,8 +46,8 @@ def search(name: str, corpus, recipe, seed: int = 0, folder: str | Path | None =
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("strategy", choices=NAMES)
-    parser.add_argument("--corpus", default="pydoc")
-    parser.add_argument("--recipe", default="small")
+    parser.add_argument("--corpus", default="pydoc", help="pydoc (default), penn, wikitext-2, wikitext-103, or a folder with train/valid/test.txt")
+    parser.add_argument("--recipe", default="small", help="named hyper-parameters; default small; see `nni-darts-rnn recipes`")
     arguments = parser.parse_args(argv)
     try:
         corpus, recipe = load_corpus(arguments.corpus), get_recipe(arguments.recipe)

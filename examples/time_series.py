@@ -57,9 +57,9 @@ def error(rnn, hidden_size, x, cut, steps, seed=0):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--genotype", default="DARTS_V2", help="a name, or the genotype.json of a search")
-    parser.add_argument("--steps", type=int, default=400, help="of 16 windows each")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--genotype", default="DARTS_V2", help="a name (default DARTS_V2), or the genotype.json of a search")
+    parser.add_argument("--steps", type=int, default=400, help="of training, of 16 windows each; default 400")
+    parser.add_argument("--seed", type=int, default=0, help="default 0")
     arguments = parser.parse_args(argv)
     try:
         genotype = load_genotype(arguments.genotype)

@@ -40,11 +40,11 @@ def paragraphs(package, n, rng):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--genotype", default="DARTS_V2", help="a name, or the genotype.json of a search")
-    parser.add_argument("--epochs", type=int, default=6, help="of the language model; a classifier gets three times as many")
-    parser.add_argument("--paragraphs", type=int, default=1500, help="of each package, without labels")
-    parser.add_argument("--labels", type=int, default=20, help="paragraphs of each package with a label")
-    parser.add_argument("--units", type=int, default=128)
+    parser.add_argument("--genotype", default="DARTS_V2", help="a name (default DARTS_V2), or the genotype.json of a search")
+    parser.add_argument("--epochs", type=int, default=6, help="of the language model; a classifier gets three times as many; default 6")
+    parser.add_argument("--paragraphs", type=int, default=1500, help="of each package, without labels; default 1500")
+    parser.add_argument("--labels", type=int, default=20, help="paragraphs of each package with a label; default 20")
+    parser.add_argument("--units", type=int, default=128, help="of the embedding and of each state; default 128")
     arguments = parser.parse_args(argv)
     try:
         genotype = load_genotype(arguments.genotype)

@@ -38,7 +38,7 @@ def view(experiment_id: str, port: int = 8080, folder: str | None = None):
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python3 -m nni_darts_rnn.nas_view", description="Shows a NAS experiment that has ended in NNI's web page.")
     parser.add_argument("experiment", help="its id")
-    parser.add_argument("--port", type=int, default=8080)
+    parser.add_argument("--port", type=int, default=8080, help="of the web page; default 8080")
     parser.add_argument("--folder", help="the folder of experiments, where NNI's list does not say it")
     arguments = parser.parse_args(argv)
     quiet_hosts()

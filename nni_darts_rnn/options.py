@@ -68,7 +68,7 @@ def add_run_options(parser: argparse.ArgumentParser, learns: bool = True, search
     parser.add_argument("--recipe", default="small", help=recipes)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=f"replace {fields}; may be repeated")
     parser.add_argument("--threads", type=int, help="CPU threads for torch; default: torch's own choice")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "gpu"), help="where to compute")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "gpu"), help="where to compute; auto (default): a GPU where torch finds one")
 
 
 def add_keeping_options(parser: argparse.ArgumentParser) -> None:

@@ -124,13 +124,13 @@ def test_a_short_test_text_is_no_obstacle(text, monkeypatch):
     assert evaluated(FastaiEvaluator(dataclasses.replace(text, test=text.test[:20]), RECIPE, epochs=0, device="cpu"), text) < 0
 
 
-def test_a_learner_without_a_time_column_reports_its_epochs(text, monkeypatch):
+def test_a_learner_without_a_time_column_reports_its_epochs(text, tmp_path, monkeypatch):
     monkeypatch.setattr("nni.trial._params", None)
     said = []
     monkeypatch.setattr("nni.report_intermediate_result", said.append)
 
     def learner(model):
-        learn = lm_learner(language_dls(text, RECIPE.retrain), model.lm, RECIPE.retrain)
+        learn = lm_learner(language_dls(text, RECIPE.retrain), model.lm, RECIPE.retrain, path=tmp_path)
         learn.recorder.add_time, learn.metrics = False, []
         return learn
 

@@ -191,6 +191,14 @@ def test_the_epoch_before_a_search_is_number_nought(tmp_path):
             plot_alpha(a, tmp_path / "c.svg", epochs=epochs)
 
 
+def test_choices_of_one_softmax_are_shown_beside_an_even_draw_of_their_node(tmp_path):
+    """Of a late node's 32 choices each has a small probability, which says nothing against it; only an edge's softmax is the same everywhere."""
+    with Image.open(plot_alpha(np.zeros((2, 36, 5)), tmp_path / "even.png", relaxation="node")) as image:
+        pixels = image.convert("RGB")
+        large = [colour for count, colour in pixels.getcolors(1 << 24) if count > 0.03 * pixels.width * pixels.height]
+    assert len(large) == 2 and (255, 255, 255) in large  # the background, with the choices that are never drawn; and every other choice
+
+
 def test_animation(tmp_path):
     a = alpha(4)
     gif = animate_cell(a, tmp_path / "cell.gif")

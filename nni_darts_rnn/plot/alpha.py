@@ -54,9 +54,13 @@ def plot_alpha(history, path, primitives=PRIMITIVES, relaxation: str = "edge", e
     Several paths take little more time than one, since the figure is built once. `history` (epochs, E, K) is α or probabilities; of α the softmax is shown, and
     `relaxation` says over what. Each primitive has a map, each node a block of rows, and each state that the node may read a row. A frame marks the op and the
     state that each node would take after the last epoch. `epochs` are the epochs' numbers, by default 1, 2, …; 0 is before the search.
+
+    Where one softmax is over all choices of a node (`relaxation` node and gumbel), later nodes have more choices and smaller probabilities. Colours then show
+    a choice's probability as a multiple of the node's even draw, on a logarithmic scale; a choice that is never drawn stays blank.
     """
     paths = targets(path)
     p = probabilities(history, primitives, relaxation)
+    by_node = relaxation != "edge"
     count, n_edges, n_ops = p.shape
     start = epoch_numbers(epochs, count)[0] - 0.5
     n_nodes = number_of_nodes(n_edges)
@@ -69,23 +73,31 @@ def plot_alpha(history, path, primitives=PRIMITIVES, relaxation: str = "edge", e
     for node in range(1, n_nodes + 1):
         e = node * (node - 1) // 2
         rows[:, first[node]:first[node] + node] = p[:, e:e + node]
+        if by_node:
+            rows[:, first[node]:first[node] + node] *= np.count_nonzero(p[-1, e:e + node])  # an even draw of the node is 1
+    if by_node:
+        rows[rows == 0] = np.nan
 
     row_h = min(0.155, 14 / n_rows)  # inches; a very large cell gets thinner rows, not a huge picture
     cell_w, gap, left, right, top, bottom = 1.45, 0.12, 0.95, 0.95, 0.95, 0.55
     width, high = left + n_ops * (cell_w + gap) - gap + right, max(n_rows * row_h, 0.9)
     height = top + high + bottom
-    low, up = float(p.min()), float(p.max())
-    if up - low < 0.02:  # α has hardly moved yet; full contrast would suggest otherwise
+    low, up = float(np.nanmin(rows)), float(np.nanmax(rows))
+    if by_node:
+        low, up = max(min(low, 1 / 1.1), 0.1), max(up, 1.1)  # within a tenth of the even draw α has hardly moved yet
+    elif up - low < 0.02:  # α has hardly moved yet; full contrast would suggest otherwise
         low, up = (low + up) / 2 - 0.01, (low + up) / 2 + 0.01
     colours = op_colours(primitives)
     with style():
+        from matplotlib.colors import LogNorm, Normalize
         from matplotlib.patches import Rectangle
-        from matplotlib.ticker import FuncFormatter, MaxNLocator
+        from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+        norm = (LogNorm if by_node else Normalize)(low, up, clip=by_node)
         figure = new_figure(width, height)
         for op in range(n_ops):
             axes = figure.add_axes(((left + op * (cell_w + gap)) / width, bottom / height, cell_w / width, high / height))
-            image = axes.imshow(rows[:, :, op].T, aspect="auto", interpolation="none", cmap="Blues", vmin=low, vmax=up,
+            image = axes.imshow(rows[:, :, op].T, aspect="auto", interpolation="none", cmap="Blues", norm=norm,
                                 extent=(start, start + count, n_rows - 0.5, -0.5))
             axes.set_title(primitives[op], fontsize=10, fontweight="bold", color=mix(colours[primitives[op]], "#000000", 0.2), pad=5,
                            parse_math=False)
@@ -114,9 +126,11 @@ def plot_alpha(history, path, primitives=PRIMITIVES, relaxation: str = "edge", e
         bar = figure.add_axes(((width - right + 0.2) / width, (bottom + high - bar_h) / height, 0.14 / width, bar_h / height))
         figure.colorbar(image, cax=bar, format=FuncFormatter(lambda v, _: f"{v:.3g}"))
         bar.tick_params(labelsize=8, length=2.5, color=GREY)
-        bar.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=(1, 2, 5, 10)))
-        bar.set_title("prob.", fontsize=8, pad=5)
+        ticks = ((0.5, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.5, 2) if up < 3 * low else (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)) if by_node else ()
+        bar.yaxis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= up]) if by_node else MaxNLocator(nbins=4, steps=(1, 2, 5, 10)))
+        bar.yaxis.set_minor_locator(NullLocator())
+        bar.set_title("× even" if by_node else "prob.", fontsize=8, pad=5)
         bar.spines["outline"].set_visible(False)
-        figure.text(0.12 / width, 1 - 0.2 / height, "Probability of each op on each edge", fontsize=11, fontweight="bold", va="center")
+        figure.text(0.12 / width, 1 - 0.2 / height, "Probability of each choice of a node, beside an even draw" if by_node else "Probability of each op on each edge", fontsize=11, fontweight="bold", va="center")
         figure.text(0.12 / width, 1 - 0.42 / height, "framed: taken after the last epoch", fontsize=8.5, va="center", color="#B34F00")
         return save(figure, paths)
