@@ -209,7 +209,7 @@ def long_training() -> str:
 
 def lstm() -> str:
     parts = ["## A cell beside nn.LSTM and nn.GRU\n", "Penn Treebank with all of its words; the same tokens, optimizer, dropout and schedule, as many parameters in all. The settings are those "
-             "that were chosen for cells; where torch's layers were given several learning rates, the one that was best on validation has the other seeds.\n"]
+             "that were chosen for cells; torch's layers may have been given several learning rates.\n"]
     for stem in ("against_lstm", "against_lstm_mixture"):
         if (found := stored(f"{stem}.json")) is None:
             continue
