@@ -34,7 +34,7 @@ svg image { image-rendering: pixelated; }
 .alpha svg { margin: 0; min-width: 560px; }
 .curves svg { margin: -16px 0 0; }
 @media (max-width: 600px) { .curves svg { min-width: 560px; } #compared ~ .curves svg { min-width: 0; }
-  .cell svg { max-width: none; width: min(var(--w), 540px); } section { padding: 16px 14px; border-radius: 10px; } }
+  section { padding: 16px 14px; border-radius: 10px; } }
 @media (prefers-color-scheme: dark) { figure svg { filter: invert(1) hue-rotate(180deg); mix-blend-mode: screen; } }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
