@@ -30,8 +30,6 @@ def search(corpus, recipe, folder, first=0):  # the learner's callbacks: ArchPar
 
 
 if __name__ == "__main__":
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        sys.exit(print(__doc__))
     try:
         corpus, recipe = load_corpus("pydoc"), get_recipe(*sys.argv[1:2] or ["small"])
     except ValueError as wrong:

@@ -165,7 +165,8 @@ def test_no_trial_has_finished(home, capsys):  # noqa: F811
 
 
 def test_how_far_those_came_that_have_no_result(home):  # noqa: F811
-    folder = write_experiment(home, {"aaaaa": ("RUNNING", {"seed": 1}), "bbbbb": ("RUNNING", {"seed": 2})}, status="RUNNING")
+    folder = write_experiment(home, {"aaaaa": ("RUNNING", {"seed": 1}), "bbbbb": ("RUNNING", {"seed": 2})}, status="NO_MORE_TRIAL")  # the last of them have begun
+    assert load_experiment("abcd1234").status == "running"
     for trial, phases in (("aaaaa", ["search"]), ("bbbbb", ["search", "retrain"])):
         for phase in phases:
             write_csv(trial_folder(folder, trial) / f"{phase}.csv", [{"phase": phase, "epoch": epoch, "perplexity": 90.0 - epoch} for epoch in (1, 2)])

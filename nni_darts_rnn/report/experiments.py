@@ -117,7 +117,7 @@ def read_experiment(folder: Path, entry: dict | None = None, own: bool = False) 
     started, ended = (_seconds(entry.get(key) or profile.get(key)) for key in ("startTime", "endTime"))
     return Experiment(str(entry.get("id") or profile.get("id") or folder.name), folder,
                       str(params.get("experimentName") or entry.get("experimentName") or ""),
-                      status.lower().replace("_", " "), started, ended, options, tuple(trials))
+                      "running" if status == "NO_MORE_TRIAL" else status.lower().replace("_", " "), started, ended, options, tuple(trials))
 
 
 def _status(entry: dict) -> str:
