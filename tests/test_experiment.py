@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shutil
@@ -25,7 +26,8 @@ def test_all_trials_succeed_and_report(finished):
         assert all(r["tokens_per_second"] > 0 for r in steps)
         final = [row for kind, row in metrics if kind == "FINAL"]
         assert len(final) == 1 and {"default", "test_perplexity", "parameters", "seconds"} <= set(final[0])
-        assert final[0]["default"] > 1
+        untrained = next(csv.DictReader((Path(trial["logPath"]) / "search.csv").open()))  # which is no intermediate result
+        assert untrained["epoch"] == "0" and 1 < final[0]["default"] < float(untrained["perplexity"])
 
 
 def test_what_a_trial_leaves(finished):
