@@ -133,6 +133,8 @@ class RecurrentWeights(nn.Module):
 
     def project(self, x: Tensor, h0: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """The inputs of every kind of cell: x (T, B, I) -> x_proj (T, B, 2H), h0 (B, H), W0_h (H, 2H), mask m_h (B, H) or None."""
+        if not isinstance(x, Tensor):
+            raise ValueError(f"input is a {type(x).__name__}; expected a tensor (T, B, {self.input_size}): packed sequences are for DartsRNN, an open cell takes padded ones")
         if x.dim() != 3 or x.shape[-1] != self.input_size or not x.shape[0]:
             raise ValueError(f"input has shape {tuple(x.shape)}; expected (T, B, {self.input_size}) with T of at least 1")
         h0 = x.new_zeros(x.shape[1], self.hidden_size) if h0 is None else h0

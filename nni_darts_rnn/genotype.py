@@ -60,7 +60,7 @@ class Genotype:
         for node, (op, j) in enumerate(recurrent, start=1):
             if op not in _known_ops:
                 raise ValueError(f"genotype: op {op!r} of node {node} is none of {', '.join(sorted(_known_ops))}"
-                                 + did_you_mean(op, _known_ops))
+                                 + did_you_mean(op, _known_ops) + "; one of your own has to be registered first, with register_primitive")
             if not 0 <= j < node:
                 raise ValueError(f"genotype: node {node} reads state {j}; only states 0 to {node - 1} come before it")
         bad = [c for c in concat if not 1 <= c <= len(recurrent)]
@@ -68,6 +68,10 @@ class Genotype:
             raise ValueError(f"genotype: concat {concat} must name each of the nodes 1 to {len(recurrent)} at most once")
         object.__setattr__(self, "recurrent", recurrent)
         object.__setattr__(self, "concat", concat)
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()  # a pickle may come from a process with primitives that this one does not know
 
     @property
     def n_nodes(self) -> int:
@@ -109,15 +113,18 @@ class Genotype:
         return sample
 
     @classmethod
-    def from_sample(cls, sample: dict) -> Genotype:
-        """The cell that an NNI sample stands for (labels `cell/node_<i>/input` and `cell/node_<i>/op`; others are ignored)."""
-        n_nodes = sum(str(key).startswith("cell/node_") and str(key).endswith("/op") for key in sample)
+    def from_sample(cls, sample: dict, scope: str = "") -> Genotype:
+        """The cell that an NNI sample stands for (labels `cell/node_<i>/input` and `cell/node_<i>/op`; others are ignored). `scope` is that of the cell's
+        `label_scope`, where it has one: "encoder" for `encoder/cell/node_<i>/op`."""
+        prefix = f"{scope}/cell/node_" if scope else "cell/node_"
+        n_nodes = sum(str(key).startswith(prefix) and str(key).endswith("/op") for key in sample)
         try:
-            recurrent = [(sample[f"cell/node_{i}/op"], sample[f"cell/node_{i}/input"]) for i in range(1, n_nodes + 1)]
+            recurrent = [(sample[f"{prefix}{i}/op"], sample[f"{prefix}{i}/input"]) for i in range(1, n_nodes + 1)]
         except KeyError as error:
             raise ValueError(f"sample: label {error} is missing") from None
         if not recurrent:
-            raise ValueError("sample: no label cell/node_<i>/op; is this a sample of DartsRnnSpace?")
+            scopes = sorted({str(key).removesuffix("/cell/node_1/op") for key in sample if str(key).endswith("/cell/node_1/op")})
+            raise ValueError(f"sample: no label {prefix}<i>/op; " + (f"give one of its scopes: {', '.join(scopes)}" if scopes else "is this a sample of DartsRnnSpace?"))
         return cls(tuple(recurrent))
 
 

@@ -6,6 +6,7 @@ import torch
 from nni.mutable.utils import label_scope
 from nni.nas.nn.pytorch import LayerChoice, ModelSpace, MutableModule
 from nni.nas.oneshot.pytorch.supermodule.base import BaseSuperNetModule
+from nni.nas.oneshot.pytorch.supermodule.differentiable import DifferentiableMixedLayer
 from nni.nas.space import model_context
 from torch import Tensor, nn
 
@@ -86,6 +87,9 @@ class CellSpace(RecurrentWeights, MutableModule):
         genotype = self.genotype()
         if genotype is not None:
             return self.run_cell(x, h0, genotype)
+        if (self.relaxation, self.draws) != ("edge", 1) and type(self.ops[0]) is DifferentiableMixedLayer:  # not Proxyless's, a subclass: it mixes nothing
+            raise ValueError(f"relaxation: {self.relaxation!r} has no effect here, as the strategy has mixed each choice by itself; derive the model from RecurrentSpace, "
+                             "or give the strategy mutation_hooks=[MixedCell.mutate]")
         x_proj, h0, W0_h, mask = self.project(x, h0)
         Ws, h, outputs = self.Ws.unbind(0), h0, []  # once per sequence: each indexing would be a node of the autograd graph
         masked = (lambda s: s) if mask is None else (lambda s: s * mask)
@@ -157,8 +161,9 @@ class RecurrentSpace(ModelSpace):
         return [MixedCell.mutate] if isinstance(strategy, DARTS) and not isinstance(strategy, Proxyless) else []
 
     def genotype(self) -> Genotype | None:
-        """The cell of a frozen or sampled model, or of a supernet, by its α; None while choices are open."""
-        return next(m for m in self.modules() if isinstance(m, (CellSpace, MixedCell))).genotype()
+        """The cell of a frozen or sampled model, or of a supernet, by its α; None while choices are open, and where the cell itself was not chosen."""
+        cell = next((m for m in self.modules() if isinstance(m, (CellSpace, MixedCell))), None)
+        return None if cell is None else cell.genotype()
 
 
 class DartsRnnSpace(RecurrentSpace):

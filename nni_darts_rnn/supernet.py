@@ -133,7 +133,7 @@ class MixedRNN(RecurrentWeights):
 
     def forward(self, x: Tensor, h0: Tensor | None = None) -> Tensor:
         normalise = self.relaxation == "edge"
-        if normalise and x.shape[1] < 2:
+        if normalise and isinstance(x, Tensor) and x.dim() == 3 and x.shape[1] < 2:
             raise ValueError(f"a batch of {x.shape[1]}: the supernet normalises over the batch, so every batch needs at least 2 sequences (search.batch_size, search.eval_batch_size)")
         from . import fused  # here, since it imports this module
 

@@ -707,3 +707,17 @@ def test_fit_from_a_later_epoch(tmp_path):
     learn = lm_learner(language_dls(corpus(), recipe, 0, "cpu", tmp_path), CELL, recipe, cbs=[report := EpochReport()])
     run(learn, 3, start_epoch=1)
     assert [row["epoch"] for row in report.rows] == [2, 3] and len(learn.ntasgd.logs) == 2
+
+
+def test_a_weight_that_happens_to_be_named_alpha_is_no_architecture():
+    from nni_darts_rnn.callbacks.arch_passes import architecture_parameters, weight_parameters
+
+    class Snake(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.alpha = torch.nn.Parameter(torch.ones(4))
+
+    model = torch.nn.ModuleDict({"rnn": MixedRNN(3, 4, 2), "activation": Snake()})
+    assert list(architecture_parameters(model)) == ["rnn.alpha"]
+    assert any(p is model["activation"].alpha for p in weight_parameters(model))
+    assert list(architecture_parameters(Snake())) == ["alpha"]  # a supernet of one's own

@@ -221,3 +221,19 @@ def test_ties_go_to_the_smaller_predecessor_then_the_earlier_primitive():
     p = np.zeros((3, 5))
     p[1, 3], p[2, 1] = 0.5, 0.5  # node 2: sigmoid from 0 and tanh from 1 are equal
     assert derive(p).recurrent[1] == ("sigmoid", 0)
+
+
+def test_a_sample_of_cells_in_scopes():
+    cells = {"encoder": Genotype((("tanh", 0), ("relu", 1))), "decoder": Genotype((("relu", 0),))}
+    sample = {f"{scope}/{label}": value for scope, cell in cells.items() for label, value in cell.to_sample().items()}
+    assert {scope: Genotype.from_sample(sample, scope) for scope in cells} == cells
+    with pytest.raises(ValueError, match="decoder, encoder"):
+        Genotype.from_sample(sample)
+
+
+def test_a_pickle_with_a_primitive_that_is_not_registered_here():
+    import pickle
+
+    data = pickle.dumps(Genotype((("tanh", 0),))).replace(b"tanh", b"tonh")
+    with pytest.raises(ValueError, match="register_primitive"):
+        pickle.loads(data)

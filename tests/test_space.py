@@ -10,6 +10,7 @@ import torch
 from nni.algorithms.hpo.random_tuner import RandomTuner
 from nni.common.hpo_utils import validate_search_space
 from nni.mutable import Categorical, label_scope
+from nni.nas.nn.pytorch import LayerChoice, ModelSpace
 from nni.nas.oneshot.pytorch.supermodule.base import BaseSuperNetModule
 from nni.nas.strategy import DARTS, ENAS, GumbelDARTS, Proxyless, RandomOneShot
 
@@ -302,3 +303,33 @@ def test_each_label_scope_has_a_cell_of_its_own():
     assert sample.keys() == Scoped().simplify().keys() and list(supernet.two.export_probs({}))[0] == "decoder/cell/node_1/from_0"
     found = Scoped().freeze(sample)
     assert [cell.genotype().recurrent[0][0] for cell in (found.one, found.two, found.three)] == [PRIMITIVES[1], PRIMITIVES[2], PRIMITIVES[2]]
+
+
+def test_a_frozen_space_whose_cell_was_not_chosen_has_none():
+    class Either(RecurrentSpace):
+        def __init__(self):
+            super().__init__()
+            self.layer = LayerChoice({"cell": CellSpace(3, 3, 1), "other": torch.nn.Linear(3, 3)}, label="layer")
+
+        def forward(self, x):
+            return self.layer(x)
+
+    sample = {"cell/node_1/input": "0", "cell/node_1/op": "relu"}
+    assert Either().freeze({"layer": "other"} | sample).genotype() is None
+    assert Either().freeze({"layer": "cell"} | sample).genotype() == Genotype((("relu", 0),))
+
+
+def test_a_relaxation_that_a_plain_model_space_would_ignore_is_refused():
+    class Plain(ModelSpace):
+        def __init__(self, **options):
+            super().__init__()
+            self.rnn = CellSpace(3, 4, 2, **options)
+
+        def forward(self, x):
+            return self.rnn(x)
+
+    x = torch.randn(2, 3, 3)
+    with pytest.raises(ValueError, match="RecurrentSpace"):
+        SecondOrderDARTS().mutate_model(Plain(relaxation="node"))(x)
+    SecondOrderDARTS(mutation_hooks=[MixedCell.mutate]).mutate_model(Plain(relaxation="node"))(x)
+    Proxyless().mutate_model(Plain(relaxation="node")).rnn  # samples paths, whatever the relaxation

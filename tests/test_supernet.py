@@ -364,3 +364,10 @@ def test_sixteen_bit_floats(how):
     got = run(half, x, torch.autocast("cpu", torch.bfloat16)) if how == "autocast" else run(half.bfloat16(), x.bfloat16(), contextlib.nullcontext())
     for a, b in zip(got, expected):
         assert (a - b).norm() < 0.12 * b.norm()
+
+
+@pytest.mark.parametrize("relaxation", ["edge", "node", "gumbel"])
+def test_a_packed_sequence_is_refused_in_words(relaxation):
+    packed = torch.nn.utils.rnn.pack_sequence([torch.randn(3, 3), torch.randn(2, 3)])
+    with pytest.raises(ValueError, match="PackedSequence"):
+        MixedRNN(3, 4, 2, relaxation=relaxation)(packed)

@@ -14,8 +14,11 @@ from ..model import activation_regularisation, without_dropout
 
 
 def architecture_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """All α by name, in the order of the modules: every parameter whose own name is `alpha`."""
-    return {name: p for name, p in model.named_parameters() if name.rpartition(".")[2] == "alpha"}
+    """All α by name, in the order of the modules: every parameter whose own name is `alpha`. Where some of these belong to a module that has a method
+    `genotype`, as a `MixedRNN` has, they are the α; a weight of that name of another module (of an activation, say) is a weight."""
+    named = {name: p for name, p in model.named_parameters() if name.rpartition(".")[2] == "alpha"}
+    searched = {name: p for name, p in named.items() if hasattr(model.get_submodule(name.rpartition(".")[0]), "genotype")}
+    return searched or named
 
 
 def weight_parameters(model: nn.Module) -> list[nn.Parameter]:
