@@ -144,8 +144,13 @@ class MixedCell(MixedRNN, BaseSuperNetModule):
 
     def export_probs(self, memo: dict) -> dict:
         """softmax(α) by edge: {"cell/node_<i>/from_<j>": {primitive: probability}}."""
-        rows = self.probabilities().cpu().tolist()
-        return {f"{self.scope}cell/node_{i}/from_{j}": dict(zip(self.primitives, row)) for (i, j), row in zip(edges(self.n_nodes), rows)}
+        shares = self.edge_shares(self.alpha.detach().float().cpu())
+        return {label: dict(zip(self.primitives, row.tolist())) for label, row in shares.items()}
+
+    def edge_shares(self, alpha: Tensor) -> dict[str, Tensor]:
+        """softmax(α) without noise, (K,) for each edge by its label, at an α (E, K)."""
+        rows = self.relaxed(nn.Softmax(-1), alpha)  # (E, K)
+        return {f"{self.scope}cell/node_{i}/from_{j}": row for (i, j), row in zip(edges(self.n_nodes), rows)}
 
     def arch_parameters(self):
         yield self.alpha

@@ -3,6 +3,7 @@
 | class here | what NNI 3.0 does with today's packages | can go once NNI |
 |---|---|---|
 | `DARTS`, `GumbelDARTS`, `Proxyless` | list α as `list(set(…))`, whose order depends on addresses: a resumed Adam may give its moments to another α | lists α in the order of the modules |
+| `DARTS`, `GumbelDARTS`, `Proxyless` | give a `penalty` no gradient for α (`penalty.py`, also for `SecondOrderDARTS`) | computes it from tensors |
 | `DARTS`, `GumbelDARTS`, `Proxyless` | fail at the end of an epoch with `ReduceLROnPlateau`, which is refused here | skips it, as intended |
 | `Proxyless` | exports a path that it draws anew from α | exports the strongest path |
 | `RandomOneShot` | draws its paths from a generator that nothing seeds | draws from one that can be seeded |
@@ -34,6 +35,7 @@ from nni.nas.space import ModelStatus
 from nni.nas.strategy import Random, RegularizedEvolution
 from nni.nas.strategy.middleware import Deduplication
 
+from .penalty import with_gradient
 from .strategy import SecondOrderDARTS, alpha_in_order, check_schedulers
 
 __all__ = ["DARTS", "ENAS", "GridSearch", "GumbelDARTS", "PolicyBasedRL", "Proxyless", "Random", "RandomOneShot", "RegularizedEvolution",
@@ -44,13 +46,14 @@ PATIENCE = 100
 """`PolicyBasedRL` stops after this many known samples in a row: its policy has settled, or the space is exhausted."""
 
 
-class _InOrder:
-    """Lists α in the order of the modules; a mixin for strategies of NNI's DARTS family."""
+class _Mended:
+    """α in the order of the modules, and penalties with a gradient; a mixin for strategies of NNI's DARTS family."""
 
     def configure_oneshot_module(self, training_module):
         module = super().configure_oneshot_module(training_module)
         module.arch_parameters = functools.partial(alpha_in_order, module)
         module.on_train_start = functools.partial(_checked_start, module, module.on_train_start)
+        with_gradient(module)
         return module
 
 
@@ -59,15 +62,15 @@ def _checked_start(module, usual):
     return usual()
 
 
-class DARTS(_InOrder, nni_strategy.DARTS):
+class DARTS(_Mended, nni_strategy.DARTS):
     """NNI's `DARTS`: first order."""
 
 
-class GumbelDARTS(_InOrder, nni_strategy.GumbelDARTS):
+class GumbelDARTS(_Mended, nni_strategy.GumbelDARTS):
     """NNI's `GumbelDARTS`. On our space it draws its noise once per sequence, not once per time step."""
 
 
-class Proxyless(_InOrder, nni_strategy.Proxyless):
+class Proxyless(_Mended, nni_strategy.Proxyless):
     """NNI's `Proxyless`. For every choice it exports the most probable path by α."""
 
     def configure_oneshot_module(self, training_module):

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .auxiliary import Before
 from .bilevel import EPSILON, TrainingPass, is_first_order
 from .health import check_finite
+from .penalty import differentiable_probs
 from .published import plain_sgd
 from .step_settings import check_step, gradient_by
 from .taken_step import ALMOST, UnrolledStep, gradient_length
@@ -230,7 +231,7 @@ class SecondOrderDartsModule(DartsLightningModule):
         def valid_loss(at_weights, at_alphas, data):
             loss, state = run(at_weights, at_alphas, data, 2 * batch_idx)
             if self.penalty is not None:
-                loss, details = self.penalty(loss, self.export_probs())
+                loss, details = self.penalty(loss, differentiable_probs(self, dict(zip(map(id, alphas), at_alphas))))
                 self.log_dict({f"penalty/{k}": v for k, v in details.items()})
             moved_on.update((name, state["module." + name]) for name in getattr(self.training_module, "validation_buffers", ()))
             return loss

@@ -24,10 +24,13 @@ from nni.algorithms.hpo.hyperband_advisor import Hyperband as NniHyperband
 from nni.mutable import CategoricalMultiple, Numerical, ensure_frozen
 from nni.nas import strategy as nni_strategy
 from nni.nas.evaluator import FunctionalEvaluator
+from nni.nas.evaluator.pytorch import DataLoader, Lightning, LightningModule, Trainer
 from nni.nas.experiment import NasExperiment
 from nni.nas.experiment.config import NasExperimentConfig
-from nni.nas.nn.pytorch import InputChoice, LayerChoice, ModelSpace, Repeat
+from nni.nas.nn.pytorch import InputChoice, LayerChoice, ModelSpace, MutableLinear, Repeat
+from nni.nas.oneshot.pytorch.profiler import ExpectationProfilerPenalty
 from nni.nas.oneshot.pytorch.supermodule.sampling import PathSamplingLayer
+from nni.nas.profiler.pytorch.flops import NumParamsProfiler
 from nni.nas.space import model_context
 from nni.runtime.trial_command_channel import TrialCommandChannel, get_default_trial_command_channel, set_default_trial_command_channel
 from nnictl import free_port
@@ -99,6 +102,52 @@ def test_order_of_alpha(name):
     assert set(found) == set(in_order) and found != in_order  # by address: one order in 40! is the right one
     found, in_order = alphas_of(getattr(strategies, name)())
     assert found == in_order
+
+
+class Sizes(ModelSpace):
+    """Choices of a small and a large layer, of every kind that has an α."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = LayerChoice({"small": nn.Linear(4, 4), "large": nn.Sequential(nn.Linear(4, 40), nn.Linear(40, 4))}, label="layer")
+        self.repeat = Repeat(lambda i: nn.Linear(4, 4), nni.choice("depth", [1, 2, 3]))
+        self.width = MutableLinear(4, nni.choice("width", [1, 4]))
+        self.skip = InputChoice(2, n_chosen=1, label="skip")
+
+    def forward(self, x):
+        y = self.width(self.repeat(self.layer(x)))
+        return self.skip([y.mean(-1), x.mean(-1)])
+
+
+class Zero(LightningModule):
+    def training_step(self, batch, batch_idx):
+        return 1e-3 * self.model(batch).pow(2).mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+@pytest.mark.parametrize("name", ["DARTS", "GumbelDARTS", "SecondOrderDARTS"])
+def test_a_penalty_makes_costly_choices_less_likely(name):
+    """An added one, on the parameters. With NNI's own strategy it changes nothing."""
+    def probabilities(strategy_class, scale):
+        torch.manual_seed(0)
+        space = Sizes()
+        penalty = ExpectationProfilerPenalty(NumParamsProfiler(space, torch.ones(8, 4)), 1.0, scale=scale)
+        strategy = strategy_class(penalty=penalty, arc_learning_rate=0.1)
+        supernet = strategy.mutate_model(space)
+        data = DataLoader(list(torch.ones(10, 8, 4)), batch_size=None)
+        evaluator = strategy.mutate_evaluator(Lightning(Zero(), Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False),
+                                                        train_dataloaders=data, val_dataloaders=data))
+        evaluator.evaluate(supernet)
+        return {label: alpha.softmax(0).tolist() for label, alpha in strategy._arch_parameters.items()}
+
+    theirs = getattr(nni_strategy, name, nni_strategy.DARTS)
+    assert probabilities(theirs, 0.0) == probabilities(theirs, 100.0)
+    without, found = (probabilities(getattr(strategies, name), scale) for scale in (0.0, 100.0))
+    assert found["layer"][0] > without["layer"][0] + 0.1  # small
+    assert found["depth"][0] > without["depth"][0] + 0.1
+    assert found["width"][0] > without["width"][0] + 0.1
 
 
 def test_proxyless_exports_the_strongest_paths():
@@ -354,6 +403,7 @@ def ended(tmp_path_factory):
     code = """
 import sys
 from nni.nas.evaluator import FunctionalEvaluator
+from nni.nas.evaluator.pytorch import DataLoader, Lightning, LightningModule, Trainer
 from nni.nas.experiment import NasExperiment
 from nni.nas.experiment.config import NasExperimentConfig
 from nni.nas.strategy import Random
