@@ -40,12 +40,21 @@ def usual_range(hidden_size: int) -> float:
 def register_primitive(name: str, function) -> None:
     """Add a nonlinearity: genotypes may then name it, and spaces, supernets and layers that have it in `primitives` compute it.
 
-    `function` maps a tensor to one of the same shape, element by element, and must be differentiable.
+    `function` maps a tensor to one of the same shape, element by element, and must be differentiable. It is called once here, on a small tensor. `ValueError`
+    with one line where it returns anything else, changes its argument, or is a module with parameters, which would belong to no layer and never be trained.
     """
     if not isinstance(name, str) or not name.isidentifier() or name == "none":
         raise ValueError(f"primitive name {name!r} must be an identifier other than 'none'")
     if not callable(function):
         raise ValueError(f"primitive {name!r}: {function!r} must be a function of a tensor")
+    if isinstance(function, nn.Module) and any(p.requires_grad for p in function.parameters()):
+        raise ValueError(f"primitive {name!r}: a module with parameters; a primitive belongs to no layer, so nothing would train them; freeze them, or give a function")
+    before = torch.linspace(-2, 2, 6, device="cpu").view(2, 3)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        found = function(z := before.clone())
+    if not isinstance(found, Tensor) or found.shape != z.shape or not torch.equal(z, before):
+        what = "changes its argument" if not torch.equal(z, before) else f"makes a {type(found).__name__}" + (f" of shape {tuple(found.shape)}" if isinstance(found, Tensor) else "")
+        raise ValueError(f"primitive {name!r}: must map a tensor to another of the same shape, element by element; of one of shape (2, 3) it {what}")
     ACTIVATIONS[name] = function
     register_op(name)
 
@@ -159,6 +168,22 @@ class RecurrentWeights(nn.Module):
             cell = torch.compiler.disable(cell)
         return cell(x_proj, h0, W0_h, self.Ws, genotype, mask)
 
+    def fixed_genotype(self) -> Genotype | None:
+        """The only cell that these weights are of, or None."""
+        return None
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        mine = self.fixed_genotype()
+        if mine is not None and hasattr(destination, "_metadata"):  # as metadata: it adds no key, and nothing to a file of tensors alone
+            destination._metadata[prefix[:-1]]["genotype"] = mine.to_json()
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs) -> None:
+        theirs, mine = local_metadata.get("genotype"), self.fixed_genotype()  # shapes would not tell: different cells have matrices of the same shapes
+        if theirs is not None and mine is not None and theirs != mine.to_json():
+            error_msgs.append(f"{prefix}genotype: the weights are of {theirs}, this layer is of {mine.to_json()}; dict(state_dict) is taken unasked")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
     def extra_repr(self) -> str:
         return f"{self.input_size}, {self.hidden_size}, n_nodes={self.n_nodes}, dropout_x={self.dropout_x}, dropout_h={self.dropout_h}"
 
@@ -172,16 +197,8 @@ class DiscreteRNN(RecurrentWeights):
         super().__init__(input_size, hidden_size, genotype.n_nodes, dropout_x, dropout_h, init_range)
         self.genotype = genotype
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if hasattr(destination, "_metadata"):  # as metadata: it adds no key, and nothing to a file of tensors alone
-            destination._metadata[prefix[:-1]]["genotype"] = self.genotype.to_json()
-
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs) -> None:
-        theirs = local_metadata.get("genotype")  # shapes would not tell: different cells have matrices of the same shapes
-        if theirs is not None and theirs != self.genotype.to_json():
-            error_msgs.append(f"{prefix}genotype: the weights are of {theirs}, this layer is of {self.genotype.to_json()}; dict(state_dict) is taken unasked")
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+    def fixed_genotype(self) -> Genotype:
+        return self.genotype
 
     def forward(self, x: Tensor, h0: Tensor | None = None) -> Tensor:
         return self.run_cell(x, h0, self.genotype)

@@ -83,6 +83,10 @@ class CellSpace(RecurrentWeights, MutableModule):
         pairs = [(_chosen(op), _chosen(read)) for op, read in zip(self.ops, self.inputs)]
         return None if any(x is None for pair in pairs for x in pair) else Genotype(tuple(pairs))
 
+    def fixed_genotype(self) -> Genotype | None:
+        frozen = all(isinstance(choice, (Read, Apply)) for choice in [*self.inputs, *self.ops])  # not where a one-shot strategy has only sampled a path
+        return self.genotype() if frozen else None
+
     def forward(self, x: Tensor, h0: Tensor | None = None) -> Tensor:
         genotype = self.genotype()
         if genotype is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 
-from .cell import DiscreteRNN
+from .cell import RecurrentWeights
 from .checks import one_line
 from .files import check_seal, sealed, whole, write_text
 from .genotype import Genotype, load_genotype
@@ -30,18 +30,19 @@ def save_trained(folder: str | Path, model: LanguageModel, vocab_words, extra: d
 
     `vocab_words` are the V words in the order of their ids. `extra` is anything that JSON can hold (seed, recipe, results); it is stored under "extra".
     `model.json` holds its own SHA-256 and that of the weights, so `load_trained` refuses damaged files and two files of different saves. `ValueError` if
-    the number of words is not the model's V, or if the recurrent layer is not a `DiscreteRNN`.
+    the number of words is not the model's V, or if the recurrent layer is not of one discrete cell: a `DiscreteRNN`, or an NNI space's layer that was frozen.
     """
     words = [str(word) for word in vocab_words]
     if len(words) != model.vocab_size:
         raise ValueError(f"vocab_words: {len(words)} words for a model of {model.vocab_size}")
-    if not isinstance(model.rnn, DiscreteRNN):
+    genotype = model.rnn.fixed_genotype() if isinstance(model.rnn, RecurrentWeights) else None
+    if genotype is None:
         raise ValueError(f"only a language model of one discrete cell can be saved; its recurrent layer is {type(model.rnn).__name__}")
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items() if name != TIED}
     weights = safetensors.torch.save(tensors, metadata={"format": FORMAT})
     description = {
         "format": FORMAT, "version": FORMAT_VERSION, "sha256": hashlib.sha256(weights).hexdigest(),
-        "genotype": json.loads(model.rnn.genotype.to_json()), "vocab_size": model.vocab_size, "hidden_size": model.hidden_size,
+        "genotype": json.loads(genotype.to_json()), "vocab_size": model.vocab_size, "hidden_size": model.hidden_size,
         "dropouts": {name: getattr(model, name) for name in DROPOUTS} | {name: getattr(model.rnn, name) for name in RNN_DROPOUTS},
         "packages": package_versions(), "extra": extra or {}, "words": words,
     }

@@ -1,6 +1,7 @@
 """The discrete cell against the paper's formulas on plain numbers; masks; primitives of one's own; derivatives."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -233,3 +234,13 @@ def test_random_cells_against_the_formulas():
         genotype = Genotype(pairs, tuple((1 + rng.permutation(n)[:rng.integers(1, n + 1)]).tolist()))
         rnn, x, h0 = made(genotype, I=2, H=3, B=1, T=3, seed=seed)
         close(rnn(x, h0), oracle(rnn, x, h0))
+
+
+@pytest.mark.parametrize("function, words", [(torch.nn.SiLU, "makes a SiLU"), (torch.mean, "of shape ()"), (torch.relu_, "changes its argument"),
+                                             (torch.nn.PReLU(), "a module with parameters")])
+def test_what_cannot_be_a_primitive(function, words):
+    from nni_darts_rnn.cell import ACTIVATIONS, register_primitive
+
+    with pytest.raises(ValueError, match=re.escape(words)):
+        register_primitive("unheard_of", function)
+    assert "unheard_of" not in ACTIVATIONS

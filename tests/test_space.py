@@ -333,3 +333,24 @@ def test_a_relaxation_that_a_plain_model_space_would_ignore_is_refused():
         SecondOrderDARTS().mutate_model(Plain(relaxation="node"))(x)
     SecondOrderDARTS(mutation_hooks=[MixedCell.mutate]).mutate_model(Plain(relaxation="node"))(x)
     Proxyless().mutate_model(Plain(relaxation="node")).rnn  # samples paths, whatever the relaxation
+
+
+def test_weights_of_another_frozen_cell_are_refused():
+    one, two = (made().freeze(Genotype((("relu", 0), ("sigmoid", j), ("tanh", 0))).to_sample()) for j in (0, 1))
+    with pytest.raises(RuntimeError, match="the weights are of"):
+        two.load_state_dict(one.state_dict())
+    two.load_state_dict(dict(one.state_dict()))
+    made().load_state_dict(one.state_dict())  # an open space takes any
+    one.load_state_dict(made().state_dict())
+
+
+def test_a_frozen_language_model_is_saved_as_the_discrete_one(tmp_path):
+    frozen = made().freeze(CELL.to_sample()).float()
+    save_trained(tmp_path, frozen.lm, "abcdefg")
+    again = load_searched_model(tmp_path)
+    assert again.rnn.genotype == CELL
+    tokens = torch.randint(V, (T, B))
+    torch.testing.assert_close(again(tokens, again.init_hidden(B)).decoded, frozen.eval()(tokens, frozen.init_hidden(B)).decoded)
+    for open_model in (made().lm, SecondOrderDARTS().mutate_model(made()).lm):
+        with pytest.raises(ValueError, match="only a language model of one discrete cell"):
+            save_trained(tmp_path, open_model, "abcdefg")
