@@ -157,7 +157,7 @@ class SupernetReport(pl.Callback):
     def on_train_epoch_start(self, trainer, pl_module):
         self.counts.begin()
         now, words = trainer.current_epoch, len(self.corpus.vocab)
-        end = max(trainer.max_epochs, now + 1)  # Lightning says -1 for no end (also with `max_steps`): then only this epoch is known
+        self.end = end = max(trainer.max_epochs, now + 1)  # Lightning says -1 for no end (also with `max_steps`): then only this epoch is known
         self.worth = self.recipe.passes_of(now, end, words) / self.recipe.passes(now, words)  # the work to come, in epochs like this one: epochs that move α take longer
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
@@ -165,7 +165,7 @@ class SupernetReport(pl.Callback):
         if tokens is None:
             return
         left = self.worth * trainer.num_training_batches - batch_idx - 1  # in batches of this epoch
-        self.counts.add(tokens.numel(), outputs["data_loss"], trainer.max_epochs, left)
+        self.counts.add(tokens.numel(), outputs["data_loss"], self.end, left)
         if trainer.progress_bar_callback is not None and batch_idx % 10 == 0:
             pl_module.log("perplexity", torch.exp(self.counts.nats / self.counts.tokens), prog_bar=True, logger=False)
 

@@ -7,6 +7,7 @@ the stored configuration holds fields that NNI itself fills in. This can go once
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from .options import Parser, quiet_hosts
 
@@ -14,16 +15,24 @@ from .options import Parser, quiet_hosts
 def view(experiment_id: str, port: int = 8080, folder: str | None = None):
     """Starts the page in the background and returns NNI's `Experiment`. `folder`: the folder of experiments, if it is not the one that NNI noted.
 
-    `ValueError` with one line where NNI knows no such experiment or it still runs.
+    `ValueError` with one line where NNI knows no such experiment, `folder` has none, or it still runs.
     """
     from nni.experiment import Experiment
     from nni.experiment.config import ExperimentConfig
     from nni.experiment.launcher import get_stopped_experiment_config, get_stopped_experiment_config_json
+    from nni.tools.nnictl.config_utils import Experiments
+    from nni.tools.nnictl.nnictl_utils import update_experiment
 
     class Stopped(Experiment):
         def load_checkpoint(self) -> None:
             """Nothing: the configuration is already here, and NNI would check it again."""
 
+    if folder is not None:
+        if not (Path(folder) / experiment_id / "db" / "nni.sqlite").is_file():
+            raise ValueError(f"experiment {experiment_id!r}: not in the folder {folder}, which has to hold {experiment_id}/db/nni.sqlite")
+        update_experiment()
+        if Experiments().get_all_experiments().get(experiment_id, {}).get("status", "STOPPED") != "STOPPED":
+            raise ValueError(f"experiment {experiment_id!r}: it still runs; see nnictl experiment list")
     stored = get_stopped_experiment_config_json(experiment_id, folder)
     if stored is None:
         raise ValueError(f"experiment {experiment_id!r}: NNI has no ended experiment of that id on this machine; see nnictl experiment list --all")

@@ -239,6 +239,13 @@ class _Number:
         return {"_type": f"{'q' if q else ''}{'log' if n.log_distributed else ''}{'uniform' if n.mu is None else 'normal'}", "_value": bounds + q}
 
 
+def _is_described(n: Numerical) -> bool:
+    """Whether its bounds, or its mean and deviation, are its distribution: tuners have no word for a truncated normal one, nor for one of the user's own."""
+    if math.isfinite(n.low) != math.isfinite(n.high) or math.isfinite(n.low) != (n.mu is None):
+        return False
+    return n.equals(Numerical(n.low, n.high, mu=n.mu, sigma=n.sigma, log_distributed=n.log_distributed, quantize=n.quantize, default=n.default_value, label=n.label))
+
+
 class _Plain:
     """A model space in the words of NNI's tuners: a choice of several becomes one plain choice among all combinations, and a number says how it is drawn."""
 
@@ -249,9 +256,7 @@ class _Plain:
         def plain(label, mutable):
             if isinstance(mutable, CategoricalMultiple):
                 return Categorical(list(mutable.grid()), label=label)
-            # tuners have no word for a truncated normal distribution, nor for one of the user's own
-            described = isinstance(mutable, Numerical) and math.isfinite(mutable.low) == math.isfinite(mutable.high) == (mutable.mu is None)
-            return _Number(mutable) if described else mutable
+            return _Number(mutable) if isinstance(mutable, Numerical) and _is_described(mutable) else mutable
 
         return {label: plain(label, mutable) for label, mutable in self.space.simplify().items()}
 

@@ -34,6 +34,7 @@ from nni.nas.profiler.pytorch.flops import NumParamsProfiler
 from nni.nas.space import model_context
 from nni.runtime.trial_command_channel import TrialCommandChannel, get_default_trial_command_channel, set_default_trial_command_channel
 from nnictl import free_port
+from scipy import stats
 from torch import nn
 
 from nni_darts_rnn import strategies
@@ -282,6 +283,17 @@ def test_tpe_on_numbers(tmp_path):
     assert len({model.sample["normal"] for model in models}) == len(models) == 3
 
 
+@pytest.mark.parametrize("given", [{"distribution": stats.beta(2, 5), "low": 0, "high": 1}, {"mu": 0, "sigma": 1, "low": -1, "high": 1}, {"distribution": stats.norm(0, 1)}])
+def test_tpe_draws_no_number_from_another_distribution_than_its_own(given, tmp_path):
+    class One(ModelSpace):
+        def __init__(self):
+            super().__init__()
+            self.add_mutable(Numerical(**given, label="one"))
+
+    with pytest.raises(NotImplementedError, match="as_legacy_dict"):
+        multi_trial(strategies.TPE(), One(), tmp_path)
+
+
 def test_tpe_maximizes():
     assert nni_strategy.TPE().tuner.optimize_mode.value == "minimize" and strategies.TPE().tuner.optimize_mode.value == "maximize"
 
@@ -439,6 +451,9 @@ def test_a_nas_experiment_that_has_ended_can_be_viewed(ended):
             time.sleep(0.5)
         else:
             raise AssertionError("the page never came")
+        folder = home / "nni-experiments"
+        again = subprocess.run([*command, "--folder", folder], env=env, cwd=home, capture_output=True, text=True, timeout=60)
+        assert again.returncode == 2 and "it still runs" in again.stderr and again.stderr.count("\n") == 1
     finally:
         subprocess.run([nnictl, "stop", experiment], env=env, cwd=home, capture_output=True, timeout=60)
 
@@ -450,3 +465,6 @@ def test_view_refuses_an_unknown_experiment(capsys, monkeypatch, tmp_path):
     assert main(["nosuch"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: experiment 'nosuch'") and said.count("\n") == 1
+    assert main(["nosuch", "--folder", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: experiment 'nosuch': not in the folder") and said.count("\n") == 1
