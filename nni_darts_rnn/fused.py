@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from . import cell, compiled, eager, supernet
-from .extension import SWITCH, State, available, eager_seconds, enable, enabled, gpu_ready, on_gpu, prepare, reference, why_not
+from .extension import SWITCH, State, available, enable, enabled, gpu_ready, on_gpu, prepare, reference, saved_seconds, why_not
 from .genotype import PRIMITIVES, Genotype
 from .graph import OPS, Graph, discrete_graph, mixed_graph
 
-__all__ = ["SWITCH", "available", "discrete_cell", "drawn_cell", "eager_seconds", "enable", "enabled", "mixed_cell", "prepare", "reference", "why_not"]
+__all__ = ["SWITCH", "available", "discrete_cell", "drawn_cell", "enable", "enabled", "mixed_cell", "prepare", "reference", "saved_seconds", "why_not"]
 
 GPU_BATCH = 4096
 """The largest batch for the GPU's kernels: one program of theirs normalises whole columns of it."""

@@ -75,14 +75,14 @@ def take_fast_path(corpus: Corpus, recipe: SearchRecipe | RetrainRecipe, device:
 
     words = len(corpus.vocab)
     if isinstance(recipe, SearchRecipe):
-        tokens, n_nodes, edges, precision = corpus.train, recipe.n_nodes, None, "float32"
+        tokens, n_nodes, precision = corpus.train, recipe.n_nodes, "float32"
         passes = recipe.passes_of(0, recipe.epochs, words)
     else:
-        tokens, edges, precision, passes = corpus.without_alpha().train, n_nodes, recipe.precision, 3 * recipe.epochs
+        tokens, precision, passes = corpus.without_alpha().train, recipe.precision, 3 * recipe.epochs
     steps = len(tokens) / (recipe.batch_size * recipe.bptt)  # of an epoch
-    work = fused.eager_seconds(recipe.bptt, recipe.batch_size, recipe.hidden_size, words, n_nodes, passes=steps * passes, edges=edges)
+    saved = fused.saved_seconds(recipe.bptt, recipe.batch_size, recipe.hidden_size, n_nodes, steps * passes, mixed=isinstance(recipe, SearchRecipe))
     where = choose_device(device)
-    fused.prepare(math.inf if more else work, where)
+    fused.prepare(math.inf if more else saved, where)
     hint = fused.why_not(where, precision)
     if hint is not None and hint not in State.told:
         State.told.add(hint)

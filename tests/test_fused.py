@@ -13,9 +13,12 @@ import torch
 import torch.nn.functional as F
 
 from nni_darts_rnn import cell, compiled, cross_entropy, eager, extension, fused, supernet
+from nni_darts_rnn.corpus import EOS, UNK, Corpus, Vocabulary
 from nni_darts_rnn.genotype import DARTS_V1, DARTS_V2, ENAS, PRIMITIVES, Genotype
 from nni_darts_rnn.graph import discrete_graph
 from nni_darts_rnn.model import LanguageModel
+from nni_darts_rnn.pipeline import take_fast_path
+from nni_darts_rnn.recipes import get_recipe
 from nni_darts_rnn.supernet import MixedRNN
 
 needs_extension = pytest.mark.skipif(not fused.available(), reason=f"no extension here: {fused.why_not()}")
@@ -407,6 +410,17 @@ def test_nothing_is_fast_before_it_was_asked_for(monkeypatch):
     monkeypatch.setattr(extension.State, "on", True)
     monkeypatch.setenv(fused.SWITCH, "0")
     assert not fused.enabled() and "0" in fused.why_not()
+
+
+@pytest.mark.parametrize("phase, words, gains", [("search", 60_000, True), ("search", 2_000, False), ("retrain", 400_000, True), ("retrain", 2_000, False)])
+def test_a_run_of_small_cells_is_compiled_where_the_text_is_long(phase, words, gains, monkeypatch):
+    """Most of what such a run takes without the extension are torch's calls, however few the units."""
+    monkeypatch.setattr(extension.State, "on", None)
+    monkeypatch.setattr(extension.State, "gains", None)
+    recipe = getattr(get_recipe("tiny", {phase: {"epochs": 10}}), phase)
+    text = torch.zeros(words, dtype=torch.long)
+    take_fast_path(Corpus("zeros", Vocabulary((EOS, UNK, "a")), text, text, text), recipe, "cpu", n_nodes=8)
+    assert extension.State.gains is gains
 
 
 def test_a_gpu_without_triton_is_told_of_it(monkeypatch):
