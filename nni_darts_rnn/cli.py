@@ -61,8 +61,8 @@ def build_parser() -> argparse.ArgumentParser:
     cell.add_argument("--genotype", help="DARTS_V1, DARTS_V2, ENAS, DRAWN_V1, a genotype.json, or a folder with one")
     cell.add_argument("--from", dest="experiment", metavar="EXPERIMENT", help=EXPERIMENT + "; the cell of its best trial is trained")
     evaluate = add("evaluate", compute.evaluate, "perplexity of a trained cell", "Prints validation and test perplexity of a trained model, "
-                   "read as after its training where no --recipe is given.",
-                   "Example: nni-darts-rnn evaluate trained --corpus pydoc")
+                   "read as after its training where no --recipe is given. A text that has a name is that of its training where no --corpus is given.",
+                   "Example: nni-darts-rnn evaluate trained")
     evaluate.add_argument("model", help="folder with model.safetensors and model.json")
     for command in (search, retrain, evaluate):
         add_run_options(command, learns=command is not evaluate, searches=command is search)
@@ -72,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument("--out", type=new_folder, help=f"folder for the results; default runs/{command.prog.split()[-1]}-CORPUS-SEED"
                                  + (", with --from runs/retrain-EXPERIMENT-TRIAL-SEED" if command is retrain else ""))
     retrain.set_defaults(corpus=None, recipe=None)  # with --from the trial's, otherwise the usual ones
-    evaluate.set_defaults(recipe=None)
+    evaluate.set_defaults(corpus=None, recipe=None)
 
     plot = add("plot", afterwards.plot, "pictures from a folder of results",
                "Draws the cell, the heat map and animation of α, and the learning curves from the folder of a trial, a search or a retraining.",

@@ -357,8 +357,14 @@ def test_search_retrain_evaluate(place, capsys):
     assert status(cli.main, "evaluate", place / "b", *common[:2], "--json") == 0
     assert json.loads(capsys.readouterr().out) == tested
     assert sorted(os.listdir(place)) == ["a", "b"]
+    # of a text that is a folder, the model knows only the name
+    assert status(cli.main, "evaluate", place / "b") == 2
+    assert f"--corpus: give the text that {place / 'b'} was trained on, corpus" in capsys.readouterr().err
     # or in the package's own numbers, where what is kept beside the weights says nothing of a recipe
     model, words = load_trained(place / "b")
+    save_trained(place.parent / "noted", model, words, {"corpus": "penn"})
+    assert status(cli.main, "evaluate", place.parent / "noted", "--corpus-folder", place) == 2
+    assert "ptb.train.txt" in capsys.readouterr().err  # the file of a text that has a name
     for extra in (["my notes"], {"recipe": ["bptt"]}, "a word", None):
         save_trained(place.parent / "noted", model, words, extra)
         assert status(cli.main, "evaluate", place.parent / "noted", *reading[:2], *reading[4:]) == 0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..options import checked_recipe, checked_seed, corpus_words, keeping, open_corpus, prepare_torch, set_words, settings, without_search
 from ..recipes import Recipe, RetrainRecipe, get_recipe
-from ..report.experiments import load_experiment
+from ..report.experiments import CORPUS_NAMES, load_experiment
 from ..report.trial_folder import as_folder
 from ..talk import Talk, answer, many
 
@@ -82,6 +82,10 @@ def evaluate(arguments) -> None:
             raise ValueError(f"--set {key}: evaluating uses only these fields of a recipe: {', '.join(READING)}" + did_you_mean(key, READING))
     extra = read_description(arguments.model).get("extra")
     extra = extra if isinstance(extra, dict) else {}  # written by the user, in another form than ours
+    if arguments.corpus is None:
+        arguments.corpus = text = extra.get("corpus", "pydoc")
+        if text not in CORPUS_NAMES:  # a folder, of which the model knows only the name
+            raise ValueError(f"--corpus: give the text that {arguments.model} was trained on, {text}")
     if arguments.recipe is None:  # as its training read the text: perplexity depends a little on the batches
         trained = extra.get("recipe")
         arguments.recipe = get_recipe("small", {key: trained[name] for key in READING if isinstance(trained, dict) and (name := key.partition(".")[2]) in trained})
