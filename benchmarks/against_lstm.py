@@ -28,7 +28,7 @@ from nni_darts_rnn.options import add_run_options, checked_recipe, open_corpus, 
 from nni_darts_rnn.outputs.versions import package_versions
 from nni_darts_rnn.pipeline import take_fast_path
 from nni_darts_rnn.recipes import RetrainRecipe
-from nni_darts_rnn.text.baselines import bigram_perplexity, unigram_perplexity
+from nni_darts_rnn.text.baselines import counted
 
 RESULTS = Path(__file__).parent / "results" / "against_lstm.json"
 LIBRARY = {"lstm": nn.LSTM, "gru": nn.GRU}
@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{row['model']:8} {row['seed']} {row['lr']:g} test perplexity {row['test_perplexity']:8.2f}  {row['parameters']:,} parameters")
     words = ["--corpus", corpus.name, "--recipe", arguments.recipe, "--genotype", arguments.genotype, *(f"--set {setting}" for setting in arguments.set),
              *(["--rates", *(f"{lr:g}" for lr in arguments.rates)] if arguments.rates else []), "--threads", str(torch.get_num_threads()), "--seeds", str(arguments.seeds), "--work", "DIR"]
-    counts = {"unigram_perplexity": unigram_perplexity(corpus), "bigram_perplexity": bigram_perplexity(corpus)}
+    counts = counted(corpus)
     keep(arguments.save, {"genotype": arguments.genotype, "recipe": asdict(recipe), "versions": package_versions(), **counts, "trained": rows}
          | ({"note": arguments.note} if arguments.note else {}) | made(__file__, words, threads=torch.get_num_threads()))
 

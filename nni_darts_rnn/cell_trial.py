@@ -102,7 +102,7 @@ def run(arguments: argparse.Namespace, parameters: dict, report, final=None) -> 
     def done(trained: dict) -> None:
         if arguments.onnx:
             write_trained_onnx(folder)
-        result.update({k: trained[k] for k in ("valid_perplexity", "test_perplexity", "parameters", "retrain_seconds")})
+        result.update({k: trained[k] for k in ("valid_perplexity", "test_perplexity", "unigram_perplexity", "bigram_perplexity", "parameters", "retrain_seconds")})
         result.update(seconds=trained["retrain_seconds"], versions=package_versions())
         write_json(folder / "result.json", result)
         if final is not None:

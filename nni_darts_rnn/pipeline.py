@@ -126,7 +126,8 @@ def retrain_phase(corpus: Corpus, genotype: Genotype | str, recipe: RetrainRecip
 
     The training writes checkpoints to `folder`/checkpoint and resumes from there, as `search_phase` does. On Ctrl-C after the first epoch, the best model so
     far is tested and left in `folder` too, and then `KeyboardInterrupt` is raised. The same goes for `FloatingPointError`, where the numbers went wrong for
-    good. Returns valid_perplexity, test_perplexity, parameters, retrain_seconds, epochs and rows; `final` gets these before the checkpoints are removed.
+    good. Returns valid_perplexity, test_perplexity, unigram_perplexity and bigram_perplexity (of the test text, by counts of words), parameters,
+    retrain_seconds, epochs and rows; `final` gets these before the checkpoints are removed.
     `ValueError` where another process works in the folder, or where it holds another cell, a training with other settings or an unfinished search.
     """
     genotype = load_genotype(genotype)
@@ -148,6 +149,7 @@ def _retrain_identity(corpus, genotype, recipe, seed) -> dict:
 
 def _retrain_phase(corpus, genotype, recipe, seed, folder, report, progress, device, store, more) -> dict:
     from .learner import retrain
+    from .text.baselines import counted
     from .trained import save_trained
 
     if not (folder / "genotype.json").exists():
@@ -163,7 +165,7 @@ def _retrain_phase(corpus, genotype, recipe, seed, folder, report, progress, dev
         logger.info("retrain: the best model of %d epochs is in %s: test perplexity %.2f (validation %.2f)", summary["epochs"], folder,
                     summary["test_perplexity"], summary["valid_perplexity"])
         raise outcome["ended_by"]
-    return summary | {"rows": outcome["rows"]}
+    return summary | counted(corpus.without_alpha()) | {"rows": outcome["rows"]}
 
 
 def _check_cell(folder: Path, genotype: Genotype) -> None:
@@ -216,7 +218,8 @@ def whole_run(corpus: Corpus, recipe: Recipe, seed: int, folder: Path, report=No
         result = {
             "seed": seed, "corpus": corpus.name, "recipe": recipe.to_dict(), "genotype": genotype.to_json(),
             "supernet_valid_perplexity": searched["supernet_valid_perplexity"], "valid_perplexity": retrained["valid_perplexity"],
-            "test_perplexity": retrained["test_perplexity"], "parameters": retrained["parameters"], "epochs": retrained["epochs"],
+            "test_perplexity": retrained["test_perplexity"], "unigram_perplexity": retrained["unigram_perplexity"],
+            "bigram_perplexity": retrained["bigram_perplexity"], "parameters": retrained["parameters"], "epochs": retrained["epochs"],
             "search_seconds": searched["search_seconds"],
             "retrain_seconds": retrained["retrain_seconds"], "seconds": searched["search_seconds"] + retrained["retrain_seconds"],
             "versions": package_versions(),

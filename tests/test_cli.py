@@ -14,11 +14,13 @@ import pytest
 import torch
 
 from nni_darts_rnn import __version__, cli, trial
+from nni_darts_rnn.corpus import load_corpus
 from nni_darts_rnn.genotype import derive, load_genotype
 from nni_darts_rnn.options import Parser, add_run_options, checked_recipe, checked_seed
 from nni_darts_rnn.outputs import figures
 from nni_darts_rnn.plot.alpha import probabilities
 from nni_darts_rnn.recipes import RECIPES
+from nni_darts_rnn.text.baselines import counted
 from nni_darts_rnn.trained import load_trained, save_trained
 
 TEXT = "the cat sat on the mat\nthe dog sat on the cat\n"
@@ -319,6 +321,7 @@ def test_a_trial_without_a_tuner(place, capsys, caplog, monkeypatch):
     assert status(trial.main, "--corpus", place.parent / "corpus", *SMALL) == 0
     result = json.loads((place / "result.json").read_text(encoding="utf-8"))
     assert result["recipe"]["search"]["n_nodes"] == 2 and result["seed"] == 0
+    assert {name: result[name] for name in ("unigram_perplexity", "bigram_perplexity")} == counted(load_corpus(place.parent / "corpus"))
     assert {"genotype.json", "model.safetensors", "model.json", "search.csv", "retrain.csv", "alpha.json", "cell.svg"} <= set(os.listdir(place))
     reports = [record.getMessage() for record in caplog.records if record.name == "nni"]
     assert f"Final result: {{'default': {result['valid_perplexity']}," in reports[-1]

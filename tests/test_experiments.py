@@ -40,7 +40,7 @@ def write_trial(folder: Path, valid: float, cell: Genotype = DARTS_V2, seed: int
     write_csv(folder / "retrain.csv", [{"phase": "retrain", "epoch": e + 1, "perplexity": valid + 40 / (e + 1)} for e in range(epochs)])
     write_json(folder / "result.json", {
         "seed": seed, "corpus": "pydoc", "recipe": recipe.to_dict(), "genotype": cell.to_json(), "supernet_valid_perplexity": 300.0,
-        "valid_perplexity": valid, "test_perplexity": valid - 2, "parameters": 163190, "search_seconds": 61.0, "retrain_seconds": 30.0,
+        "valid_perplexity": valid, "test_perplexity": valid - 2, "unigram_perplexity": 512.0, "bigram_perplexity": 204.5, "parameters": 163190, "search_seconds": 61.0, "retrain_seconds": 30.0,
         "seconds": 92.0, "versions": {"python": "3.11.7", "torch": "2.14.1"}})
     return folder
 

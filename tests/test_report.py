@@ -76,6 +76,7 @@ def test_the_page(source):
                   "reached epoch 0 of the search: validation perplexity 2000.00", "setting 'search.arch_lrr' is no field", "eeeee",
                   "2023-11-14 22:13 UTC", "Took5 min", "Recipe small, but for:search.arch_lr 0.02 instead of 0.003retrain.clip None instead of 0.25Search",
                   "1bbbbb20.0270.0068.00300.0061 s30 s", "2aaaaa1–80.0078.00300.0061 s30 s", "after each epoch, each trial.",
+                  "Counts of single words would have a test perplexity of 512.00, those of pairs 204.50.",
                   "Trials ran with python 3.11.7, torch 2.14.1."):
         assert words in page.text, words
     labels = [attrs["aria-label"] for attrs in page.named("svg")]
@@ -247,7 +248,9 @@ def test_a_section_is_of_its_trial_and_the_first_lies_open(source):
 def test_what_a_result_does_not_say_is_a_dash(home):  # noqa: F811
     path = write_trial(trial_folder(write_experiment(home, {"aaaaa": ("SUCCEEDED", {"seed": 1})}), "aaaaa"), 80.0) / "result.json"
     said = json.loads(path.read_text())
-    path.write_text(json.dumps(said | dict.fromkeys(("test_perplexity", "parameters", "search_seconds", "recipe"))))
-    section, = sections(render(load_experiment("abcd1234")))
+    path.write_text(json.dumps(said | dict.fromkeys(("test_perplexity", "bigram_perplexity", "parameters", "search_seconds", "recipe"))))
+    page = render(load_experiment("abcd1234"))
+    section, = sections(page)
+    assert "Counts of" not in page
     for name, value in (("Validation", "80.00"), ("Test", "–"), ("Seed", "1"), ("Search", "–"), ("Retraining", "30 s"), ("Parameters", "–")):
         assert f"<dt>{name}</dt><dd>{value}</dd>" in section, name

@@ -44,7 +44,6 @@ def retrain(arguments) -> None:
     from ..checkpoints.store import FOLDER, unfinished_search
     from ..genotype import NAMED
     from ..pipeline import check_fits, retrain_phase
-    from ..text.baselines import bigram_perplexity, unigram_perplexity
 
     check_fits(corpus, recipe.retrain)
     if isinstance(given, str) and given not in NAMED and os.path.exists(given):  # the path of a file or a folder, not a name
@@ -62,7 +61,7 @@ def retrain(arguments) -> None:
     talk.epochs, talk.about = r.epochs, "about" if r.patience is None else "at most"
     done = retrain_phase(corpus, arguments.genotype, r, seed, folder, talk.epoch, talk.progress, arguments.device, keep)
     done.pop("rows")
-    done |= {"unigram_perplexity": unigram_perplexity(corpus), "bigram_perplexity": bigram_perplexity(corpus), "folder": str(folder)}
+    done["folder"] = str(folder)
     answer(arguments, done,
            f"test perplexity {done['test_perplexity']:.2f} (validation {done['valid_perplexity']:.2f}), {done['parameters']:,} parameters; "
            f"of the same test text: unigram {done['unigram_perplexity']:.2f}, interpolated bigram {done['bigram_perplexity']:.2f}",
@@ -74,7 +73,7 @@ def evaluate(arguments) -> None:
     from ..checks import did_you_mean
     from ..model import choose_device, perplexity
     from ..pipeline import check_reading
-    from ..text.baselines import bigram_perplexity, unigram_perplexity
+    from ..text.baselines import counted
     from ..trained import load_trained, read_description
 
     for key in settings(arguments):
@@ -104,8 +103,7 @@ def evaluate(arguments) -> None:
     saved = sum(fused.saved_seconds(len(text) // B, B, cell.hidden_size, cell.n_nodes, 1, mixed=False) for text, B in streams)
     fused.prepare(saved, device)
     found = {"valid_perplexity": perplexity(model, corpus.valid, r.eval_batch_size, r.bptt),
-             "test_perplexity": perplexity(model, corpus.test, r.test_batch_size, r.bptt),
-             "unigram_perplexity": unigram_perplexity(corpus), "bigram_perplexity": bigram_perplexity(corpus)}
+             "test_perplexity": perplexity(model, corpus.test, r.test_batch_size, r.bptt), **counted(corpus)}
     answer(arguments, found, f"test perplexity {found['test_perplexity']:.2f}, validation {found['valid_perplexity']:.2f}; "
            f"of the same test text: unigram {found['unigram_perplexity']:.2f}, interpolated bigram {found['bigram_perplexity']:.2f}",
            [] if (Path(arguments.model) / "cell.svg").is_file() else ["nni-darts-rnn", "plot", Path(arguments.model)])

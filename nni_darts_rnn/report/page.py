@@ -16,7 +16,7 @@ from ..talk import duration
 from .experiments import Experiment, located
 from .pictures import cell_picture, picture
 from .style import PAGE
-from .trial_folder import Trial, read_trial
+from .trial_folder import Result, Trial, read_trial
 from .trial_section import trial_section
 from .words import anchor, big, esc, facts, moment, perplexity, short, span
 
@@ -74,8 +74,16 @@ def _summary(experiment: Experiment, ranking: list[Trial]) -> str:
 {big(best.result.parameters, "parameters")}</p>
 {cell_picture(best, "hero")}
 <p class="small">Trial <a href="#{anchor(best)}">{esc(best.id)}</a> has the lowest validation perplexity of the retrained cell. Lower is better;
-the test text played no part in the choice.</p>
+the test text played no part in the choice.{_counts(best.result)}</p>
 </section>'''
+
+
+def _counts(result: Result) -> str:
+    """What counts of words alone would give, beside which a perplexity says something."""
+    if result.unigram_perplexity is None or result.bigram_perplexity is None:
+        return ""
+    return (f"\nCounts of single words would have a test perplexity of {perplexity(result.unigram_perplexity)}, those of pairs "
+            f"{perplexity(result.bigram_perplexity)}.")
 
 
 def _ranking(ranking: list[Trial]) -> str:

@@ -40,6 +40,8 @@ class Result:
     search_seconds: float | None
     retrain_seconds: float | None
     versions: dict
+    unigram_perplexity: float | None = None  # of the test text, as `text.baselines` counts it
+    bigram_perplexity: float | None = None
 
 
 def as_folder(name: str) -> str:
@@ -141,7 +143,7 @@ def read_result(path: Path) -> tuple[Result, int, Recipe | None]:
         versions = data.get("versions")
         result = Result(genotype, valid, _number(data.get("test_perplexity")), _number(data.get("supernet_valid_perplexity")),
                         None if parameters is None else int(parameters), _number(data.get("search_seconds")), _number(data.get("retrain_seconds")),
-                        versions if isinstance(versions, dict) else {})
+                        versions if isinstance(versions, dict) else {}, _number(data.get("unigram_perplexity")), _number(data.get("bigram_perplexity")))
         seed = checked_seed(data["seed"])
     except KeyError as error:
         raise ValueError(f"{path.name}: {error} is missing") from None

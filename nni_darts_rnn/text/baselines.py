@@ -15,6 +15,11 @@ from ..corpus import Corpus
 _ROUNDS = 30  # bisections: λ to 1e-9
 
 
+def counted(corpus: Corpus) -> dict[str, float]:
+    """`unigram_perplexity` and `bigram_perplexity`, by these names."""
+    return {"unigram_perplexity": unigram_perplexity(corpus), "bigram_perplexity": bigram_perplexity(corpus)}
+
+
 def unigram_perplexity(corpus: Corpus) -> float:
     """Test perplexity of p(w) = (n(w) + 1) / (N + V)."""
     p = _unigram(_ids(corpus.train), len(corpus.vocab))
