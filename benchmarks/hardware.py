@@ -147,11 +147,11 @@ class Products:
 @functools.lru_cache(maxsize=1)
 def _compiled_product():
     """The function of benchmarks/product.cpp, built now: (seconds, flops) -> FLOP/s of its best few milliseconds. It runs until both have passed."""
-    from nni_darts_rnn import extension
+    from nni_darts_rnn import build
 
     with tempfile.TemporaryDirectory() as folder:
         target, source = Path(folder, "product.so"), Path(__file__).with_name("product.cpp")
-        subprocess.run([*extension._compiler(), *extension._flags(), "-shared", f"-I{extension.SOURCES}", str(source), "-o", str(target)], check=True)
+        subprocess.run([*build.compiler(), *build.flags(), "-shared", f"-I{build.SOURCES}", str(source), "-o", str(target)], check=True)
         function = ctypes.CDLL(str(target)).product_flops
     function.argtypes, function.restype = [ctypes.c_double] * 2, ctypes.c_double
     return function

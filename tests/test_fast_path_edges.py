@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
-from nni_darts_rnn import bilevel, cell, extension, fused, supernet, workspace
+from nni_darts_rnn import bilevel, build, cell, extension, fused, supernet, workspace
 from nni_darts_rnn.corpus import Corpus, Vocabulary
 from nni_darts_rnn.cross_entropy import linear_cross_entropy
 from nni_darts_rnn.genotype import DARTS_V2, PRIMITIVES, Genotype
@@ -244,7 +244,7 @@ def test_what_would_make_a_long_run_faster_is_said_once(lacks, says, monkeypatch
         monkeypatch.delenv("CXX", raising=False)
     else:
         monkeypatch.setattr(extension.State.loaded, "rounds", lacks == "nothing")
-    monkeypatch.setattr(extension, "_processor", lambda: "flags : fpu avx2" if lacks == "tiles" else "flags : fpu amx_bf16")
+    monkeypatch.setattr(extension, "processor", lambda: "flags : fpu avx2" if lacks == "tiles" else "flags : fpu amx_bf16")
     words, lines = Vocabulary(("<eos>", "<unk>", "a")), []
     text = Corpus("made", words, *(torch.zeros(100_000, dtype=torch.int64) for _ in range(3)))
     for epochs in (1, 40, 40):
@@ -265,17 +265,17 @@ def test_a_compiler_that_is_no_command_is_one_line(tmp_path):
 
 def test_openmp_in_a_path_with_a_space(monkeypatch):
     maps = b"7f00-7f01 r-xp 00000000 fe:00 123   /opt/my env/torch/lib/libgomp.so.1\n7f02-7f03 rw-p 00000000 00:00 0 \n"
-    monkeypatch.setattr(extension.Path, "read_bytes", lambda self: maps)
-    assert extension._openmp() == ["/opt/my env/torch/lib/libgomp.so.1"]
+    monkeypatch.setattr(build.Path, "read_bytes", lambda self: maps)
+    assert build._openmp() == ["/opt/my env/torch/lib/libgomp.so.1"]
     maps = b"7f00-7f01 r-xp 00000000 fe:00 122   /lib/libgomp.so.1\n" + maps  # somebody else's too
-    assert extension._openmp() == ["/opt/my env/torch/lib/libgomp.so.1"]
+    assert build._openmp() == ["/opt/my env/torch/lib/libgomp.so.1"]
     maps = maps.replace(b"torch", b"other")
-    assert extension._openmp() == ["/lib/libgomp.so.1"]
+    assert build._openmp() == ["/lib/libgomp.so.1"]
 
 
 def test_a_cached_library_that_cannot_be_read_goes(tmp_path):
     (tmp_path / "cells-0-1.so").symlink_to(tmp_path / "nowhere")
-    assert extension._cached(tmp_path, "cells-0") is None and not list(tmp_path.iterdir())
+    assert build._cached(tmp_path, "cells-0") is None and not list(tmp_path.iterdir())
 
 
 @needs_extension
@@ -358,7 +358,7 @@ def test_a_second_thread_waits_until_the_library_is_checked(monkeypatch):
         return library
 
     monkeypatch.setattr(extension.State, "loaded", None)
-    monkeypatch.setattr(extension, "_load", load)
+    monkeypatch.setattr(extension, "load", load)
     first = threading.Thread(target=extension.available)
     first.start()
     begun.wait()
@@ -384,10 +384,10 @@ def test_other_compilers_and_processors_compute_the_same(compiler, processor, tm
     """Without AVX a tile is another one; clang calls OpenMP by other names than the library that torch brings has."""
     if shutil.which(compiler) is None:
         pytest.skip(f"{compiler} is not installed")
-    flags = [flag.replace("-march=native", f"-march={processor}") for flag in extension._flags()]
-    monkeypatch.setattr(extension, "_flags", lambda: flags)
+    flags = [flag.replace("-march=native", f"-march={processor}") for flag in build.flags()]
+    monkeypatch.setattr(build, "flags", lambda: flags)
     monkeypatch.setenv("CXX", compiler)
-    monkeypatch.setattr(extension.State, "loaded", extension._compile(tmp_path, "cells-0"))
+    monkeypatch.setattr(extension.State, "loaded", build._compile(tmp_path, "cells-0"))
     monkeypatch.setattr(extension.State, "on", True)
     threads, cell3 = torch.get_num_threads(), Genotype((("tanh", 0), ("sigmoid", 1), ("relu", 1)))
     try:

@@ -355,7 +355,7 @@ def test_a_training_in_bfloat16_keeps_weights_and_measures_perplexity_in_float32
     if fast:
         monkeypatch.setattr(extension.State.loaded, "rounds", tiles)
     else:
-        monkeypatch.setattr(extension, "_processor", lambda: "flags : fpu amx_bf16 amx_tile" if tiles else "flags : fpu avx2")
+        monkeypatch.setattr(extension, "processor", lambda: "flags : fpu amx_bf16 amx_tile" if tiles else "flags : fpu avx2")
     try:
         for precision in ("float32", "bfloat16"):
             recipe = get_recipe(TINY, {"retrain.precision": precision, "retrain.hidden_size": 32}).retrain

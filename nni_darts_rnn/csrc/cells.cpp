@@ -1,4 +1,4 @@
-// The discrete and the mixed recurrent cell over a whole sequence, forward and backward, on the CPU. `extension.py` compiles and loads this file, and
+// The discrete and the mixed recurrent cell over a whole sequence, forward and backward, on the CPU. `build.py` compiles and loads this file, and
 // `compiled.py` calls it. Its results must equal those of the readable forms, `cell.discrete_cell` and `supernet.mixed_cell`. cell.h has what is handed
 // over, edges.h the element-wise work, sequence.h what a thread owns, forward.h and backward.h the two passes. No torch headers and no BLAS are used:
 // product.h has the products with the weights, which are the same at every time step.
