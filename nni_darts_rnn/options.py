@@ -10,7 +10,7 @@ import re
 import sys
 
 from .checks import did_you_mean, one_line
-from .recipes import RECIPES, Recipe, get_recipe
+from .recipes import RECIPES, Recipe, flatten, get_recipe
 from .talk import named
 
 REFUSALS = (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError)
@@ -114,7 +114,8 @@ def settings(arguments: argparse.Namespace) -> dict[str, str]:
 
 def checked_recipe(arguments: argparse.Namespace, parameters: dict):
     """The recipe, with `--set` and the tuner's `parameters` in place. Where both set a field, the tuner's value counts."""
-    return get_recipe(get_recipe(arguments.recipe, settings(arguments)), parameters)
+    # in one step: fields are checked against each other, and where both set some of these, only all of them together make sense
+    return get_recipe(arguments.recipe, settings(arguments) | flatten(parameters))
 
 
 def without_search(arguments: argparse.Namespace) -> str | None:

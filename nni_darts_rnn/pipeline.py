@@ -95,11 +95,13 @@ def search_phase(corpus: Corpus, recipe: SearchRecipe, seed: int, folder: Path, 
     rows (the metrics of every epoch).
 
     The search writes checkpoints to `folder`/checkpoint, and the same call resumes from there (see `Keeping`). They are removed at the end. `ValueError` where
-    another process works in the folder, or where it holds an unfinished search with other settings, or a trained model.
+    another process works in the folder, or where it holds an unfinished search with other settings, a trained model or, if the search would begin anew, an
+    unfinished retraining.
     """
     with alone_in(folder) as kept:
         if (folder / "model.json").exists():
             raise ValueError(f"{folder} holds a trained model; a search there would leave the cell of another beside it; give another folder for the results")
+        _check_retraining(kept, folder, keeping.resume == "never")
         store = _store(kept, "search", run_identity(corpus, recipe, seed), keeping)
         found = _search_phase(corpus, recipe, seed, folder, report, progress, device, store)
         store.clear()
@@ -173,6 +175,12 @@ def _check_cell(folder: Path, genotype: Genotype) -> None:
     path = folder / "genotype.json"
     if path.exists() and load_genotype(path) != genotype:
         raise ValueError(f"{path} holds another cell than the one to train, {genotype.to_json()}; give another folder for the results")
+
+
+def _check_retraining(kept: Path, folder: Path, anew: bool) -> None:
+    """`ValueError` if a retraining waits in the folder and no search does, or `anew` says that one begins all the same: it would replace the retraining's cell."""
+    if (anew or not Checkpoints(kept, "search", {})) and Checkpoints(kept, "retrain", {}):
+        raise ValueError(f"{folder} holds an unfinished retraining, whose cell a search would replace; let it end first, or give another folder for the results")
 
 
 def _store(kept: Path, phase: str, identity: dict, keeping: Keeping) -> Checkpoints:

@@ -19,7 +19,7 @@ from nni_darts_rnn.genotype import derive, load_genotype
 from nni_darts_rnn.options import Parser, add_run_options, checked_recipe, checked_seed
 from nni_darts_rnn.outputs import figures
 from nni_darts_rnn.plot.alpha import probabilities
-from nni_darts_rnn.recipes import RECIPES
+from nni_darts_rnn.recipes import RECIPES, flatten, get_recipe
 from nni_darts_rnn.text.baselines import counted
 from nni_darts_rnn.trained import load_trained, save_trained
 
@@ -302,6 +302,20 @@ def test_the_tuners_parameters_win_over_set():
     recipe = checked_recipe(arguments, {"search": {"epochs": np.int64(9)}})
     assert recipe.search.lr == 4 and recipe.search.epochs == 9  # the last of two `--set` counts
     assert checked_recipe(arguments, {}).search.epochs == 3
+
+
+@pytest.mark.parametrize("given, drawn", [
+    (("search.warmup_epochs=6",), {"search.epochs": 8}),  # `small` has 6 epochs
+    (("search.warmup_epochs=6",), {"search": {"_name": "long", "epochs": 8}}),
+    (("retrain.optimizer=adam", "retrain.lr=0.005"), {"retrain.nonmono": "none"}),
+])
+def test_set_and_the_tuners_parameters_are_checked_together(given, drawn):
+    """Each alone is not allowed."""
+    arguments = trial_arguments(*(word for setting in given for word in ("--set", setting)))
+    recipe = checked_recipe(arguments, drawn)
+    assert recipe == get_recipe("small", dict(setting.split("=") for setting in given) | flatten(drawn))
+    with pytest.raises(ValueError, match="must be below search.epochs|turns averaging on"):
+        checked_recipe(arguments, {})
 
 
 def trial_arguments(*argv):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from crashes import RECIPE, corpus, phase
+from crashes import CELL, RECIPE, corpus, phase
 from fastai.callback.core import Callback
 
 from nni_darts_rnn import cell_trial, learner, pipeline, trial
@@ -252,6 +252,22 @@ def test_a_retraining_is_refused_the_folder_of_an_unfinished_search(tmp_path, mo
     assert {path.name for path in tmp_path.iterdir()} == before
     found = pipeline.search_phase(corpus(), RECIPE.search, 3, tmp_path, device="cpu", keeping=Keeping(resume="must"))
     assert pipeline.retrain_phase(corpus(), found["genotype"], RECIPE.retrain, 3, tmp_path, device="cpu")["epochs"] == RECIPE.retrain.epochs
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_new_search_is_refused_the_folder_of_an_unfinished_retraining(tmp_path, monkeypatch, resume):
+    """It would replace the cell, with which alone the retraining can be gone on with."""
+    monkeypatch.setattr(pipeline, "_draw", lambda *args: None)
+    with monkeypatch.context() as patch:
+        stopped_after(2, signal.SIGTERM, patch)
+        with pytest.raises(Terminated):
+            pipeline.retrain_phase(corpus(), CELL, RECIPE.retrain, 3, tmp_path, device="cpu", keeping=Keeping(Every()))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="holds an unfinished retraining, whose cell a search would replace; let it end first"):
+        pipeline.search_phase(corpus(), RECIPE.search, 3, tmp_path, device="cpu", keeping=Keeping(resume=resume))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert pipeline.retrain_phase(corpus(), tmp_path, RECIPE.retrain, 3, tmp_path, device="cpu", keeping=Keeping(resume="must"))["epochs"] == RECIPE.retrain.epochs
 
 
 @pytest.mark.filterwarnings("ignore")
