@@ -318,6 +318,17 @@ def test_set_and_the_tuners_parameters_are_checked_together(given, drawn):
         checked_recipe(arguments, {})
 
 
+def test_a_retraining_leaves_a_finished_trial_as_it_is(place, capsys, monkeypatch):
+    """`best` and `report` read the trial's result.json, which says nothing of a model that took its model's place."""
+    monkeypatch.setattr(nni, "get_next_parameter", lambda: {"seed": 1})
+    common = ["--corpus", place.parent / "corpus", *SMALL]
+    assert status(trial.main, *common) == 0
+    before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    assert status(cli.main, "retrain", *common, "--genotype", place, "--out", place, "--seed", "2") == 2
+    assert f"{place} holds the result of a trial, whose model would be replaced; give another folder" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
+
+
 def trial_arguments(*argv):
     parser = Parser()
     add_run_options(parser)

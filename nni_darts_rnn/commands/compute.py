@@ -10,7 +10,7 @@ from pathlib import Path
 from ..options import checked_recipe, checked_seed, corpus_words, keeping, open_corpus, prepare_torch, set_words, settings, without_search
 from ..recipes import Recipe, RetrainRecipe, get_recipe
 from ..report.experiments import CORPUS_NAMES, load_experiment
-from ..report.trial_folder import as_folder
+from ..report.trial_folder import RESULT, as_folder
 from ..talk import Talk, answer, many
 
 READING = ("retrain.bptt", "retrain.eval_batch_size", "retrain.test_batch_size")  # the only fields that decide how a text is read to measure perplexity
@@ -51,6 +51,8 @@ def retrain(arguments) -> None:
         if (arguments.out is None or found.resolve() != Path(arguments.out).resolve()) and unfinished_search(found / FOLDER):
             raise ValueError(f"--genotype {given}: {found} holds an unfinished search, whose cell may still change; let it end first")
     folder = _out(arguments, name or Path(corpus.name).name, seed)
+    if (folder / RESULT).is_file():  # a trial's figures, by which `best` and `report` would go on naming the model that takes its model's place
+        raise ValueError(f"{folder} holds the result of a trial, whose model would be replaced; give another folder for the results")
     talk(f"corpus {corpus.describe()}")
     if (unread := without_search(arguments)) is not None:
         talk(unread)
