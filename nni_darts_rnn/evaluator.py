@@ -179,7 +179,7 @@ class SupernetReport(pl.Callback):
         model = pl_module.training_module.model
         pl_module.resample()  # a strategy that samples cells has no cell before the first batch; others do nothing here
         value = perplexity(model, self.corpus.valid, self.recipe.eval_batch_size, self.recipe.bptt)
-        check_epoch(value, len(self.corpus.vocab), "validation")
+        check_epoch(value, len(self.corpus.vocab), "validation" if trained else "untrained supernet's validation")
         row = {"default": value, "phase": "search", "epoch": epoch, "perplexity": value}
         mixed = [m for m in model.modules() if hasattr(m, "probabilities")]
         if mixed:

@@ -80,7 +80,7 @@ def with_rollbacks(store: Checkpoints, phase: str, epochs: int, once: Callable[[
             try:
                 state = store.roll_back() | {"rollbacks": rollbacks}
             except ValueError as nothing:  # no checkpoint could be written, or none is intact
-                raise FloatingPointError(f"{phase}: {error.what}; {nothing}") from None
+                raise FloatingPointError(f"{phase}: {error.what}; {nothing}; lower {phase}.init_range or {phase}.lr") from None
             logger.warning("%s: %s; back to the beginning of epoch %d with %g times the learning rate (%d of at most %d times)",
                            phase, error.what, state["epoch"] + 1, SHRINK**rollbacks, rollbacks, ROLLBACKS)
 

@@ -192,6 +192,12 @@ def test_nothing_to_return_to(tmp_path):
         with_rollbacks(Checkpoints(tmp_path, "search", {}), "search", 5, once)
 
 
+def test_weights_that_start_too_wide_are_named(tmp_path):
+    """The untrained supernet is hopeless already, and there is no epoch to return to."""
+    with pytest.raises(FloatingPointError, match="search: the untrained supernet's validation perplexity is .*; lower search.init_range or search.lr"):
+        do_search(tmp_path, init_range=1000.0)
+
+
 @pytest.mark.parametrize("run, clip", [(do_search, 0.25), (do_search, None), (do_retrain, 0.25), (do_retrain, None)])
 def test_at_a_learning_rate_of_a_thousand_nothing_is_silent(tmp_path, caplog, run, clip):
     """Either it is said that the numbers went wrong, or the perplexity is better than guessing."""
