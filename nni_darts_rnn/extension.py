@@ -44,12 +44,12 @@ def enable(on: bool = True) -> bool:
     return enabled()
 
 
-def prepare(saved_seconds: float, device: torch.device | str = "cpu") -> bool:
-    """Use the extension from now on if the seconds that it saves a run are more than a build costs, else not. Returns whether it is in use.
+def prepare(saving: float, device: torch.device | str = "cpu") -> bool:
+    """Use the extension from now on if `saving`, the seconds that it saves a run, is more than a build costs, else not. Returns whether it is in use.
 
     That number alone decides, neither the cache nor what ran before. A choice made with `enable` stays. A run on a GPU has no use for the extension.
     """
-    State.gains = torch.device(device).type == "cpu" and saved_seconds > BUILD_SECONDS
+    State.gains = torch.device(device).type == "cpu" and saving > BUILD_SECONDS
     return enabled()
 
 
@@ -57,7 +57,7 @@ def saved_seconds(T: int, B: int, H: int, N: int, passes: float, mixed: bool) ->
     """An estimate from sizes alone, for `prepare`: the seconds that the extension saves `passes` forward passes of the mixed cell, or of a discrete one, on two
     cores. A training step is 3 passes (a search step: `SearchRecipe.passes`).
 
-    It counts what becomes element-wise work within a product, and torch's calls. Both are fitted to measured passes of 64 to 300 units.
+    It counts element-wise work, which the extension does while a product's result is in cache, and torch's calls. Both are fitted to measured passes of 8 to 300 units.
     """
     edges, call = (N * (N + 1) // 2, 200e-6) if mixed else (N, 65e-6)
     return passes * (T * B * H * edges * 10e-9 + T * N * call)
