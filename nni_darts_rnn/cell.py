@@ -41,14 +41,14 @@ def register_primitive(name: str, function) -> None:
     """Add a nonlinearity: genotypes may then name it, and spaces, supernets and layers that have it in `primitives` compute it.
 
     `function` maps a tensor to one of the same shape, element by element, and must be differentiable. It is called once here, on a small tensor. `ValueError`
-    with one line where it returns anything else, changes its argument, or is a module with parameters, which would belong to no layer and never be trained.
+    with one line where it returns anything else, changes its argument, or is a module with trainable parameters: they would belong to no layer and never be trained.
     """
     if not isinstance(name, str) or not name.isidentifier() or name == "none":
         raise ValueError(f"primitive name {name!r} must be an identifier other than 'none'")
     if not callable(function):
         raise ValueError(f"primitive {name!r}: {function!r} must be a function of a tensor")
     if isinstance(function, nn.Module) and any(p.requires_grad for p in function.parameters()):
-        raise ValueError(f"primitive {name!r}: a module with parameters; a primitive belongs to no layer, so nothing would train them; freeze them, or give a function")
+        raise ValueError(f"primitive {name!r}: a module with trainable parameters; a primitive belongs to no layer, so nothing would train them; freeze them, or give a function")
     before = torch.linspace(-2, 2, 6, device="cpu").view(2, 3)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         found = function(z := before.clone())

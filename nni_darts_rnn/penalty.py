@@ -1,8 +1,10 @@
-"""NNI's `penalty`, what an expected architecture costs, with a gradient for α. NNI 3.0 computes it from `export_probs`, which are plain numbers: of a
-penalty that is added, α then learns nothing. This can go once NNI's penalties have a gradient."""
+"""NNI's `penalty`, what an expected architecture costs, with a gradient for α. NNI 3.0 computes it from `export_probs`, which are plain numbers, but
+for the depth of Proxyless's `Repeat`: of a penalty that is added, α then learns nothing. This can go once NNI's penalties have a gradient."""
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
@@ -33,8 +35,11 @@ def _shares(layer: nn.Module, at: Mapping[int, Tensor]) -> Iterator[tuple[str, T
 
 
 def with_gradient(module: nn.Module) -> None:
-    """Gives the penalty of NNI's own DARTS module, where it has one, its gradient."""
-    penalty = module.penalty
-    if penalty is not None:
-        del module.penalty  # a submodule, whose name only another module could take
-        module.penalty = lambda loss, probs: penalty(loss, differentiable_probs(module))
+    """Gives the penalty of NNI's own DARTS module, where it has one, its gradient. The strategy's penalty, which others may use too, stays as it is."""
+    if module.penalty is not None:
+        module.penalty = copy.copy(module.penalty)
+        module.penalty.forward = functools.partial(_penalised, module, module.penalty)
+
+
+def _penalised(module: nn.Module, penalty: nn.Module, loss: Tensor, probs: dict):
+    return type(penalty).forward(penalty, loss, differentiable_probs(module))

@@ -237,7 +237,7 @@ def test_random_cells_against_the_formulas():
 
 
 @pytest.mark.parametrize("function, words", [(torch.nn.SiLU, "makes a SiLU"), (torch.mean, "of shape ()"), (torch.relu_, "changes its argument"),
-                                             (torch.nn.PReLU(), "a module with parameters")])
+                                             (torch.nn.PReLU(), "a module with trainable parameters")])
 def test_what_cannot_be_a_primitive(function, words):
     from nni_darts_rnn.cell import ACTIVATIONS, register_primitive
 

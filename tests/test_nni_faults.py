@@ -4,6 +4,7 @@ workaround can go."""
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import subprocess
@@ -149,6 +150,28 @@ def test_a_penalty_makes_costly_choices_less_likely(name):
     assert found["layer"][0] > without["layer"][0] + 0.1  # small
     assert found["depth"][0] > without["depth"][0] + 0.1
     assert found["width"][0] > without["width"][0] + 0.1
+
+
+class Heavy(ExpectationProfilerPenalty):
+    def profile(self, sample):
+        return sample["layer"]["large"]
+
+
+def test_a_penalty_with_a_gradient_is_still_the_users_penalty():
+    """A callback may change its scale; a copy of the module has α of its own."""
+    given = Heavy(None, 1.0)
+    strategy = strategies.DARTS(penalty=given)
+    training = Zero()
+    training.set_model(strategy.mutate_model(Sizes()))
+    module = strategy.configure_oneshot_module(training)
+    assert isinstance(module.penalty, Heavy) and "forward" not in vars(given)
+    module.penalty.scale = 0.0
+    assert module.penalty(torch.zeros(()), None)[0] == 0.0
+    module.penalty.scale = 1.0
+    twin = copy.deepcopy(module)
+    twin.penalty(torch.zeros(()), None)[0].backward()
+    assert all(alpha.grad is None for alpha in module.arch_parameters())
+    assert twin.training_module.model.layer._arch_alpha.grad is not None
 
 
 def test_proxyless_exports_the_strongest_paths():
@@ -415,7 +438,6 @@ def ended(tmp_path_factory):
     code = """
 import sys
 from nni.nas.evaluator import FunctionalEvaluator
-from nni.nas.evaluator.pytorch import DataLoader, Lightning, LightningModule, Trainer
 from nni.nas.experiment import NasExperiment
 from nni.nas.experiment.config import NasExperimentConfig
 from nni.nas.strategy import Random
