@@ -510,7 +510,7 @@ def test_plot_reads_what_fastai_wrote(tmp_path):
 
 @pytest.mark.parametrize("name, text, words", [
     (None, "", "nothing to draw"), ("alpha.json", "{}", "alpha.json: expected the keys"), ("alpha.json", "[", "alpha.json: cannot be read"),
-    ("genotype.json", "{}", "genotype"), ("search.csv", "phase,epoch\n", "with an epoch in it"),
+    ("genotype.json", "{}", "genotype.json:"), ("search.csv", "phase,epoch\n", "with an epoch in it"),
     ("search.csv", "epoch,perplexity\nx,1\n", "search.csv"),
     ("model.json", "[]", "model.json: expected a JSON object")])
 def test_plot_refuses_in_one_line(tmp_path, capsys, name, text, words):
